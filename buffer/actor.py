@@ -1,0 +1,134 @@
+"""The data buffer as an asynchronous actor: a thin shell with clock and waiting around buffer.store.
+
+A plain class; `ray.remote(BufferActor)` happens where it is used. It holds lengths, versions and references of
+sub-traces, never their bytes. All methods run on one event loop and change the store without awaiting, so no
+lock is needed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from buffer.config import BufferConfig
+from buffer.store import Store, Ticket
+from buffer.types import Batch, SubTraceInfo
+
+_POLL_S = 1.0  # tickets that are overdue are noticed at least this often while somebody waits
+
+
+class BufferActor:
+    """Hands tickets to rollout workers and batches to training."""
+
+    def __init__(
+        self, config: BufferConfig, num_rows: int, seed: int, now: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._config = config
+        self._store = Store(config, num_rows, seed)
+        self._now = now  # seconds
+        self._changed = asyncio.Event()
+        self._deaths: dict[str, int] = {}  # worker -> how often it was lost
+        self._broken = ""  # why training can't go on
+
+    async def claim(self, worker: str, wait_s: float = 30.0) -> Ticket | None:
+        """A ticket as soon as a slot is free; None after `wait_s` (ask again), or when the worker was lost meanwhile.
+
+        The wait is short so that a worker that died while it waited is not given a ticket.
+        """
+        deadline_s = self._now() + wait_s
+        deaths = self._deaths.get(worker, 0)
+        while self._deaths.get(worker, 0) == deaths:
+            self._expire()
+            ticket = self._store.claim(self._now(), worker)
+            if ticket is not None or self._now() >= deadline_s:
+                return ticket
+            await self._wait(deadline_s)
+        return None
+
+    async def add(self, ticket: Ticket, infos: Sequence[SubTraceInfo], stats: dict[str, float]) -> bool:
+        """A finished episode; False when its ticket was issued again meanwhile, and the episode is dropped."""
+        kept = self._store.add(ticket, infos, stats)
+        self._notify()
+        return kept
+
+    async def fail(self, ticket: Ticket, reason: str) -> bool:
+        """Infrastructure broke the episode; False for a late answer. Too many failures make `take` raise."""
+        try:
+            return self._store.fail(ticket, reason)
+        except RuntimeError as error:
+            self._broken = str(error)
+            return True
+        finally:
+            self._notify()
+
+    async def lost(self, worker: str) -> int:
+        """A worker died: its tickets are issued again and its waiting claims end. Returns how many tickets."""
+        self._deaths[worker] = self._deaths.get(worker, 0) + 1
+        tickets = self._store.lost(worker)
+        self._notify()
+        return len(tickets)
+
+    async def take(self) -> Batch:
+        """The next step's batch as soon as its episodes are there.
+
+        TimeoutError after `take_timeout_s`: how many episodes are missing and who holds them.
+        RuntimeError: an episode failed too often.
+        """
+        deadline_s = self._now() + self._config.take_timeout_s
+        while True:
+            if self._broken:
+                raise RuntimeError(self._broken)
+            self._expire()
+            batch = self._store.take()
+            if batch is not None:
+                return batch
+            if self._now() >= deadline_s:
+                raise TimeoutError(self._missing())
+            await self._wait(deadline_s)
+
+    async def release(self, step: int) -> None:
+        """The batch is trained and the new weights are in the engines: its slots are free."""
+        self._store.release(step)
+        self._notify()
+
+    async def status(self) -> dict[str, int]:
+        """Counts for the live view: finished, takeable, wanted, in_flight, waiting, tokens."""
+        return self._store.counts()._asdict()
+
+    async def state_dict(self) -> dict[str, Any]:
+        return self._store.state_dict()
+
+    async def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._store.load_state_dict(state)
+        self._notify()
+
+    def _expire(self) -> None:
+        if self._store.expire(self._now()):
+            self._notify()
+
+    def _notify(self) -> None:
+        """Wakes everybody who waits."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def _wait(self, deadline_s: float) -> None:
+        """Until something changes, the deadline, or the next look at overdue tickets."""
+        timeout_s = min(_POLL_S, max(0.0, deadline_s - self._now()))
+        try:
+            await asyncio.wait_for(self._changed.wait(), timeout_s)
+        except TimeoutError:
+            return
+
+    def _missing(self) -> str:
+        counts = self._store.counts()
+        held = ", ".join(
+            f"{worker} holds {len(numbers)} (oldest ticket {numbers[0]})"
+            for worker, numbers in sorted(self._store.holders().items())
+        )
+        return (
+            f"{counts.wanted - counts.takeable} of {counts.wanted} episodes are missing after "
+            f"{self._config.take_timeout_s:g} s: {held or 'no worker holds a ticket'}; "
+            f"{counts.waiting} tickets wait for a worker, {counts.finished} episodes are finished"
+        )

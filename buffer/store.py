@@ -1,0 +1,255 @@
+"""Which prompt is tried next, and which finished episodes are trained: a state machine without clock or Ray.
+
+    claim -> [in flight] -> add -> [finished] -> take -> [taken] -> release
+                 |  fail, expire, lost
+                 +-> [waiting] -> claim (same ticket, next attempt)
+
+A ticket holds one of `slots` from its first claim to the release of the step that trained it. Training takes
+finished episodes in ticket order, and only those whose number lies less than `window` above the oldest ticket
+that is not finished. Let E = episodes_per_step. Then
+
+    max_lag = (slots + window - 2) // E
+
+weight versions at most lie between a claim and the step that trains its ticket k: the other episodes trained in
+between are older ones, of which at most slots - 1 were open at the claim, and younger ones taken while k was not
+finished, at most the window - 1 whose numbers follow k. Each of these steps uses up E of them. The bound is
+reached whenever slots > E; with slots = E the lag is 0, since no other episodes can fill a step.
+
+Numbers count, not places in a queue: "the oldest `window` that are open now" would let a straggler be passed by
+any number of younger tickets, as each one that is trained makes room for the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from buffer.config import BufferConfig
+from buffer.types import Batch, SubTraceInfo
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """The right to run one episode."""
+
+    number: int  # in the order of first claims, from 0
+    row: int  # line of the task file, from 0
+    attempt: int  # how often the ticket was issued before
+
+
+class Counts(NamedTuple):
+    """What stands in the store, for people to read."""
+
+    finished: int  # episodes that wait for training
+    takeable: int  # of these, inside the window
+    wanted: int  # episodes of a step
+    in_flight: int  # tickets that a worker holds
+    waiting: int  # tickets to be issued again
+    tokens: int  # of the finished episodes
+
+
+@dataclass
+class _Open:
+    """A ticket between its first claim and its release."""
+
+    ticket: Ticket
+    worker: str | None = None  # None: waits to be issued
+    claimed_s: float = 0.0
+    failures: int = 0
+    infos: tuple[SubTraceInfo, ...] | None = None  # not None: finished
+    stats: dict[str, float] = field(default_factory=dict)
+    step: int | None = None  # not None: taken by this step
+
+
+class Store:
+    """Tickets and finished episodes of one run. Times are seconds of any clock that only goes forward."""
+
+    def __init__(self, config: BufferConfig, num_rows: int, seed: int, max_failures: int = 3) -> None:
+        """`max_failures`: a ticket that fails more often ends the run."""
+        if num_rows < 1:
+            raise ValueError(f"num_rows={num_rows}: the task file must have at least one row")
+        if seed < 0:
+            raise ValueError(f"seed={seed}: must be at least 0")
+        self._config = config
+        self._num_rows = num_rows
+        self._seed = seed
+        self._max_failures = max_failures
+        self._next_number = 0
+        self._step = 0
+        self._open: dict[int, _Open] = {}  # ticket number -> its state, in the order of numbers
+        self._rows_of_epoch: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))
+
+    def row(self, number: int) -> int:
+        """Row of a ticket: every epoch of `num_rows` tickets is a shuffle that only seed and epoch decide."""
+        epoch, place = divmod(number, self._num_rows)
+        if self._rows_of_epoch[0] != epoch:
+            self._rows_of_epoch = (epoch, np.random.default_rng([self._seed, epoch]).permutation(self._num_rows))
+        return int(self._rows_of_epoch[1][place])
+
+    def claim(self, now_s: float, worker: str) -> Ticket | None:
+        """The oldest ticket that waits to be issued again, else a new one; None when no slot is free."""
+        state = next((state for state in self._open.values() if state.worker is None and state.infos is None), None)
+        if state is None:
+            if len(self._open) >= self._config.slots:
+                return None
+            number = self._next_number
+            self._next_number += 1
+            state = self._open[number] = _Open(Ticket(number, self.row(number), attempt=0))
+        state.worker = worker
+        state.claimed_s = now_s
+        return state.ticket
+
+    def add(self, ticket: Ticket, infos: Sequence[SubTraceInfo], stats: dict[str, float]) -> bool:
+        """A finished episode with the numbers measured on it; no `infos` when nothing was sampled.
+
+        False, and nothing kept, when the ticket was issued again in the meantime or is already answered.
+        """
+        state = self._in_flight(ticket)
+        if state is None:
+            return False
+        ids = {info.episode_id for info in infos}
+        if len(ids) > 1:
+            raise ValueError(f"ticket {ticket.number}: sub-traces of {len(ids)} episodes {sorted(ids)}: must be one")
+        state.infos = tuple(infos)
+        state.stats = dict(stats)
+        return True
+
+    def fail(self, ticket: Ticket, reason: str) -> bool:
+        """Infrastructure broke the episode: its ticket will be issued again. False for a late answer.
+
+        RuntimeError: the ticket failed more than `max_failures` times.
+        """
+        state = self._in_flight(ticket)
+        if state is None:
+            return False
+        worker = state.worker
+        state.failures += 1
+        self._reissue(state)
+        if state.failures > self._max_failures:
+            raise RuntimeError(
+                f"ticket {ticket.number} (row {ticket.row}) failed {state.failures} times, "
+                f"allowed are {self._max_failures}; the last time at {worker}: {reason}"
+            )
+        return True
+
+    def expire(self, now_s: float) -> list[Ticket]:
+        """Takes back the tickets that were claimed `claim_timeout_s` ago and not answered; returns them."""
+        oldest_s = now_s - self._config.claim_timeout_s
+        return self._take_back(lambda state: state.claimed_s <= oldest_s)
+
+    def lost(self, worker: str) -> list[Ticket]:
+        """Takes back the tickets that a dead worker holds; returns them."""
+        return self._take_back(lambda state: state.worker == worker)
+
+    def take(self) -> Batch | None:
+        """The next step's episodes in ticket order; None while fewer than a step stand inside the window."""
+        chosen = self._takeable()[: self._config.episodes_per_step]
+        if len(chosen) < self._config.episodes_per_step:
+            return None
+        for state in chosen:
+            state.step = self._step
+        batch = Batch(
+            step=self._step,
+            items=tuple(info for state in chosen for info in state.infos or ()),
+            episodes=tuple(state.stats for state in chosen),
+        )
+        self._step += 1
+        return batch
+
+    def release(self, step: int) -> int:
+        """Frees the slots of a trained batch and forgets its episodes; returns how many.
+
+        ValueError: no batch of that step is out.
+        """
+        done = [number for number, state in self._open.items() if state.step == step]
+        if not done:
+            out = sorted({state.step for state in self._open.values() if state.step is not None})
+            raise ValueError(f"release of step {step}: it is not out; taken and not released are {out}")
+        for number in done:
+            del self._open[number]
+        return len(done)
+
+    def counts(self) -> Counts:
+        finished = [state for state in self._open.values() if state.infos is not None and state.step is None]
+        running = [state for state in self._open.values() if state.infos is None]
+        return Counts(
+            finished=len(finished),
+            takeable=len(self._takeable()),
+            wanted=self._config.episodes_per_step,
+            in_flight=sum(state.worker is not None for state in running),
+            waiting=sum(state.worker is None for state in running),
+            tokens=sum(info.num_tokens for state in finished for info in state.infos or ()),
+        )
+
+    def holders(self) -> dict[str, list[int]]:
+        """Worker -> numbers of the tickets that it holds, oldest first."""
+        held: dict[str, list[int]] = {}
+        for number, state in self._open.items():
+            if state.infos is None and state.worker is not None:
+                held.setdefault(state.worker, []).append(number)
+        return held
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain data from which a new store goes on: no ticket is lost, none is trained twice.
+
+        Episodes that were taken count as trained, so call it after the update of the last batch that was taken
+        and before the next `take`. Open tickets, finished ones included, are issued again after a resume.
+        """
+        return {
+            "seed": self._seed,
+            "num_rows": self._num_rows,
+            "step": self._step,
+            "next_number": self._next_number,
+            "open": [
+                (number, state.ticket.attempt, state.failures)
+                for number, state in self._open.items()
+                if state.step is None
+            ],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """ValueError: the state is of another seed or task file, whose row order is another one."""
+        for name, mine in (("seed", self._seed), ("num_rows", self._num_rows)):
+            if state[name] != mine:
+                raise ValueError(
+                    f"the checkpoint's {name} is {state[name]}, this run's is {mine}: set it back, or start a new run"
+                )
+        self._step = state["step"]
+        self._next_number = state["next_number"]
+        self._open = {
+            number: _Open(Ticket(number, self.row(number), attempt + 1), failures=failures)
+            for number, attempt, failures in sorted(state["open"])
+        }
+
+    def _in_flight(self, ticket: Ticket) -> _Open | None:
+        """The ticket's state when this very attempt is the one that is awaited."""
+        state = self._open.get(ticket.number)
+        if state is None or state.ticket != ticket or state.worker is None or state.infos is not None:
+            return None
+        return state
+
+    def _take_back(self, is_meant: Callable[[_Open], bool]) -> list[Ticket]:
+        running = [state for state in self._open.values() if state.worker is not None and state.infos is None]
+        meant = [state for state in running if is_meant(state)]
+        tickets = [state.ticket for state in meant]
+        for state in meant:
+            self._reissue(state)
+        return tickets
+
+    def _reissue(self, state: _Open) -> None:
+        state.ticket = Ticket(state.ticket.number, state.ticket.row, state.ticket.attempt + 1)
+        state.worker = None
+
+    def _takeable(self) -> list[_Open]:
+        """Finished episodes that no step has, inside the window, in ticket order."""
+        oldest = next((number for number, state in self._open.items() if state.infos is None), self._next_number)
+        end = oldest + self._config.window
+        return [
+            state
+            for number, state in self._open.items()
+            if number < end and state.infos is not None and state.step is None
+        ]

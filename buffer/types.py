@@ -1,0 +1,162 @@
+"""The vocabulary: what flows between rollout, buffer, critic and policy.
+
+    Turn      one call of the engine                 (rollout writes it)
+    Episode   one attempt at one prompt: its turns   (rollout writes it)
+    SubTrace  tokens trained in one forward pass     (buffer.trace cuts an Episode into them)
+    Batch     the sub-traces of one training step    (buffer hands it out)
+    Targets   advantages and returns of a sub-trace  (critic.advantages writes it)
+
+Every record is frozen. Shapes: T tokens of a sub-trace, P prompt tokens and N sampled
+tokens of a turn. Log-probabilities are natural logarithms at temperature 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Int32 = NDArray[np.int32]
+Float32 = NDArray[np.float32]
+Bool = NDArray[np.bool_]
+
+
+class TurnKind(str, Enum):
+    """What the policy was asked for."""
+
+    ACT = "act"
+    SUMMARY = "summary"  # a compaction: the policy condenses its own context
+
+
+class Status(str, Enum):
+    """How an episode ended."""
+
+    FINISHED = "finished"  # the agent submitted or the environment ended it
+    TRUNCATED = "truncated"  # a budget ran out (turns, tokens, compactions): trained with its reward
+    FAILED = "failed"  # infrastructure broke: never trained, its ticket is issued again
+
+
+class SubTraceKind(str, Enum):
+    """Where a sub-trace stands in its episode."""
+
+    FINAL = "final"  # ends with the episode
+    COMPACTED = "compacted"  # ends with a summary from which a later sub-trace goes on
+    SUB_AGENT = "sub_agent"  # ran below another agent
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One call of the engine: what it was given and what it sampled."""
+
+    prompt_ids: Int32  # [P] exactly the ids that the engine was given
+    output_ids: Int32  # [N] the ids that it sampled, the stop id included when there was one
+    logprobs: Float32  # [N] log-probability of each output id under the weights that sampled it
+    versions: Int32  # [N] weight version that sampled each output id
+    finish_reason: str  # "stop" | "length" | "abort"
+    kind: TurnKind = TurnKind.ACT
+    agent: int = 0  # index into Episode.parents
+    observation: str = ""  # what the environment answered, as text, for people to read
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One attempt at one prompt.
+
+    `turns` are in time order over all agents. `parents[k]` is the agent that started agent k
+    (-1 for the root agent 0). `reward` is the terminal reward.
+    """
+
+    episode_id: str
+    row: int  # line of the task file that the prompt came from, from 0
+    turns: tuple[Turn, ...]
+    reward: float
+    status: Status
+    parents: tuple[int, ...] = (-1,)
+    error: str = ""  # why, when status is FAILED
+    guard_events: tuple[str, ...] = ()
+
+
+class Successor(NamedTuple):
+    """The action whose state follows a sub-trace's last action."""
+
+    position: int  # SubTrace.position of the sub-trace that goes on
+    action: int  # index among that sub-trace's action tokens, from 0
+
+
+@dataclass(frozen=True)
+class SubTrace:
+    """A token sequence that is trained in one forward pass.
+
+    A compacted coding episode, `[...]` sampled by the policy (action_mask True):
+
+        position 0  task [cat a8] file [cat b9] file <compact> [a=17;b=12]   COMPACTED, successor (1, 0)
+        position 1  task <summary> a=17;b=12 [put ...] [submit]              FINAL, successor None
+
+    The summary is trained where the policy wrote it (position 0); its copy in position 1 is context.
+    """
+
+    tokens: Int32  # [T]
+    action_mask: Bool  # [T] True = sampled by the policy here; never True at index 0
+    logprobs: Float32  # [T] engine log-probability of each action token, 0 elsewhere
+    rewards: Float32  # [T] reward given at each action token, 0 elsewhere
+    versions: Int32  # [T] weight version of each action token, -1 elsewhere
+    summary_mask: Bool  # [T] True = action token of a summary turn
+    episode_id: str
+    position: int  # index among the sub-traces of its episode, from 0, in time order
+    successor: Successor | None
+    kind: SubTraceKind
+    status: Status
+
+    @property
+    def num_actions(self) -> int:
+        return int(self.action_mask.sum())
+
+    @property
+    def oldest_version(self) -> int:
+        """Smallest weight version among the action tokens."""
+        return int(self.versions[self.action_mask].min())
+
+
+@dataclass(frozen=True)
+class SubTraceInfo:
+    """What the buffer knows of a sub-trace without holding its bytes."""
+
+    ref: Any  # Ray object reference of the SubTrace (or the SubTrace itself, in unit tests)
+    episode_id: str
+    num_tokens: int
+    num_actions: int
+    oldest_version: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The whole episodes of one training step."""
+
+    step: int
+    items: tuple[SubTraceInfo, ...]
+    episodes: tuple[dict[str, float], ...]  # per episode: the numbers that rollout measured
+
+    @property
+    def num_actions(self) -> int:
+        return sum(item.num_actions for item in self.items)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(item.num_tokens for item in self.items)
+
+
+# grid[rank][micro_batch] -> indices of sub-traces; every rank has the same number of micro-batches,
+# an empty list is a padding micro-batch of zero loss.
+Grid = list[list[list[int]]]
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What a sub-trace is trained towards; zero where its action_mask is False."""
+
+    advantages: Float32  # [T]
+    returns: Float32  # [T]
+    values: Float32  # [T] the critic's value before each action token, as it was at collection

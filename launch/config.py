@@ -1,0 +1,19 @@
+"""Settings of the machines a run is put on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class ClusterConfig:
+    """What the run may use. A run is refused when the machine has less."""
+
+    name: str = "local"
+    num_nodes: int = 1
+    gpus_per_node: int = 0  # 0: everything runs on CPUs
+    min_memory_gb: float = 8.0
+    min_disk_gb: float = 4.0
+    threads_per_process: int = 1  # OMP threads of engines and training processes on CPUs
+    ray_address: str = ""  # "": start Ray here; else join this cluster
+    start_timeout_s: float = 600.0  # deadline for every process to answer for the first time

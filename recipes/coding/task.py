@@ -1,0 +1,95 @@
+"""The coding task: read files, write a program, have it judged by hidden tests.
+
+    cat a8          shows a file
+    put SOURCE      writes solution.py and runs the visible tests; passing them all submits
+    submit          ends the episode
+
+Programs run in the sandbox and never see an expected value; the reward is 1 when every hidden test
+passes, else 0. At most seven actions.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+from recipes.coding.demonstrator import Script
+from recipes.coding.rows import make_rows
+from slime import Demonstrator, Environment, Sandbox, Step, Task, TaskRow
+
+# Calls f at each x of stdin; prints one result per line, nothing but integers.
+RUNNER = """
+import json, sys
+space = {"__name__": "solution"}
+exec(compile(open("solution.py").read(), "solution.py", "exec"), space)
+for x in json.load(sys.stdin):
+    y = space["f"](x)
+    print(y if type(y) is int else "?")
+"""
+
+
+class CodingEnvironment(Environment):
+    """One attempt at a row."""
+
+    def __init__(self, row: TaskRow, sandbox: Sandbox) -> None:
+        self.row = row
+        self.sandbox = sandbox
+        self.written = False
+
+    async def start(self) -> str:
+        await self.sandbox.write_files(dict(self.row.files))
+        return self.row.prompt
+
+    async def _results(self, xs: list[int]) -> list[str]:
+        """f at each x as printed; shorter when the program failed."""
+        return (await self.sandbox.run_python(RUNNER, stdin=json.dumps(xs))).stdout.split()
+
+    async def step(self, action: str) -> Step:
+        if action == "submit":
+            return Step("", done=True)
+        if action.startswith("cat "):
+            try:
+                return Step(await self.sandbox.read_file(action.removeprefix("cat ")))
+            except (FileNotFoundError, ValueError):
+                return Step("err")
+        if not action.startswith("put "):
+            return Step("err")
+        await self.sandbox.write_files({"solution.py": action.removeprefix("put ")})
+        self.written = True
+        results = await self._results([x for x, _ in self.row.visible_tests])
+        if len(results) != len(self.row.visible_tests):
+            return Step("err")
+        for (x, wanted), found in zip(self.row.visible_tests, results, strict=True):
+            if found != str(wanted):
+                return Step(f"f({x})={found}!={wanted}")
+        return Step("", done=True)
+
+    async def reward(self) -> float:
+        if not self.written:
+            return 0.0
+        results = await self._results([x for x, _ in self.row.hidden_tests])
+        return float(results == [str(wanted) for _, wanted in self.row.hidden_tests])
+
+
+class CodingTask(Task):
+    """`noise` scales how often the demonstrations of the warm start are wrong (1: as often as the demo wants)."""
+
+    def __init__(self, noise: float = 1.0, **options: Any) -> None:
+        super().__init__(**options)
+        self.noise = noise
+
+    def make_rows(self, split: str, count: int, seed: int) -> list[TaskRow]:
+        return make_rows(split, count, seed)
+
+    def make_model(self, folder: Path, seed: int) -> None:
+        from recipes.coding.model import build_model  # transformers takes seconds to import
+
+        build_model(folder, seed)
+
+    def environment(self, row: TaskRow, sandbox: Sandbox) -> Environment:
+        return CodingEnvironment(row, sandbox)
+
+    def demonstrate(self, row: TaskRow, rng: random.Random) -> Demonstrator:
+        return Script(row, rng, self.noise)

@@ -1,0 +1,158 @@
+"""The agent loop: one episode from prompt to reward, with compaction by the policy itself.
+
+    context = task
+    loop:  if less than `reserve_tokens` of the window is left:
+               the policy writes a summary (a turn like any other: it is trained)
+               context = task + summary + the last `keep_steps` steps
+           the policy acts; the environment answers; both are appended to the context
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import numpy as np
+
+from buffer.tasks import TaskRow
+from buffer.types import Episode, Float32, Int32, Status, Turn, TurnKind
+from rollout.config import RolloutConfig
+from rollout.environment import Demonstrator, Environment
+from rollout.rendering import Renderer
+
+
+class Sampled(Protocol):
+    """What a sampler returns for one turn."""
+
+    @property
+    def output_ids(self) -> Int32: ...
+    @property
+    def logprobs(self) -> Float32: ...
+    @property
+    def versions(self) -> Int32: ...
+    @property
+    def finish_reason(self) -> str: ...
+
+
+class Sampler(Protocol):
+    """Whoever speaks for the policy."""
+
+    async def sample(self, prompt_ids: list[int], max_tokens: int, kind: TurnKind) -> Sampled: ...
+
+
+class EpisodeAborted(RuntimeError):
+    """The engine gave up a request: the episode can't go on and is not trained."""
+
+
+@dataclass
+class _State:
+    """Where an episode stands."""
+
+    task: str
+    context: list[int]
+    turns: list[Turn] = field(default_factory=list)
+    steps: list[list[int]] = field(default_factory=list)  # ids of each (action, observation) in this context
+    num_actions: int = 0
+    num_compactions: int = 0
+
+
+class Agent:
+    """Plays episodes of one policy."""
+
+    def __init__(self, sampler: Sampler, renderer: Renderer, config: RolloutConfig) -> None:
+        self.sampler = sampler
+        self.renderer = renderer
+        self.config = config
+
+    async def run(self, row: TaskRow, row_index: int, environment: Environment, episode_id: str) -> Episode:
+        """One attempt. Exceptions of engine or sandbox pass through: the caller records a failed episode."""
+        task = await environment.start()
+        state = _State(task, self.renderer.prompt(task))
+        status = await self._play(state, environment, row.budgets.get("max_turns", self.config.max_turns))
+        reward = await environment.reward()
+        return Episode(episode_id, row_index, tuple(state.turns), reward, status)
+
+    async def _play(self, state: _State, environment: Environment, max_turns: int) -> Status:
+        limits = self.config.compaction
+        while True:
+            if limits.context_tokens - len(state.context) < limits.reserve_tokens:
+                if state.num_compactions == limits.max_compactions:
+                    return Status.TRUNCATED
+                await self._compact(state)
+                if limits.context_tokens - len(state.context) < limits.reserve_tokens:
+                    return Status.TRUNCATED  # task and summary alone fill the window
+            room = limits.context_tokens - len(state.context)
+            turn = await self._turn(state, TurnKind.ACT, min(self.config.max_turn_tokens, room))
+            if turn.finish_reason == "length":
+                return Status.TRUNCATED
+            state.num_actions += 1
+            answer = await environment.step(self.renderer.sampled_text(turn.output_ids))
+            state.turns[-1] = replace(turn, observation=answer.observation)
+            if answer.done:
+                return Status.FINISHED
+            if state.num_actions >= max_turns:
+                return Status.TRUNCATED
+            self._observe(state, turn, answer.observation)
+
+    async def _turn(self, state: _State, kind: TurnKind, max_tokens: int) -> Turn:
+        prompt_ids = list(state.context)
+        sampled = await self.sampler.sample(prompt_ids, max_tokens, kind)
+        if sampled.finish_reason == "abort":
+            raise EpisodeAborted(f"the engine aborted turn {len(state.turns)}")
+        turn = Turn(
+            prompt_ids=np.asarray(prompt_ids, np.int32),
+            output_ids=sampled.output_ids,
+            logprobs=sampled.logprobs,
+            versions=sampled.versions,
+            finish_reason=sampled.finish_reason,
+            kind=kind,
+        )
+        state.turns.append(turn)
+        state.context += sampled.output_ids.tolist()
+        return turn
+
+    def _observe(self, state: _State, turn: Turn, observation: str) -> None:
+        limits = self.config.compaction
+        held_back = limits.summary_tokens + len(self.renderer.compact_ids)
+        room = limits.context_tokens - len(state.context) - held_back
+        ids = self.renderer.observation(observation, room)
+        state.context += ids
+        state.steps.append([*turn.output_ids.tolist(), *ids])
+
+    async def _compact(self, state: _State) -> None:
+        limits = self.config.compaction
+        state.context += self.renderer.compact_ids
+        turn = await self._turn(state, TurnKind.SUMMARY, limits.summary_tokens)
+        summary = [int(i) for i in turn.output_ids if i != self.renderer.stop_id]
+        state.num_compactions += 1
+        kept = state.steps[-limits.keep_steps :] if limits.keep_steps else []
+        while True:
+            flat = [i for step in kept for i in step]
+            state.context = self.renderer.after_compaction(state.task, summary, flat)
+            if not kept or limits.context_tokens - len(state.context) >= limits.reserve_tokens:
+                break
+            kept = kept[1:]
+        state.steps = list(kept)
+
+
+@dataclass(frozen=True)
+class _Scripted:
+    output_ids: Int32
+    logprobs: Float32
+    versions: Int32
+    finish_reason: str
+
+
+class ScriptedSampler:
+    """A demonstrator that speaks where the policy would, so that both play the same loop."""
+
+    def __init__(self, demonstrator: Demonstrator, renderer: Renderer) -> None:
+        self._demonstrator = demonstrator
+        self._renderer = renderer
+
+    async def sample(self, prompt_ids: list[int], max_tokens: int, kind: TurnKind) -> Sampled:
+        text = self._demonstrator.summary() if kind is TurnKind.SUMMARY else self._demonstrator.action()
+        ids = np.asarray(self._renderer.encode_reply(text)[:max_tokens], np.int32)
+        done = bool(len(ids)) and int(ids[-1]) == self._renderer.stop_id
+        zeros = np.zeros(len(ids), np.float32)
+        return _Scripted(ids, zeros, np.zeros(len(ids), np.int32), "stop" if done else "length")

@@ -1,0 +1,87 @@
+"""SGLang's out-of-tree platform for machines without a GPU.
+
+The entry point `sglang.srt.platforms: slime_cpu` names `activate`; SGLang calls it inside `import sglang`, in every
+process of an engine. Nothing heavy is imported here: the platform's class lives in rollout/decode.py.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+# Imported by SGLang at module level for images and for grammars; an engine that exchanges token ids uses neither.
+OPTIONAL_PACKAGES = ("torchvision", "xgrammar")
+
+
+class _StubModule(ModuleType):
+    """A module of which every public name is an empty class."""
+
+    __path__: list[str] = []
+
+    def __getattr__(self, name: str) -> type:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        stub = type(name, (), {"__module__": self.__name__, **_STUB_METHODS})
+        setattr(self, name, stub)
+        return stub
+
+
+def _only_none(cls: type, source: Any, handler: Any) -> Any:
+    """A pydantic field of a stub type may hold None and nothing else."""
+    from pydantic_core import core_schema
+
+    return core_schema.none_schema()
+
+
+_STUB_METHODS: dict[str, Any] = {
+    "__class_getitem__": classmethod(lambda cls, item: cls),
+    "__get_pydantic_core_schema__": classmethod(_only_none),
+}
+
+
+class _StubFinder(MetaPathFinder, Loader):
+    """Finds stub modules for packages that are not installed, and for everything below them."""
+
+    def __init__(self, packages: Sequence[str]) -> None:
+        self.packages = frozenset(packages)
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if fullname.partition(".")[0] not in self.packages:
+            return None
+        return ModuleSpec(fullname, self, is_package=True)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return _StubModule(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """A stub has nothing to run."""
+
+
+def install_stubs() -> tuple[str, ...]:
+    """Makes the absent ones of OPTIONAL_PACKAGES importable and returns their names.
+
+    The finder goes to the end of sys.meta_path, so an installed package always wins. transformers is asked first
+    and remembers the answer: it keeps seeing that torchvision is absent.
+    """
+    from transformers.utils import import_utils
+
+    import_utils.is_torchvision_available()
+    absent = tuple(name for name in OPTIONAL_PACKAGES if importlib.util.find_spec(name) is None)
+    if absent:
+        sys.meta_path.append(_StubFinder(absent))
+    return absent
+
+
+def activate() -> str | None:
+    """Name of the platform class for SGLang, or None where a CUDA device is available."""
+    import torch
+
+    if torch.cuda.is_available():
+        return None
+    install_stubs()
+    return "rollout.decode.CpuPlatform"

@@ -1,0 +1,92 @@
+"""Messages to tokens, once; afterwards an episode is token ids only.
+
+What the policy sampled is never decoded and encoded again: a context is put together from the ids of
+its parts, so that what is trained is what the engine saw.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Template:
+    """Text around each part of a context. `reply` opens the policy's turn, `stop` closes it."""
+
+    user: tuple[str, str]
+    tool: tuple[str, str]
+    summary: tuple[str, str]
+    compact: str
+    reply: str
+    stop: str
+
+
+TEMPLATES = {
+    "tiny": Template(user=("<u>", "$"), tool=("<t>", "$"), summary=("<s>", "$"), compact="<c>", reply="", stop="$"),
+    "chatml": Template(
+        user=("<|im_start|>user\n", "<|im_end|>\n"),
+        tool=("\n<|im_start|>user\n<tool_response>\n", "\n</tool_response><|im_end|>\n"),
+        summary=("<|im_start|>user\nYour summary of the work so far:\n", "<|im_end|>\n"),
+        compact=(
+            "\n<|im_start|>user\nThe context window is almost full. Write a summary of everything that is needed "
+            "to go on: the goal, what was found out, what was changed, what is left to do. Only the task and this "
+            "summary will remain.<|im_end|>\n"
+        ),
+        reply="<|im_start|>assistant\n",
+        stop="<|im_end|>",
+    ),
+}
+
+
+class Renderer:
+    """Builds contexts for one tokenizer and template."""
+
+    def __init__(self, tokenizer: Any, template: str) -> None:
+        if template not in TEMPLATES:
+            raise ValueError(f"model.template={template!r}: known templates are {', '.join(TEMPLATES)}")
+        self._tokenizer = tokenizer
+        self._t = TEMPLATES[template]
+        stop = self._markup(self._t.stop)
+        if len(stop) != 1:
+            raise ValueError(f"stop text {self._t.stop!r} is {len(stop)} tokens in this tokenizer; it must be one")
+        self.stop_id = stop[0]
+        self.compact_ids = self._markup(self._t.compact + self._t.reply)
+
+    def _markup(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False) if text else []
+
+    def _content(self, text: str) -> list[int]:
+        """Text from outside: what looks like markup in it stays plain text."""
+        return self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True) if text else []
+
+    def _wrapped(self, around: tuple[str, str], inner: list[int], after: str = "") -> list[int]:
+        return [*self._markup(around[0]), *inner, *self._markup(around[1] + after)]
+
+    def prompt(self, text: str) -> list[int]:
+        """The task, up to where the policy speaks."""
+        return self._wrapped(self._t.user, self._content(text), self._t.reply)
+
+    def observation(self, text: str, max_tokens: int) -> list[int]:
+        """A tool's answer, up to where the policy speaks; its middle is left out where it would be longer."""
+        ids = self._content(text)
+        room = max_tokens - len(self._wrapped(self._t.tool, [], self._t.reply))
+        if len(ids) > room:
+            head = max(0, room) // 2
+            ids = ids[:head] + ids[len(ids) - (max(0, room) - head) :]
+        return self._wrapped(self._t.tool, ids, self._t.reply)
+
+    def after_compaction(self, task: str, summary_ids: list[int], kept_ids: list[int]) -> list[int]:
+        """The context that goes on after a summary: task, summary, the kept steps."""
+        opening = self._wrapped(self._t.user, self._content(task))
+        return [*opening, *self._wrapped(self._t.summary, summary_ids, self._t.reply), *kept_ids]
+
+    def sampled_text(self, output_ids: np.ndarray) -> str:
+        """What the policy said, without the stop token."""
+        return self._tokenizer.decode([int(i) for i in output_ids if i != self.stop_id])
+
+    def encode_reply(self, text: str) -> list[int]:
+        """A scripted turn of the policy, stop token included."""
+        return [*self._content(text), self.stop_id]

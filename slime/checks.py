@@ -1,0 +1,294 @@
+"""What is refused before any process starts: numbers out of range and numbers that do not go together.
+
+Every message names the number that is wrong and the nearest that works.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from slime.schema import Config, Kind
+from trainer.config import LayoutConfig, Precision
+
+RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+TARGET = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+_OPTIMIZER = {
+    "lr": "(0, inf)",
+    "beta1": "[0, 1)",
+    "beta2": "[0, 1)",
+    "eps": "(0, inf)",
+    "weight_decay": "[0, inf)",
+    "max_grad_norm": "(0, inf)",
+    "warmup_steps": "[0, inf)",
+    "decay_steps": "[0, inf)",
+    "final_lr_ratio": "[0, 1]",
+}
+# Key -> interval of the values that make sense: [ and ] include the end, ( and ) do not.
+RANGES = {
+    "seed": "[0, 4294967295]",
+    "steps": "[1, inf)",
+    "cluster.num_nodes": "[1, inf)",
+    "cluster.gpus_per_node": "[0, inf)",
+    "cluster.min_memory_gb": "[0, inf)",
+    "cluster.min_disk_gb": "[0, inf)",
+    "cluster.threads_per_process": "[1, inf)",
+    "cluster.start_timeout_s": "(0, inf)",
+    "rollout.num_workers": "[1, inf)",
+    "rollout.episodes_in_flight": "[1, inf)",
+    "rollout.max_turns": "[1, inf)",
+    "rollout.max_turn_tokens": "[1, inf)",
+    "rollout.engine.num_engines": "[1, inf)",
+    "rollout.engine.tensor_parallel": "[1, inf)",
+    "rollout.engine.max_running_requests": "[1, inf)",
+    "rollout.engine.max_total_tokens": "[0, inf)",
+    "rollout.engine.memory_fraction": "(0, 1)",
+    "rollout.engine.start_timeout_s": "(0, inf)",
+    "rollout.engine.request_timeout_s": "(0, inf)",
+    "rollout.sandbox.run_timeout_s": "(0, inf)",
+    "rollout.sandbox.memory_mb": "[16, inf)",
+    "rollout.sandbox.num_prestarted": "[0, inf)",
+    "rollout.compaction.reserve_tokens": "[1, inf)",
+    "rollout.compaction.summary_tokens": "[1, inf)",
+    "rollout.compaction.keep_steps": "[0, inf)",
+    "rollout.compaction.max_compactions": "[0, inf)",
+    "buffer.claim_timeout_s": "(0, inf)",
+    "buffer.take_timeout_s": "(0, inf)",
+    "advantage.gamma": "[0, 1]",
+    "advantage.lambda_policy": "[0, 1]",
+    "advantage.lambda_critic": "[0, 1]",
+    "advantage.lambda_alpha": "[0, inf)",
+    "policy.clip_low": "(0, 1]",
+    "policy.clip_high": "(0, inf)",
+    "policy.num_minibatches": "[1, inf)",
+    "policy.num_epochs": "[1, inf)",
+    "policy.max_logprob_diff": "(0, inf)",
+    "critic.num_minibatches": "[1, inf)",
+    "critic.num_epochs": "[1, inf)",
+    "critic.warmup_episodes": "[0, inf)",
+    "critic.warmup_epochs": "[1, inf)",
+    "critic.value_clip": "[0, inf)",
+    "critic.head_init_std": "[0, inf)",
+    "sft.batch_sub_traces": "[1, inf)",
+    "sft.warm_pass_rate_max": "[0, 1]",
+    "eval.every": "[0, inf)",
+    "eval.num_tasks": "[1, inf)",
+    "checkpoint.every": "[0, inf)",
+    "checkpoint.keep": "[1, inf)",
+    "tracking.sample_episodes": "[0, inf)",
+    "tracking.sample_every": "[1, inf)",
+    **{f"{role}.optimizer.{key}": text for role in ("policy", "critic") for key, text in _OPTIMIZER.items()},
+}
+
+
+class ConfigError(ValueError):
+    """A mistake of the user's: one line that names what is wrong and what works."""
+
+
+def check(config: Config) -> None:
+    """Refuses what can not work, before any process starts. ConfigError: the first problem found.
+
+    Reads nothing but the model's config.json and the rows of `task.eval`, and only where they exist;
+    what does not exist is told by `missing`.
+    """
+    for part in (_ranges, _names, _budgets, _training, _processes, _model, _eval):
+        for problem in part(config):
+            raise ConfigError(problem)
+
+
+def missing(config: Config) -> list[str]:
+    """Files that the run reads and that are not there, one line each."""
+    found = []
+    if config.model.path:
+        folder = Path(config.model.path)
+        cure = f"give the model's folder with model.path=FOLDER (model {config.model.name})"
+        if not folder.is_dir():
+            found.append(f"model.path={config.model.path}: no such folder; {cure}")
+        elif not (folder / "config.json").is_file():
+            found.append(f"model.path={config.model.path}: holds no config.json; {cure}")
+    for key, name in (("train", config.task.train), ("eval", config.task.eval)):
+        if name and not Path(name).is_file():
+            found.append(f"task.{key}={name}: no such file of task rows")
+    return found
+
+
+def get(config: Any, key: str) -> Any:
+    """Value of a dotted key."""
+    for name in key.split("."):
+        config = getattr(config, name)
+    return config
+
+
+def _ranges(config: Config) -> Iterator[str]:
+    for key, interval in RANGES.items():
+        value = get(config, key)
+        low, high = (float(end) for end in interval[1:-1].split(","))
+        above = value > low or (interval[0] == "[" and value == low)
+        below = value < high or (interval[-1] == "]" and value == high)
+        if above and below:
+            continue
+        wrong_end, end = (interval[0], low) if not above else (interval[-1], high)
+        if math.isinf(end) or math.isnan(value):
+            cure = "use a finite number"
+        elif wrong_end in "[]":
+            cure = f"the nearest that works is {end:.10g}"
+        else:
+            cure = f"use a number {'above' if not above else 'below'} {end:.10g}"
+        yield f"{key}={value} is not in {interval}: {cure}"
+
+
+def _names(config: Config) -> Iterator[str]:
+    run = config.run or config.recipe
+    if not RUN_NAME.fullmatch(run):
+        nearest = re.sub(r"[^A-Za-z0-9._-]+", "-", run).lstrip("._-")[:64] or "run"
+        yield (
+            f"run={run!r} can not name a folder and a job: letters, digits, '.', '_' and '-', at most 64, "
+            f"the first a letter or digit; the nearest that works is {nearest!r}"
+        )
+    for key in ("runs_dir", "cache_dir"):
+        if not get(config, key):
+            yield f"{key} is empty: name a folder, e.g. {key}={get(Config(), key)}"
+    if not TARGET.fullmatch(config.task.target):
+        yield f"task.target={config.task.target!r} does not name a task: write package.module:Class"
+    if config.kind is Kind.sft and config.model.start == config.recipe:
+        yield f"model.start={config.model.start} starts recipe {config.recipe} from its own result: use model.start=''"
+
+
+def _budgets(config: Config) -> Iterator[str]:
+    compaction, window = config.rollout.compaction, config.rollout.compaction.context_tokens
+    room = compaction.reserve_tokens - compaction.summary_tokens
+    if config.rollout.max_turn_tokens > room:
+        yield (
+            f"rollout.max_turn_tokens={config.rollout.max_turn_tokens} does not fit: a turn may begin with "
+            f"reserve_tokens={compaction.reserve_tokens} left, of which a summary takes "
+            f"summary_tokens={compaction.summary_tokens}; use at most {room}"
+        )
+    cache = config.rollout.engine.max_total_tokens
+    if 0 < cache < window:
+        yield (
+            f"rollout.engine.max_total_tokens={cache} is below rollout.compaction.context_tokens={window}: "
+            f"one agent would not fit in the KV cache; use at least {window}, or 0 to let the engine decide"
+        )
+    for role, layout in _layouts(config):
+        if layout.max_tokens_per_micro_batch < window:
+            yield (
+                f"{role}.layout.max_tokens_per_micro_batch={layout.max_tokens_per_micro_batch} is below "
+                f"rollout.compaction.context_tokens={window}: the longest sub-trace would not fit; "
+                f"use at least {window}"
+            )
+
+
+def _training(config: Config) -> Iterator[str]:
+    for role, settings in (("policy", config.policy), ("critic", config.critic)):
+        optimizer = settings.optimizer
+        if 0 < optimizer.decay_steps <= optimizer.warmup_steps:
+            yield (
+                f"{role}.optimizer.decay_steps={optimizer.decay_steps} is not above warmup_steps="
+                f"{optimizer.warmup_steps}: use at least {optimizer.warmup_steps + 1}, or 0 for a constant rate"
+            )
+        ranks, episodes = settings.layout.data_parallel, config.buffer.episodes_per_step
+        if config.kind is Kind.ppo and episodes < settings.num_minibatches * ranks:
+            most = episodes // ranks
+            cure = (
+                f"use {role}.num_minibatches of at most {most}"
+                if most
+                else f"use buffer.episodes_per_step of at least {settings.num_minibatches * ranks}"
+            )
+            yield (
+                f"{role}.num_minibatches={settings.num_minibatches} with data_parallel={ranks} needs "
+                f"{settings.num_minibatches * ranks} episodes a step, buffer.episodes_per_step={episodes}: {cure}"
+            )
+    ranks = config.policy.layout.data_parallel
+    if config.kind is Kind.sft and config.sft.batch_sub_traces < ranks:
+        yield (
+            f"sft.batch_sub_traces={config.sft.batch_sub_traces} is below the policy's data_parallel={ranks}: "
+            f"use at least {ranks}"
+        )
+
+
+def _layouts(config: Config) -> list[tuple[str, LayoutConfig]]:
+    """Roles that train in a run of this kind."""
+    policy = ("policy", config.policy.layout)
+    return [policy, ("critic", config.critic.layout)] if config.kind is Kind.ppo else [policy]
+
+
+def _processes(config: Config) -> Iterator[str]:
+    cluster, engine = config.cluster, config.rollout.engine
+    if cluster.gpus_per_node == 0:
+        for role, layout in _layouts(config):
+            if layout.precision is Precision.bf16:
+                yield (
+                    f"{role}.layout.precision=bf16 on CPUs (cluster.gpus_per_node=0) is some 40 times slower "
+                    "than fp32 without AMX: use fp32"
+                )
+        return
+    sizes = [("rollout.engine", engine.tensor_parallel), *((f"{r}.layout", x.tensor_parallel) for r, x in _layouts(config))]
+    for key, size in sizes:
+        if size > cluster.gpus_per_node:
+            yield (
+                f"{key}.tensor_parallel={size} would leave the node: cluster.gpus_per_node={cluster.gpus_per_node}; "
+                f"use at most {cluster.gpus_per_node}"
+            )
+    roles = [("rollout.engine.num_engines", engine.num_engines, engine.tensor_parallel, engine.tensor_parallel)]
+    roles += [(f"{r}.layout.num_processes", x.num_processes, 1, x.tensor_parallel) for r, x in _layouts(config)]
+    gpus = cluster.gpus_per_node * cluster.num_nodes
+    needed = sum(count * each for _, count, each, _ in roles)
+    if needed <= gpus:
+        return
+    cure = f"use cluster.gpus_per_node of at least {-(-needed // cluster.num_nodes)}"
+    for key, count, each, multiple in reversed(roles):  # the last role that can give way alone
+        left = gpus - (needed - count * each)
+        if left >= multiple:
+            cure = f"the nearest that works is {key}={left // multiple * multiple // each}"
+            break
+    parts = " + ".join(f"{count * each} ({key.removesuffix('.layout.num_processes')})" for key, count, each, _ in roles)
+    yield (
+        f"{parts} = {needed} GPUs, cluster.gpus_per_node*num_nodes={cluster.gpus_per_node}*{cluster.num_nodes}={gpus}: "
+        f"{cure}"
+    )
+
+
+def _model(config: Config) -> Iterator[str]:
+    path = Path(config.model.path) / "config.json"
+    if not config.model.path or not path.is_file():
+        return
+    try:
+        shape = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        yield f"{path}: not JSON: {error}"
+        return
+    shape = shape.get("text_config", shape)
+    longest, window = shape.get("max_position_embeddings"), config.rollout.compaction.context_tokens
+    if longest is not None and window > longest:
+        yield (
+            f"rollout.compaction.context_tokens={window} is above the model's max_position_embeddings={longest} "
+            f"({path}): use at most {longest}"
+        )
+    heads = shape.get("num_attention_heads")
+    groups = shape.get("num_key_value_heads", heads)
+    sizes = [("rollout.engine", config.rollout.engine.tensor_parallel, (("num_attention_heads", heads),))]
+    for role, layout in _layouts(config):
+        both = (("num_attention_heads", heads), ("num_key_value_heads", groups))
+        sizes.append((f"{role}.layout", layout.tensor_parallel, both))
+    for key, size, counts in sizes:
+        for name, count in counts:
+            if count and count % size:
+                nearest = next(n for n in range(min(size, count), 0, -1) if count % n == 0)
+                yield (
+                    f"{key}.tensor_parallel={size} does not divide the model's {name}={count} ({path}): "
+                    f"the nearest that works is {nearest}"
+                )
+
+
+def _eval(config: Config) -> Iterator[str]:
+    if not config.task.eval or not Path(config.task.eval).is_file():
+        return
+    with Path(config.task.eval).open(encoding="utf-8") as lines:
+        rows = sum(1 for line in lines if line.strip())
+    if rows < config.eval.num_tasks:
+        yield f"eval.num_tasks={config.eval.num_tasks}, but {config.task.eval} has {rows} rows: use at most {rows}"

@@ -1,0 +1,145 @@
+"""From a Hugging Face config to a megatron-core GPT model on this process's shard."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed as dist
+from torch.nn import functional as F
+
+from trainer.config import LayoutConfig, Precision
+from trainer.megatron import cpu
+
+cpu.enable()
+
+from megatron.core import parallel_state, tensor_parallel  # noqa: E402
+from megatron.core.models.gpt import GPTModel  # noqa: E402
+from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
+
+from trainer.megatron.modules import block_spec  # noqa: E402
+
+DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The numbers of a dense decoder, read from a Hugging Face `config.json`."""
+
+    num_layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocab: int
+    norm_eps: float
+    rope_base: float
+    tied: bool
+    qk_norm: bool
+    max_positions: int
+
+
+def read_shape(folder: Path) -> ModelShape:
+    """ValueError: no config.json, or an architecture that is not mapped."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; a model is a Hugging Face folder")
+    c = json.loads(path.read_text())
+    if c.get("model_type") != "qwen3":
+        raise ValueError(f"{path}: model_type {c.get('model_type')!r} is not mapped; mapped: qwen3")
+    rope = c.get("rope_parameters") or {}
+    return ModelShape(
+        num_layers=c["num_hidden_layers"],
+        hidden=c["hidden_size"],
+        heads=c["num_attention_heads"],
+        kv_heads=c["num_key_value_heads"],
+        head_dim=c["head_dim"],
+        ffn=c["intermediate_size"],
+        vocab=c["vocab_size"],
+        norm_eps=c["rms_norm_eps"],
+        rope_base=float(rope.get("rope_theta") or c["rope_theta"]),
+        tied=bool(c.get("tie_word_embeddings", False)),
+        qk_norm=True,
+        max_positions=c["max_position_embeddings"],
+    )
+
+
+def start_process(
+    rank: int, layout: LayoutConfig, master: str, port: int, seed: int, timeout_s: float, threads: int
+) -> None:
+    """Joins the role's process group and makes megatron's parallel groups."""
+    cuda = torch.cuda.is_available()
+    if not cuda:
+        torch.set_num_threads(threads)
+    os.environ.update(MASTER_ADDR=master, MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(layout.num_processes))
+    dist.init_process_group(
+        "nccl" if cuda else "gloo",
+        rank=rank,
+        world_size=layout.num_processes,
+        timeout=timedelta(seconds=timeout_s),
+    )
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=layout.tensor_parallel)
+    tensor_parallel.random.model_parallel_cuda_manual_seed(seed)
+
+
+def transformer_config(shape: ModelShape, layout: LayoutConfig) -> TransformerConfig:
+    dtype = DTYPES[layout.precision]
+    return TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden,
+        num_attention_heads=shape.heads,
+        num_query_groups=shape.kv_heads,
+        kv_channels=shape.head_dim,
+        ffn_hidden_size=shape.ffn,
+        layernorm_epsilon=shape.norm_eps,
+        qk_layernorm=shape.qk_norm,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        tensor_model_parallel_size=layout.tensor_parallel,
+        sequence_parallel=layout.sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=layout.precision is Precision.bf16,
+        use_cpu_initialization=True,
+        perform_initialization=False,  # weights are read from a folder right away
+        calculate_per_token_loss=True,  # gradients are divided by the global number of action tokens
+        moe_token_dispatcher_type="alltoall",  # the default refuses sequences of varying length
+        # fused kernels need Apex or Transformer Engine
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        apply_rope_fusion=False,
+    )
+
+
+def build_gpt(shape: ModelShape, layout: LayoutConfig, output_layer: Any = None) -> GPTModel:
+    """A GPT model without weights; `output_layer(config)` replaces the vocabulary projection (a value head)."""
+    config = transformer_config(shape, layout)
+    model = GPTModel(
+        config,
+        block_spec(shape.num_layers, shape.qk_norm),
+        vocab_size=padded_vocab(shape.vocab, layout.tensor_parallel),
+        max_sequence_length=shape.max_positions,
+        position_embedding_type="rope",
+        rotary_base=int(shape.rope_base),
+        share_embeddings_and_output_weights=shape.tied and output_layer is None,
+    )
+    if output_layer is not None:
+        model.output_layer = output_layer(config)
+    return model.cuda() if torch.cuda.is_available() else model
+
+
+def padded_vocab(vocab: int, tensor_parallel_size: int) -> int:
+    """The vocabulary rounded up so that every rank holds the same number of rows."""
+    return -(-vocab // tensor_parallel_size) * tensor_parallel_size

@@ -1,0 +1,116 @@
+"""Megatron's distributed optimizer with an Adam whose state can be saved and loaded anywhere."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim.adam import adam
+from torch.optim.adamw import adamw
+
+from trainer.config import OptimizerConfig, Precision
+from trainer.megatron import cpu
+
+cpu.enable()
+
+import megatron.core.optimizer as megatron_optimizer  # noqa: E402
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig  # noqa: E402
+from megatron.core.optimizer import distrib_optimizer, get_megatron_optimizer  # noqa: E402
+
+from trainer.megatron.model import DTYPES  # noqa: E402
+
+
+class GroupStepAdam(torch.optim.Optimizer):
+    """AdamW (Loshchilov & Hutter 2019) that counts steps per parameter group.
+
+    Megatron's checkpoints expect the conventions of Apex's FusedAdam: `step` in the group, only
+    exp_avg and exp_avg_sq per parameter. torch's AdamW keeps a step per parameter and can't be loaded back.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        adam_w_mode: bool = True,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self._rule: Callable[..., None] = adamw if adam_w_mode else adam
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            done = group.get("step", 0)
+            group["step"] = done + 1
+            if not parameters:
+                continue
+            for p in parameters:
+                if not self.state[p]:
+                    self.state[p].update(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+            self._rule(
+                parameters,
+                [p.grad for p in parameters],
+                [self.state[p]["exp_avg"] for p in parameters],
+                [self.state[p]["exp_avg_sq"] for p in parameters],
+                [],
+                [torch.tensor(float(done)) for _ in parameters],
+                foreach=True,
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+
+
+@functools.cache
+def _use_group_step_adam() -> None:
+    """Only where neither Transformer Engine nor Apex is installed."""
+    if not megatron_optimizer.USING_PYTORCH_OPTIMIZER:
+        return
+    megatron_optimizer.Adam = GroupStepAdam
+    megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
+    distrib_optimizer.Adam = GroupStepAdam
+    distrib_optimizer.HAVE_APEX_OR_TE = True
+    distrib_optimizer.USING_APEX_OPTIMIZER = True
+
+
+def wrap_ddp(model: Any) -> DistributedDataParallel:
+    """Megatron data parallelism with gradients summed in fp32."""
+    settings = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
+    return DistributedDataParallel(model.config, settings, model)
+
+
+def build_optimizer(ddp: DistributedDataParallel, config: OptimizerConfig, precision: Precision) -> Any:
+    """Megatron's distributed optimizer over one model chunk."""
+    _use_group_step_adam()
+    settings = megatron_optimizer.OptimizerConfig(
+        optimizer="adam",
+        lr=config.lr,
+        adam_beta1=config.beta1,
+        adam_beta2=config.beta2,
+        adam_eps=config.eps,
+        weight_decay=config.weight_decay,
+        clip_grad=config.max_grad_norm,
+        use_distributed_optimizer=True,
+        bf16=precision is Precision.bf16,
+        params_dtype=DTYPES[precision],
+    )
+    return get_megatron_optimizer(settings, [ddp])
+
+
+def learning_rate(config: OptimizerConfig, step: int) -> float:
+    """lr at optimizer step 0, 1, ...: linear warm-up, then constant or linear decay to final_lr_ratio * lr."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.decay_steps == 0:
+        return config.lr
+    done = min(1.0, (step - config.warmup_steps) / max(1, config.decay_steps - config.warmup_steps))
+    return config.lr * (1.0 - (1.0 - config.final_lr_ratio) * done)
