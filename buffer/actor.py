@@ -16,7 +16,7 @@ from buffer.config import BufferConfig
 from buffer.store import Store, Ticket
 from buffer.types import Batch, SubTraceInfo
 
-_POLL_S = 1.0  # tickets that are overdue are noticed at least this often while somebody waits
+_POLL_S = 1.0  # while somebody waits, overdue tickets are noticed at least this often
 
 
 class BufferActor:
@@ -28,6 +28,7 @@ class BufferActor:
         self._config = config
         self._store = Store(config, num_rows, seed)
         self._now = now  # seconds
+        self._poll_s = min(_POLL_S, config.claim_timeout_s)
         self._changed = asyncio.Event()
         self._deaths: dict[str, int] = {}  # worker -> how often it was lost
         self._broken = ""  # why training can't go on
@@ -115,7 +116,7 @@ class BufferActor:
 
     async def _wait(self, deadline_s: float) -> None:
         """Until something changes, the deadline, or the next look at overdue tickets."""
-        timeout_s = min(_POLL_S, max(0.0, deadline_s - self._now()))
+        timeout_s = min(self._poll_s, max(0.0, deadline_s - self._now()))
         try:
             await asyncio.wait_for(self._changed.wait(), timeout_s)
         except TimeoutError:

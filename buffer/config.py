@@ -10,7 +10,8 @@ class BufferConfig:
     """How many episodes make a step and how far generation may run ahead of training.
 
     A prompt holds a slot from its claim to the release of the step that trained it; training takes
-    a finished episode only among the `window` oldest open ones. Hence (see docs/concepts.md)
+    a finished episode only when fewer than `window` claims lie between the oldest unfinished one and
+    its own. Hence (see docs/concepts.md)
 
         max_lag = (slots + window - 2) // episodes_per_step
 

@@ -30,8 +30,8 @@ def pack(
 
     The cost of a sub-trace is linear * length + quadratic * length^2. Micro-batches are filled
     longest-processing-time first. Ranks then get one micro-batch each of every num_ranks costliest, the lightest
-    rank the costliest, so the loads of two ranks never differ by more than the costs of two micro-batches do.
-    Micro-batches with the same number on different ranks cost about the same. Deterministic.
+    rank the costliest, so the loads of two ranks never differ by more than two micro-batches of the same round
+    do. Micro-batches with the same number on different ranks cost about the same. Deterministic.
 
     ValueError: a sub-trace that does not fit in a micro-batch.
     """

@@ -151,6 +151,7 @@ class Batch:
 # grid[rank][micro_batch] -> indices of sub-traces; every rank has the same number of micro-batches,
 # an empty list is a padding micro-batch of zero loss.
 Grid = list[list[list[int]]]
+LossWeights = dict[int, Float32]  # index of a sub-trace -> weight of each of its tokens [T]
 
 
 @dataclass(frozen=True)

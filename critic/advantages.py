@@ -136,15 +136,23 @@ def whiten(advantage: Float64) -> Float64:
 
 
 def _recursion(deltas: Float64, decay: Float64, starts: Int64, following: Int64, order: list[int]) -> Float64:
-    """A_i = delta_i + decay_k * A_next(i): a first-order linear filter on reversed deltas, sub-trace by sub-trace.
+    """A_i = delta_i + decay_k * A_next(i): a first-order linear filter on reversed deltas.
 
     deltas [I], decay [S], starts [S + 1], following [S]; `order` puts a sub-trace after the one that it needs.
+    Sub-traces that lie one after another and follow each other are filtered as one.
     """
     result = np.empty_like(deltas)
     borders, after, decays = starts.tolist(), following.tolist(), decay.tolist()
+    begin, begins = 0, []  # begins[k]: first step of the run that sub-trace k belongs to
+    for k in range(len(after)):
+        begins.append(begin)
+        if after[k] != borders[k + 1]:
+            begin = borders[k + 1]
     one = np.ones(1)
     for k in order:
-        span = slice(borders[k], borders[k + 1])
+        if after[k] == borders[k + 1]:
+            continue  # the run goes on: done with its last sub-trace
+        span = slice(begins[k], borders[k + 1])
         carry = decays[k] * result[after[k]] if after[k] >= 0 else 0.0
         filtered, _ = lfilter(one, np.array([1.0, -decays[k]]), deltas[span][::-1], zi=np.array([carry]))
         result[span] = filtered[::-1]
@@ -269,6 +277,8 @@ def _end_values(
     end_values = np.zeros(len(sub_traces))
     if config.truncation is Truncation.terminal:
         return end_values
+    if bootstrap_values is not None and len(bootstrap_values) != len(sub_traces):
+        raise ValueError(f"{len(bootstrap_values)} bootstrap values for {len(sub_traces)} sub-traces: must be equal")
     for k, trace in enumerate(sub_traces):
         if trace.status is not Status.TRUNCATED or trace.successor is not None:
             continue

@@ -26,7 +26,7 @@ def explained_variance(values: ArrayLike, returns: ArrayLike) -> float:
         raise ValueError("values and returns must be finite")
     total = ret.var()
     residual = (ret - v).var()
-    floor = 1e-12 * max(1.0, float(np.square(ret).mean()))  # float32 rounding is no variance
+    floor = 1e-12 * float(np.square(ret).mean() + np.square(v).mean())  # rounding is no variance
     if total <= floor:
         return 1.0 if residual <= floor else 0.0
     return float(1.0 - residual / total)

@@ -1,7 +1,7 @@
 """SGLang's out-of-tree platform for machines without a GPU.
 
 The entry point `sglang.srt.platforms: slime_cpu` names `activate`; SGLang calls it inside `import sglang`, in every
-process of an engine. Nothing heavy is imported here: the platform's class lives in rollout/decode.py.
+process of an engine. Nothing heavy is imported here: the platform's class lives in rollout/cpu/platform.py.
 """
 
 from __future__ import annotations
@@ -84,4 +84,4 @@ def activate() -> str | None:
     if torch.cuda.is_available():
         return None
     install_stubs()
-    return "rollout.decode.CpuPlatform"
+    return "rollout.cpu.platform.CpuPlatform"

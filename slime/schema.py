@@ -42,18 +42,24 @@ class ModelConfig:
 
 @dataclass
 class EvalConfig:
+    """Measuring the policy on tasks that are never trained on."""
+
     every: int = 10  # steps; 0: only when training ends
     num_tasks: int = 128
 
 
 @dataclass
 class CheckpointConfig:
+    """What is saved, so that a stopped run loses nothing."""
+
     every: int = 10  # steps; 0: only when training ends
     keep: int = 2  # newest checkpoints that stay on disk
 
 
 @dataclass
 class TrackingConfig:
+    """What is written down for people to look at."""
+
     wandb: bool = True  # offline unless logged in
     project: str = "slime"
     sample_episodes: int = 8  # episodes of a step kept for people to read
@@ -65,7 +71,6 @@ class SftConfig:
     """Supervised warm start on a task's demonstrations."""
 
     batch_sub_traces: int = 32  # per optimizer step
-    warm_pass_rate_max: float = 1.0  # refuse a warm start that already solves more than this
 
 
 @dataclass
@@ -92,3 +97,6 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        self.run = self.run or self.recipe

@@ -12,10 +12,29 @@ from torch import distributed as dist
 from buffer.types import Grid
 from trainer import losses
 from trainer.batching import MicroBatch
-# from trainer.broadcast import broadcast, join_update_group
+from trainer.broadcast import broadcast, join_update_group
 from trainer.config import Loss, PolicyConfig
-from trainer.megatron import hf
+from trainer.megatron import cpu, hf
 from trainer.worker import Fields, LossFunction, MegatronWorker, WorkerSettings
+
+cpu.enable()
+
+from megatron.core import parallel_state  # noqa: E402
+from megatron.core.tensor_parallel import vocab_parallel_cross_entropy  # noqa: E402
+
+
+def vocab_logprobs(logits_PV: torch.Tensor, labels_P: torch.Tensor, vocab: int) -> torch.Tensor:
+    """log softmax at the labels, float32 [P], from logits split over tensor-parallel ranks.
+
+    Rows that pad the vocabulary to a multiple of the ranks are no tokens: they get no probability.
+    """
+    width = logits_PV.shape[1]
+    padding = (parallel_state.get_tensor_model_parallel_rank() + 1) * width - vocab
+    logits_PV = logits_PV.float()
+    if padding > 0:
+        real_V = torch.arange(width, device=logits_PV.device) < width - padding
+        logits_PV = logits_PV.masked_fill(~real_V, torch.finfo(torch.float32).min)
+    return -vocab_parallel_cross_entropy(logits_PV, labels_P)
 
 
 class PolicyWorker(MegatronWorker):
@@ -28,14 +47,10 @@ class PolicyWorker(MegatronWorker):
 
     def _forward(self, batch: MicroBatch, gpt: Any) -> torch.Tensor:
         """Log-probability of each predicted token, at temperature 1."""
-        nll = gpt(
-            batch.tokens_1P,
-            batch.packing.position_T[None],
-            None,
-            labels=batch.labels_1P,
-            packed_seq_params=batch.packing,
-        )
-        return -nll[0]
+        logits_1PV = gpt(
+            batch.tokens_1P, batch.packing.position_T[None], None, packed_seq_params=batch.packing
+        )  # this rank's slice of the vocabulary
+        return vocab_logprobs(logits_1PV[0], batch.labels_1P[0], self.shape.vocab)
 
     def logprobs(self, refs: Sequence[Any], grid: Grid) -> dict[int, Any]:
         """Log-probabilities under the present weights, float32 [T] a sub-trace."""

@@ -1,8 +1,31 @@
-"""Runs one program within limits."""
+"""Runs one program within limits; nothing of it is alive afterwards."""
 
 from __future__ import annotations
 
-IMPORTS
+import atexit
+import builtins
+import contextlib
+import ctypes
+import gc
+import json
+import linecache
+import os
+import resource
+import select
+import signal
+import sys
+import threading
+import time
+import traceback
+import types
+from typing import Any, NoReturn
+
+from rollout.sandbox.inside.files import BOX, SCRATCH
+
+LOOK_S = 0.05  # time between two looks at what a run has taken
+_PR_SET_DUMPABLE = 4
+_LIBC = ctypes.CDLL(None, use_errno=True)
+
 
 class Limits:
     """What one run may take."""
@@ -26,10 +49,8 @@ def kill_others() -> None:
 
 def set_dumpable(flag: bool) -> None:
     """Whether other processes of this uid may trace this one or open its /proc files."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(PR_SET_DUMPABLE, int(flag), 0, 0, 0) != 0:
+    if _LIBC.prctl(_PR_SET_DUMPABLE, int(flag), 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_DUMPABLE)")
-
 
 
 def run(request: dict[str, Any], limits: Limits) -> dict[str, Any]:
@@ -112,7 +133,8 @@ class Pipes:
             self._close(fd)
         kept = part[: self._left[fd]]
         self._left[fd] -= len(kept)
-        self._parts[fd].append(kept)
+        if kept:
+            self._parts[fd].append(kept)
         if len(kept) < len(part):
             self._truncated.add(fd)
 
@@ -169,7 +191,6 @@ def _own_bytes(pid: str, resident_bytes: int) -> int:
     return 0
 
 
-
 def become_program(request: dict[str, Any], limits: Limits, pipes: tuple[int, int, int]) -> NoReturn:
     """Turns this fork into what the request wants run."""
     os.setsid()
@@ -188,6 +209,8 @@ def become_program(request: dict[str, Any], limits: Limits, pipes: tuple[int, in
         (resource.RLIMIT_NOFILE, 128),
         (resource.RLIMIT_CORE, 0),
     ):
+        hard = resource.getrlimit(kind)[1]
+        number = number if hard == resource.RLIM_INFINITY else min(number, hard)
         resource.setrlimit(kind, (number, number))
     set_dumpable(True)
     if "source" in request:
@@ -209,16 +232,14 @@ def run_source(source: str) -> int:
     sys.modules["__main__"] = main_module
     sys.argv[:] = ["main.py"]
     sys.path.insert(0, BOX)
-    quitter = {"exit": sys.exit, "quit": sys.exit}  # what the skipped `site` module would have put there
-    builtins.__dict__.update(quitter)
+    builtins.__dict__.update(exit=sys.exit, quit=sys.exit)  # what the skipped `site` module would have put there
     linecache.cache["<program>"] = (len(source), None, source.splitlines(True), "<program>")
     gc.enable()
     outcome = Outcome()
     with outcome:
         exec(compile(source, "<program>", "exec", dont_inherit=True), main_module.__dict__)
     with outcome:
-        if "threading" in sys.modules:
-            getattr(sys.modules["threading"], "_shutdown")()  # noqa: B009
+        threading._shutdown()  # type: ignore[attr-defined]  # waits for the program's threads
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, AttributeError):
@@ -248,5 +269,3 @@ class Outcome:
             else:
                 traceback.print_exception(kind, error, trace.tb_next)
         return True
-
-

@@ -1,6 +1,6 @@
 """Process 1 of a sandbox: serves requests from the host, one at a time, and outlives whatever they run.
 
-The host passes this file's text to `python3 -c`; it needs the standard library of Python 3.9 only, and Linux 5.3.
+The host passes the text of these files to `python3 -c`; they need the standard library of Python 3.9 and Linux 5.3.
 
 Three kinds of process, each forked from the one before:
 
@@ -18,32 +18,21 @@ Frames in both directions: 4 bytes length (big endian), then a JSON object.
 
 from __future__ import annotations
 
-import atexit
-import builtins
-import contextlib
-import ctypes
 import gc
 import json
-import linecache
 import os
-import resource
 import select
-import shutil
 import signal
-import stat
 import struct
 import sys
 import time
-import traceback
-import types
-from typing import Any, NoReturn
+from typing import Any
 
-BOX = "/box"
-SCRATCH = {BOX: 0o755, "/tmp": 0o1777, "/dev/shm": 0o1777}  # every place that can be written, and its mode
+from rollout.sandbox.inside.files import BOX, SCRATCH, RequestError, read_file, wipe, write_file
+from rollout.sandbox.inside.programs import Limits, kill_others, run, set_dumpable
+
 ANSWERED, HOST_IS_GONE = 0, 3  # exit codes of a handler
 GRACE_S = 2.0  # what a handler gets beyond the limit of a run
-LOOK_S = 0.05  # time between two looks at what a run has taken
-PR_SET_DUMPABLE = 4
 
 
 # Supervisor -----------------------------------------------------------------------------------------------------
@@ -137,10 +126,10 @@ def serve(request: dict[str, Any], limits: Limits) -> dict[str, Any]:
     op = request["op"]
     if op == "write":
         for path, text in request["files"].items():
-            write_file(path, text)
+            write_file(BOX, path, text)
         return {}
     if op == "read":
-        return {"text": read_file(request["path"], limits.read_bytes)}
+        return {"text": read_file(BOX, request["path"], limits.read_bytes)}
     if op == "run":
         return run(request, limits)
     if op == "reset":
@@ -174,5 +163,3 @@ def write_frame(message: dict[str, Any]) -> None:
     data = memoryview(struct.pack(">I", len(body)) + body)
     while data:
         data = data[os.write(1, data) :]
-
-

@@ -75,7 +75,6 @@ RANGES = {
     "critic.value_clip": "[0, inf)",
     "critic.head_init_std": "[0, inf)",
     "sft.batch_sub_traces": "[1, inf)",
-    "sft.warm_pass_rate_max": "[0, 1]",
     "eval.every": "[0, inf)",
     "eval.num_tasks": "[1, inf)",
     "checkpoint.every": "[0, inf)",
@@ -227,7 +226,10 @@ def _processes(config: Config) -> Iterator[str]:
                     "than fp32 without AMX: use fp32"
                 )
         return
-    sizes = [("rollout.engine", engine.tensor_parallel), *((f"{r}.layout", x.tensor_parallel) for r, x in _layouts(config))]
+    sizes = [
+        ("rollout.engine", engine.tensor_parallel),
+        *((f"{r}.layout", x.tensor_parallel) for r, x in _layouts(config)),
+    ]
     for key, size in sizes:
         if size > cluster.gpus_per_node:
             yield (
@@ -271,7 +273,9 @@ def _model(config: Config) -> Iterator[str]:
         )
     heads = shape.get("num_attention_heads")
     groups = shape.get("num_key_value_heads", heads)
-    sizes = [("rollout.engine", config.rollout.engine.tensor_parallel, (("num_attention_heads", heads),))]
+    sizes: list[tuple[str, int, tuple[tuple[str, int | None], ...]]] = [
+        ("rollout.engine", config.rollout.engine.tensor_parallel, (("num_attention_heads", heads),))
+    ]
     for role, layout in _layouts(config):
         both = (("num_attention_heads", heads), ("num_key_value_heads", groups))
         sizes.append((f"{role}.layout", layout.tensor_parallel, both))

@@ -361,6 +361,7 @@ class _Panel:
         for name, colour, seconds in spent:
             legend.append(f"{name} ", style=colour)
             legend.append(f"{100 * seconds / total:.0f}%{'  ' if wide else ' '}", style="dim")
+        legend.rstrip()
         yield legend
 
 

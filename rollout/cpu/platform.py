@@ -1,3 +1,9 @@
+"""SGLang's platform class for a CPU; SGLang imports it while it is itself half imported."""
+
+from __future__ import annotations
+
+from typing import Any
+
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
@@ -17,5 +23,13 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
     def get_dispatch_key_name(self) -> str:
         return "native"
 
-    def is_pin_memory_available(self, device=None) -> bool:
+    def is_pin_memory_available(self, device: Any = None) -> bool:
         return False
+
+    def init_backend(self) -> None:
+        """Puts GroupedAttention in the place of the backend of this name, whose settings (no graphs) it shares."""
+        from sglang.srt.layers.attention.attention_registry import register_attention_backend
+
+        from rollout.cpu.attention import GroupedAttention
+
+        register_attention_backend("torch_native")(GroupedAttention)

@@ -1,0 +1,37 @@
+"""The critic as its caller sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from buffer.types import Batch, Float32, Targets
+from critic.config import CriticConfig
+from trainer.group import Pending, WorkerGroup
+
+
+class CriticGroup(WorkerGroup):
+    """The critic's ranks."""
+
+    def __init__(self, actors: Sequence[Any], config: CriticConfig, timeout_s: float) -> None:
+        super().__init__("critic", actors, config.layout, timeout_s)
+        self.config = config
+
+    def values(self, batch: Batch) -> Pending[dict[int, Float32]]:
+        """Value of the state before each token of a batch."""
+        return self.predict("values", batch)
+
+    def update(
+        self, batch: Batch, targets: Sequence[Targets], rng: np.random.Generator, num_epochs: int | None = None
+    ) -> Pending[dict[str, float]]:
+        """The critic's optimizer steps of one training step: K epochs over the batch."""
+        fields = {
+            "returns": {i: target.returns for i, target in enumerate(targets)},
+            "values": {i: target.values for i, target in enumerate(targets)},
+        }
+        epochs = range(num_epochs or self.config.num_epochs)
+        return self.train(
+            batch, [(fields, self.minibatch_grids(batch, self.config.num_minibatches, rng)) for _ in epochs]
+        )

@@ -1,0 +1,76 @@
+"""Ray on this machine, or the cluster that is already there."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import ray
+
+from launch.config import ClusterConfig
+
+ATTEMPTS = 3
+OBJECT_STORE_MB = 512  # of a laptop run: sub-traces are 13 bytes a token
+
+
+def _environment(token_file: Path) -> dict[str, str]:
+    """Every environment variable that a run sets, with its reason."""
+    return {
+        "RAY_AUTH_MODE": "token",  # Ray's ports listen on all interfaces: nobody else may submit work
+        "RAY_AUTH_TOKEN_PATH": str(token_file),
+        "RAY_USAGE_STATS_ENABLED": "0",  # nothing leaves the machine
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # actors without GPUs keep CUDA_VISIBLE_DEVICES untouched
+        "RAY_DEDUP_LOGS": "1",
+        "TOKENIZERS_PARALLELISM": "false",  # no thread pool in processes that fork
+        "HF_HUB_OFFLINE": "1",  # models come from folders, never from a hub at run time
+    }
+
+
+def start_ray(cluster: ClusterConfig) -> None:
+    """Starts or joins Ray. RuntimeError: the raylet did not come up in `ATTEMPTS` tries.
+
+    Ray gives its raylet a fixed 30 s, which a loaded machine can miss, hence the tries.
+    """
+    if ray.is_initialized():
+        return
+    folder = Path(tempfile.mkdtemp(prefix="slime-ray-"))
+    token = folder / "token"
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32))
+    for name, value in _environment(token).items():
+        os.environ.setdefault(name, value)
+    threads = str(cluster.threads_per_process)
+    if cluster.gpus_per_node == 0:
+        os.environ["OMP_NUM_THREADS"] = threads  # processes share few cores
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            if cluster.ray_address:
+                ray.init(address=cluster.ray_address, log_to_driver=False, logging_level=logging.ERROR)
+            else:
+                ray.init(
+                    num_cpus=max(8, os.cpu_count() or 1),  # a bookkeeping number: our actors ask for none
+                    num_gpus=cluster.gpus_per_node or None,
+                    include_dashboard=False,
+                    object_store_memory=OBJECT_STORE_MB << 20,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                )
+            return
+        except (RuntimeError, TimeoutError, ConnectionError) as error:
+            ray.shutdown()
+            if attempt == ATTEMPTS:
+                raise RuntimeError(f"Ray did not start in {ATTEMPTS} attempts: {error}") from error
+            time.sleep(2.0 * attempt)
+
+
+def stop_ray() -> None:
+    """Ends Ray when this process started it, and removes its token."""
+    ray.shutdown()
+    token = os.environ.get("RAY_AUTH_TOKEN_PATH", "")
+    if Path(token).parent.name.startswith("slime-ray-"):
+        shutil.rmtree(Path(token).parent, ignore_errors=True)

@@ -1,0 +1,123 @@
+"""Whether this machine has what a run asks for, looked up before any process starts."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import psutil
+
+from launch.config import ClusterConfig
+
+GB = 1e9
+MIN_SHM_GB = 0.25  # Ray keeps its objects there; a container's default of 64 MB is too little
+MIN_SHM_GPU_GB = 4.0  # with GPUs, NCCL's buffers and longer episodes come on top
+MIN_TEMPORARY_GB = 1.0  # Ray's session folder
+_CGROUP_MEMORY = (  # (limit, use) of this container: cgroup v2, then v1
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What there is to use now; sizes in GB (1e9 bytes)."""
+
+    num_cpus: int
+    free_memory_gb: float
+    free_disk_gb: float  # where the current folder lies
+    free_temporary_gb: float  # where temporary files go
+    free_shm_gb: float  # /dev/shm
+    num_gpus: int
+
+    @staticmethod
+    def read(count_gpus: bool) -> Machine:
+        """This machine. `count_gpus` False: leaves GPUs alone and says 0."""
+        return Machine(
+            num_cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+            free_memory_gb=_free_memory_bytes() / GB,
+            free_disk_gb=shutil.disk_usage(".").free / GB,
+            free_temporary_gb=shutil.disk_usage(tempfile.gettempdir()).free / GB,
+            free_shm_gb=shutil.disk_usage("/dev/shm").free / GB if Path("/dev/shm").is_dir() else 0.0,
+            num_gpus=_num_gpus() if count_gpus else 0,
+        )
+
+
+def problems(cluster: ClusterConfig, machine: Machine | None = None) -> list[str]:
+    """Why a run with these settings can not start from here, one line each with number and cure; empty: it can.
+
+    `machine` is this one by default. With `ray_address` the processes run elsewhere and only the disk, which
+    holds the run's folder, is looked at.
+    """
+    joins = bool(cluster.ray_address)
+    machine = machine or Machine.read(count_gpus=cluster.gpus_per_node > 0 and not joins)
+    found = []
+    if machine.free_disk_gb < cluster.min_disk_gb:
+        found.append(
+            f"{machine.free_disk_gb:.1f} GB of disk are free in {Path.cwd()}, "
+            f"cluster.min_disk_gb={cluster.min_disk_gb:g}: free some or run from another folder"
+        )
+    if joins:
+        return found
+    if machine.num_gpus < cluster.gpus_per_node:
+        found.append(
+            f"{machine.num_gpus} GPUs found, cluster.gpus_per_node={cluster.gpus_per_node}: "
+            "run on a machine with as many, or use cluster=local"
+        )
+    if machine.free_memory_gb < cluster.min_memory_gb:
+        found.append(
+            f"{machine.free_memory_gb:.1f} GB of memory are free, cluster.min_memory_gb={cluster.min_memory_gb:g}: "
+            "end other programs or use a larger machine"
+        )
+    if machine.num_cpus < cluster.threads_per_process:
+        found.append(
+            f"{machine.num_cpus} CPUs may be used, cluster.threads_per_process={cluster.threads_per_process}: "
+            f"use at most {machine.num_cpus}"
+        )
+    shm = MIN_SHM_GPU_GB if cluster.gpus_per_node else MIN_SHM_GB
+    if machine.free_shm_gb < shm:
+        found.append(
+            f"{machine.free_shm_gb:.2f} GB are free in /dev/shm, Ray needs {shm:g}: "
+            "start the container with a larger one (docker run --shm-size=8g), or delete what fills it"
+        )
+    if machine.free_temporary_gb < MIN_TEMPORARY_GB:
+        found.append(
+            f"{machine.free_temporary_gb:.2f} GB are free in {tempfile.gettempdir()}, Ray needs {MIN_TEMPORARY_GB:g}: "
+            "free some or set TMPDIR to a short path on another disk"
+        )
+    return found
+
+
+def _free_memory_bytes() -> int:
+    """Memory that may still be taken: of the machine, or of the container's limit when that is less."""
+    free = psutil.virtual_memory().available
+    for limit_file, use_file in _CGROUP_MEMORY:
+        if Path(limit_file).is_file() and Path(use_file).is_file():
+            limit, use = Path(limit_file).read_text().strip(), Path(use_file).read_text().strip()
+            if limit.isdigit() and use.isdigit():
+                free = min(free, max(0, int(limit) - int(use)))
+            break
+    return free
+
+
+def _num_gpus() -> int:
+    """GPUs that processes started here would see: CUDA's own count, else nvidia-smi's."""
+    if not any(Path(driver).exists() for driver in ("/proc/driver/nvidia", "/dev/nvidiactl", "/dev/dxg", "/dev/kfd")):
+        return 0  # no driver: spares the import of torch
+    if find_spec("torch") is not None:
+        import torch
+
+        if torch.cuda.is_available():
+            return torch.cuda.device_count()
+    if shutil.which("nvidia-smi") is None or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return 0
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=False)
+    except subprocess.TimeoutExpired:
+        return 0  # a driver that does not answer has no usable GPU
+    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())

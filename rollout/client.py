@@ -1,0 +1,281 @@
+"""One SGLang server over HTTP: token ids in, token ids with log-probabilities and weight versions out.
+
+Generation is token in, token out: the server never sees text. Log-probabilities are natural logarithms of the plain
+softmax, before any temperature, which is what a trainer recomputes: they are the sampling log-probabilities at
+temperature 1, the only temperature whose samples may be trained.
+
+Loading new weights while requests run (the trainer broadcasts into the group between begin and end):
+
+    pause(mode) -> begin_update() -> update_bucket(...) per bucket -> end_update() -> resume()
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import aiohttp
+import numpy as np
+
+from buffer.types import Float32, Int32
+
+MAX_CONNECTIONS = 1024  # requests in flight to one server
+IDLE_CONNECTION_S = 2.0  # below the 5 s after which the server closes an idle connection
+RETRY_INTERVAL_S = 0.2
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What the engine sampled for one prompt, N tokens."""
+
+    output_ids: Int32  # [N] the stop id included when it stopped at one
+    logprobs: Float32  # [N] log-probability of each output id under the weights that sampled it
+    versions: Int32  # [N] weight version that sampled each output id
+    finish_reason: str  # "stop" | "length" | "abort"
+    cached_tokens: int  # prompt tokens whose keys and values were found in the prefix cache
+
+
+def parse_generation(answer: dict[str, Any]) -> Generation:
+    """A Generation from the server's JSON. RuntimeError: ids, log-probabilities and versions do not cover each other."""
+    meta = answer["meta_info"]
+    output_ids = np.asarray(answer["output_ids"], dtype=np.int32)
+    # An aborted request that never ran has no log-probabilities at all.
+    logprobs = [entry[0] for entry in meta.get("output_token_logprobs") or ()]
+    versions = np.full(len(output_ids), -1, dtype=np.int32)
+    for span in meta.get("weight_versions") or ():
+        versions[span["start"] : span["end"]] = int(span["version"])
+    if len(logprobs) != len(output_ids) or (versions < 0).any():
+        raise RuntimeError(
+            f"request {meta.get('id')}: {len(output_ids)} output ids came with {len(logprobs)} log-probabilities and "
+            f"versions {meta.get('weight_versions')}"
+        )
+    return Generation(
+        output_ids=output_ids,
+        logprobs=np.asarray(logprobs, dtype=np.float32),
+        versions=versions,
+        finish_reason=meta["finish_reason"]["type"],
+        cached_tokens=int(meta.get("cached_tokens") or 0),
+    )
+
+
+class EngineClient:
+    """Calls one server. Used within one event loop; `close` (or `async with`) ends its connections.
+
+    Every call raises RuntimeError with endpoint, status and body when the server refuses, RuntimeError naming the
+    endpoint when it can't be reached or breaks the connection, TimeoutError after `request_timeout_s`.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        vocab_size: int,
+        context_tokens: int,
+        request_timeout_s: float = 600.0,
+        connect_timeout_s: float = 30.0,
+    ) -> None:
+        self.url = url.rstrip("/")
+        self.vocab_size = vocab_size
+        self.context_tokens = context_tokens
+        self.request_timeout_s = request_timeout_s  # one call, from sending to the last byte of the answer
+        self.connect_timeout_s = connect_timeout_s  # all attempts to reach the server together
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> EngineClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    # --- sampling and scoring
+
+    async def generate(
+        self,
+        prompt_ids: Sequence[int],
+        max_new_tokens: int,
+        stop_ids: Sequence[int],
+        temperature: float = 1.0,
+        rid: str | None = None,
+    ) -> Generation:
+        """Samples until a stop id, the model's own end-of-text id, or `max_new_tokens`.
+
+        `max_new_tokens` is clamped to what the context has left. `temperature` 0 is greedy. ValueError: an id outside
+        the vocabulary (it would end the server), or a prompt that leaves no room for a token.
+        """
+        room = self.context_tokens - len(prompt_ids)
+        if room < 1:
+            raise ValueError(
+                f"a prompt of {len(prompt_ids)} tokens leaves no room to generate in a context of "
+                f"{self.context_tokens}: use at most {self.context_tokens - 1} tokens"
+            )
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={max_new_tokens}: use at least 1; `score` rates a prompt")
+        sampling = {
+            "max_new_tokens": min(max_new_tokens, room),
+            "stop_token_ids": self._checked_ids(stop_ids, "stop id"),
+            "temperature": temperature,
+            "top_k": -1,
+            "top_p": 1.0,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+        }
+        request = {"input_ids": self._checked_ids(prompt_ids, "prompt"), "sampling_params": sampling, "rid": rid}
+        return parse_generation(await self._post("/generate", {**request, "return_logprob": True}))
+
+    async def score(self, ids: Sequence[int]) -> Float32:
+        """float32[len(ids) - 1]: log-probability of each id given the ones before it, under the loaded weights."""
+        if not 2 <= len(ids) <= self.context_tokens:
+            raise ValueError(f"can't score {len(ids)} tokens: use 2 to {self.context_tokens} (the context)")
+        request = {
+            "input_ids": self._checked_ids(ids, "sequence"),
+            "sampling_params": {"max_new_tokens": 0, "temperature": 1.0, "top_k": -1, "top_p": 1.0},
+            "return_logprob": True,
+            "logprob_start_len": 0,
+        }
+        meta = (await self._post("/generate", request))["meta_info"]
+        if meta["finish_reason"]["type"] == "abort":
+            raise RuntimeError(f"/generate of {self.url}: scoring was aborted: {meta['finish_reason']}")
+        return np.asarray([entry[0] for entry in meta["input_token_logprobs"][1:]], dtype=np.float32)
+
+    def _checked_ids(self, ids: Sequence[int], what: str) -> list[int]:
+        checked = [int(i) for i in ids]
+        if checked and not (min(checked) >= 0 and max(checked) < self.vocab_size):
+            position, wrong = next((p, i) for p, i in enumerate(checked) if not 0 <= i < self.vocab_size)
+            raise ValueError(
+                f"{what}: id {wrong} at position {position} is outside the vocabulary of {self.vocab_size} ids"
+            )
+        return checked
+
+    # --- requests in flight
+
+    async def pause(self, mode: str) -> None:
+        """Stops sampling: "retract" recomputes requests on resume, "in_place" keeps their cache, "abort" ends them."""
+        await self._post("/pause_generation", {"mode": mode})
+
+    async def resume(self) -> None:
+        await self._post("/continue_generation", {"torch_empty_cache": False})
+
+    async def flush(self) -> None:
+        """Empties the prefix cache. RuntimeError while requests run (not while they are retracted)."""
+        await self._post("/flush_cache", {})
+
+    async def abort_all(self) -> None:
+        """Ends all requests; each returns what it has, with finish reason "abort"."""
+        await self._post("/abort_request", {"abort_all": True})
+
+    # --- weights
+
+    async def init_group(
+        self, host: str, port: int, rank_offset: int, world_size: int, group_name: str, backend: str
+    ) -> None:
+        """Joins the trainer's broadcast group; returns when all `world_size` members are there."""
+        request = {
+            "master_address": host,
+            "master_port": port,
+            "rank_offset": rank_offset,
+            "world_size": world_size,
+            "group_name": group_name,
+            "backend": backend,
+        }
+        await self._post("/init_weights_update_group", request)
+
+    async def destroy_group(self, group_name: str) -> None:
+        await self._post("/destroy_weights_update_group", {"group_name": group_name})
+
+    async def begin_update(self) -> None:
+        await self._post("/begin_weight_update", {})
+
+    async def update_bucket(
+        self,
+        names: Sequence[str],
+        dtypes: Sequence[str],
+        shapes: Sequence[Sequence[int]],
+        group_name: str,
+        version: int,
+        flush: bool = True,
+    ) -> None:
+        """Receives weights from the group's rank 0, one broadcast each in this order, and loads them.
+
+        `names` are those of the Hugging Face checkpoint, `dtypes` "float32", "bfloat16", ... The prefix cache still
+        holds the old weights' keys and values: `flush` empties it afterwards, which works when requests were
+        retracted or aborted and is refused while they are paused "in_place".
+        """
+        if not len(names) == len(dtypes) == len(shapes):
+            raise ValueError(
+                f"{len(names)} names, {len(dtypes)} dtypes, {len(shapes)} shapes: give one of each per weight"
+            )
+        request = {
+            "names": list(names),
+            "dtypes": list(dtypes),
+            "shapes": [list(shape) for shape in shapes],
+            "group_name": group_name,
+            "weight_version": str(version),
+            "flush_cache": flush,
+        }
+        await self._post("/update_weights_from_distributed", request)
+
+    async def end_update(self) -> None:
+        await self._post("/end_weight_update", {})
+
+    async def set_version(self, version: int) -> None:
+        """Names the loaded weights without changing them; ends no request."""
+        await self._post("/update_weight_version", {"new_version": str(version), "abort_all_requests": False})
+
+    async def version(self) -> int:
+        """Version of the loaded weights."""
+        return int((await self._request("GET", "/model_info", None))["weight_version"])
+
+    async def checksums(self) -> list[dict[str, str]]:
+        """One {engine's tensor name: hash} per rank; equal weights have equal hashes."""
+        answer = await self._post("/weights_checker", {"action": "checksum"})
+        return [rank["checksums"] for rank in answer["ranks"]]
+
+    # --- transport
+
+    async def _post(self, endpoint: str, body: dict[str, Any]) -> Any:
+        return await self._request("POST", endpoint, body)
+
+    async def _request(self, method: str, endpoint: str, body: dict[str, Any] | None) -> Any:
+        """The JSON of the answer, or its text. Only failures to connect are tried again: nothing was sent."""
+        deadline = time.monotonic() + self.connect_timeout_s
+        while True:
+            try:
+                return await self._attempt(method, endpoint, body)
+            except aiohttp.ClientConnectorError as error:
+                if time.monotonic() + RETRY_INTERVAL_S > deadline:
+                    raise RuntimeError(
+                        f"{endpoint}: no connection to {self.url} within {self.connect_timeout_s} s: {error}"
+                    ) from error
+            except aiohttp.ClientError as error:
+                raise RuntimeError(f"{endpoint}: {self.url} broke the connection: {error!r}") from error
+            await asyncio.sleep(RETRY_INTERVAL_S)
+
+    async def _attempt(self, method: str, endpoint: str, body: dict[str, Any] | None) -> Any:
+        try:
+            async with self._open_session().request(method, self.url + endpoint, json=body) as response:
+                if response.status != 200:
+                    text = await response.text()
+                    raise RuntimeError(f"{endpoint}: {self.url} answered {response.status}: {text[:2000]}")
+                if response.content_type == "application/json":
+                    return await response.json()
+                return await response.text()
+        except TimeoutError as error:
+            raise TimeoutError(f"{endpoint}: no answer from {self.url} within {self.request_timeout_s} s") from error
+
+    def _open_session(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=MAX_CONNECTIONS, keepalive_timeout=IDLE_CONNECTION_S),
+                timeout=aiohttp.ClientTimeout(total=self.request_timeout_s, sock_connect=self.connect_timeout_s),
+            )
+        return self._session

@@ -1,0 +1,186 @@
+"""One SGLang server as a child process: its command line, environment, start and end.
+
+Run as a program, this module is the server's leash:
+
+    python -m rollout.engine COMMAND ARGUMENT...
+
+runs a command that ends with the process that asked for it, however that one dies. The asker holds the write end of the
+leash's standard input and never writes; when it dies, by SIGKILL too, the pipe closes and the whole process group is
+killed. (The kernel's parent-death signal alone would fire when the *thread* that started a process ends, and servers
+are started from short-lived ones.)
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from rollout.config import EngineConfig
+
+HEALTH_INTERVAL_S = 0.2
+LOG_TAIL_LINES = 30
+LEASH_INTERVAL_S = 0.2
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+# SGLang keeps 6 tokens of its context to itself; with these added, a request may fill `context_tokens` exactly.
+CONTEXT_MARGIN_TOKENS = 8
+CPU_MEMORY_FRACTION = 0.3  # of the machine's memory; `max_total_tokens` is the limit that counts there
+
+
+def server_arguments(
+    config: EngineConfig, model_path: str, context_tokens: int, host: str, port: int, cpu: bool, seed: int
+) -> list[str]:
+    """Arguments of `python -m sglang.launch_server`. Requests and answers are token ids; versions start at 0."""
+    arguments = [
+        *("--model-path", model_path),
+        *("--host", host),
+        *("--port", str(port)),
+        *("--context-length", str(context_tokens + CONTEXT_MARGIN_TOKENS)),
+        *("--max-running-requests", str(config.max_running_requests)),
+        *("--random-seed", str(seed)),
+        *("--weight-version", "0"),
+        *("--log-level-http", "warning"),
+        "--skip-tokenizer-init",
+        "--skip-server-warmup",
+        "--sleep-on-idle",
+        *("--grammar-backend", "none"),
+    ]
+    if cpu:
+        total_tokens = config.max_total_tokens or config.max_running_requests * context_tokens
+        return [
+            *arguments,
+            *("--device", "cpu"),
+            *("--dtype", "float32"),
+            *("--attention-backend", "torch_native"),
+            *("--sampling-backend", "pytorch"),
+            *("--mem-fraction-static", str(CPU_MEMORY_FRACTION)),
+            *("--max-total-tokens", str(total_tokens)),
+            "--disable-overlap-schedule",
+        ]
+    arguments += ["--dtype", "bfloat16", "--tp-size", str(config.tensor_parallel)]
+    arguments += ["--mem-fraction-static", str(config.memory_fraction)]
+    if config.max_total_tokens:
+        arguments += ["--max-total-tokens", str(config.max_total_tokens)]
+    return arguments
+
+
+def server_environment(cpu: bool, threads: int) -> dict[str, str]:
+    """Environment variables of an engine, the only place that sets any."""
+    variables = {
+        # torch would take every core for one engine.
+        "OMP_NUM_THREADS": str(threads),
+        # The context is CONTEXT_MARGIN_TOKENS above what requests use, so it may be above what the model declares.
+        "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",
+        # The model is a local folder: no question to a hub, not even for optional files.
+        "HF_HUB_OFFLINE": "1",
+    }
+    if cpu:
+        # The model classes that are imported at start; one that is not there makes SGLang import all its own.
+        variables["SGLANG_EXTERNAL_MODEL_PACKAGE"] = "rollout.cpu.models"
+    return variables
+
+
+def free_port(host: str) -> int:
+    """A port on which nobody listens now."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+class EngineServer:
+    """Starts a server with its construction; `start` returns its address.
+
+    The server is a process group of its own and ends with `stop`, with this process (also by SIGKILL), or by itself.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        model_path: str,
+        context_tokens: int,
+        log_path: str,
+        cpu: bool,
+        threads: int = 1,
+        seed: int = 0,
+        host: str = "127.0.0.1",
+    ) -> None:
+        self.config = config
+        self.log_path = Path(log_path)
+        port = free_port(host)
+        self.url = f"http://{host}:{port}"
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        arguments = server_arguments(config, model_path, context_tokens, host, port, cpu, seed)
+        with self.log_path.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "rollout.engine", sys.executable, "-m", "sglang.launch_server", *arguments],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **server_environment(cpu, threads)},
+                start_new_session=True,
+            )
+
+    def start(self) -> str:
+        """Waits until the server serves and returns its address.
+
+        RuntimeError with the log's last lines when it dies; TimeoutError after `config.start_timeout_s`.
+        """
+        deadline = time.monotonic() + self.config.start_timeout_s
+        while not self._healthy():
+            if not self.alive():
+                raise RuntimeError(f"the engine died while it started; {self._log_tail()}")
+            if time.monotonic() > deadline:
+                self.stop()
+                raise TimeoutError(f"the engine is not up after {self.config.start_timeout_s} s; {self._log_tail()}")
+            time.sleep(HEALTH_INTERVAL_S)
+        return self.url
+
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def stop(self) -> None:
+        """Kills the server and everything it started. Nothing is lost: an engine keeps no state."""
+        if self.alive():
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait(timeout=30)
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+
+    def _healthy(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.url}/health", timeout=5) as response:
+                return bool(response.status == 200)
+        except (urllib.error.URLError, OSError):  # not listening yet, still loading, or busy
+            return False
+
+    def _log_tail(self) -> str:
+        lines = self.log_path.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
+        return "\n".join([f"last lines of {self.log_path}:", *lines])
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def hold(command: list[str]) -> None:
+    """Runs `command` until it ends or standard input closes, then kills the process group, itself included."""
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=_die_with_parent)
+    while child.poll() is None:
+        readable, _, _ = select.select([sys.stdin], [], [], LEASH_INTERVAL_S)
+        if readable and not os.read(sys.stdin.fileno(), 1):
+            break
+    if child.returncode is not None:
+        print(f"the server ended with exit code {child.returncode}", file=sys.stderr, flush=True)
+    os.killpg(os.getpgid(0), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    hold(sys.argv[1:])

@@ -1,0 +1,70 @@
+"""Rollout workers and engines as their caller sees them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import ray
+
+from rollout.client import EngineClient, Timeouts
+from rollout.config import EngineConfig
+from rollout.worker import Played
+
+
+class RolloutGroup:
+    """All rollout workers."""
+
+    def __init__(self, workers: Sequence[Any], timeout_s: float) -> None:
+        self.workers = list(workers)
+        self.timeout_s = timeout_s
+        self._running: list[Any] = []
+
+    def run(self, buffer: Any) -> None:
+        """Lets every worker play the buffer's tickets from now on."""
+        self._running = [worker.run.remote(buffer) for worker in self.workers]
+
+    def check(self) -> None:
+        """Raises what a worker's loop raised; it should only end when stopped."""
+        ended, _ = ray.wait(self._running, num_returns=len(self._running), timeout=0)
+        ray.get(ended)
+
+    def _share(self, indices: Sequence[int]) -> list[list[int]]:
+        return [list(indices[k :: len(self.workers)]) for k in range(len(self.workers))]
+
+    def evaluate(self, indices: Sequence[int], keep: int) -> list[Played]:
+        """Held-out episodes at training's settings; sub-traces come with about `keep` of them."""
+        each = -(-keep // len(self.workers))
+        shares = zip(self.workers, self._share(indices), strict=True)
+        refs = [worker.evaluate.remote(share, each) for worker, share in shares]
+        return [played for part in ray.get(refs, timeout=self.timeout_s) for played in part]
+
+    def demonstrate(self, indices: Sequence[int]) -> list[Any]:
+        """References of lists of demonstrations, one a worker."""
+        shares = zip(self.workers, self._share(indices), strict=True)
+        return [worker.demonstrate.remote(share) for worker, share in shares]
+
+    def stop(self) -> None:
+        """Ends episodes, sandboxes and clients."""
+        ray.get([worker.stop.remote() for worker in self.workers], timeout=60)
+
+
+class EngineGroup:
+    """All engines, over HTTP."""
+
+    def __init__(self, urls: Sequence[str], vocab_size: int, context_tokens: int, config: EngineConfig) -> None:
+        self.urls = list(urls)
+        self.config = config
+        self._shape = (vocab_size, context_tokens)
+
+    @contextlib.asynccontextmanager
+    async def clients(self) -> AsyncIterator[list[EngineClient]]:
+        """A client for each engine, closed at the end."""
+        timeouts = Timeouts(request_s=self.config.request_timeout_s)
+        made = [EngineClient(url, *self._shape, timeouts) for url in self.urls]
+        try:
+            yield made
+        finally:
+            await asyncio.gather(*(client.close() for client in made))

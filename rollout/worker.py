@@ -1,0 +1,187 @@
+"""The episode runner: an asynchronous Ray actor that plays many episodes at once.
+
+    consumes  tickets of the buffer (training) or row numbers (evaluation, demonstrations)
+    produces  sub-traces by reference with their numbers, or failed tickets
+    waits for the engines, the sandboxes, and a free slot of the buffer
+
+Whatever goes wrong in one episode is recorded as that episode's failure; the others go on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+
+from buffer.tasks import TaskRow
+from buffer.trace import cut
+from buffer.types import Episode, Status, SubTrace, SubTraceInfo, SubTraceKind, TurnKind
+from rollout.agent import Agent, Sampled, Sampler, ScriptedSampler
+from rollout.client import EngineClient, Timeouts
+from rollout.config import RolloutConfig
+from rollout.environment import Task
+from rollout.rendering import Renderer
+from rollout.sandbox.interface import SandboxPool
+
+EVAL_ATTEMPTS = 3  # an evaluation episode that fails for infrastructure is played again
+
+
+@dataclass(frozen=True)
+class RolloutSettings:
+    """What a rollout worker is told at birth."""
+
+    name: str
+    config: RolloutConfig
+    task: Task
+    model_folder: str  # tokenizer
+    template: str
+    vocab_size: int
+    engine_urls: Sequence[str]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Played:
+    """An episode as its caller sees it."""
+
+    row: int
+    stats: dict[str, float]
+    sub_traces: tuple[SubTrace, ...] = field(repr=False, default=())
+
+
+class EngineSampler:
+    """The policy speaks through an SGLang engine."""
+
+    def __init__(self, client: EngineClient, stop_id: int) -> None:
+        self._client = client
+        self._stop_ids = [stop_id]
+
+    async def sample(self, prompt_ids: list[int], max_tokens: int, kind: TurnKind) -> Sampled:
+        return await self._client.generate(prompt_ids, max_tokens, self._stop_ids)
+
+
+def stats_of(episode: Episode, sub_traces: Sequence[SubTrace], seconds: float) -> dict[str, float]:
+    """The numbers of one episode that metrics are made of."""
+    return {
+        "reward": episode.reward,
+        "truncated": float(episode.status is Status.TRUNCATED),
+        "turns": float(len(episode.turns)),
+        "compactions": float(sum(turn.kind is TurnKind.SUMMARY for turn in episode.turns)),
+        "sub_traces": float(len(sub_traces)),
+        "compacted": float(any(s.kind is SubTraceKind.COMPACTED for s in sub_traces)),
+        "tokens_generated": float(sum(s.num_actions for s in sub_traces)),
+        "row": float(episode.row),
+        "seconds": seconds,
+    }
+
+
+class RolloutWorker:
+    """Plays episodes until it is told to stop."""
+
+    def __init__(
+        self, settings: RolloutSettings, train_rows: Sequence[TaskRow], eval_rows: Sequence[TaskRow]
+    ) -> None:
+        self.settings = settings
+        self._train_rows = train_rows
+        self._eval_rows = eval_rows
+        self._stopping = False
+        self._pool: SandboxPool | None = None
+        self._clients: list[EngineClient] = []
+
+    async def start(self) -> None:
+        """Loads the tokenizer, opens the engines' clients and the sandboxes."""
+        from transformers import AutoTokenizer  # takes seconds to import
+
+        from rollout.sandbox.factory import make_pool
+
+        s = self.settings
+        tokenizer = AutoTokenizer.from_pretrained(s.model_folder)
+        self._renderer = Renderer(tokenizer, s.template)
+        context = s.config.compaction.context_tokens
+        timeouts = Timeouts(request_s=s.config.engine.request_timeout_s)
+        self._clients = [EngineClient(url, s.vocab_size, context, timeouts) for url in s.engine_urls]
+        self._pool = make_pool(s.config.sandbox)  # in the loop's own thread, which sandboxes follow into death
+
+    def _sampler(self, episode_number: int) -> Sampler:
+        """One engine for all turns of an episode, so that its prefix stays cached."""
+        client = self._clients[episode_number % len(self._clients)]
+        return EngineSampler(client, self._renderer.stop_id)
+
+    async def _play(self, row: TaskRow, index: int, sampler: Sampler, name: str) -> Played:
+        began = time.monotonic()
+        assert self._pool is not None, "start() comes first"
+        sandbox = await self._pool.acquire()
+        try:
+            environment = self.settings.task.environment(row, sandbox)
+            episode = await Agent(sampler, self._renderer, self.settings.config).run(row, index, environment, name)
+        finally:
+            await self._pool.release(sandbox)
+        sub_traces = cut(episode)
+        return Played(index, stats_of(episode, sub_traces, time.monotonic() - began), sub_traces)
+
+    async def run(self, buffer: Any) -> None:
+        """Plays tickets of the buffer, `episodes_in_flight` at a time, until `stop`."""
+        lanes = [self._lane(buffer) for _ in range(self.settings.config.episodes_in_flight)]
+        await asyncio.gather(*lanes)
+
+    async def _lane(self, buffer: Any) -> None:
+        s = self.settings
+        while not self._stopping:
+            ticket = await buffer.claim.remote(s.name)
+            if ticket is None:
+                continue
+            name = f"{ticket.number}.{ticket.attempt}"
+            try:
+                played = await self._play(self._train_rows[ticket.row], ticket.row, self._sampler(ticket.number), name)
+            except Exception:  # noqa: BLE001 (the one place: an episode's failure is data)
+                await buffer.fail.remote(ticket, traceback.format_exc(limit=4))
+                continue
+            infos = [
+                SubTraceInfo(ray.put(s), s.episode_id, len(s.tokens), s.num_actions, s.oldest_version)
+                for s in played.sub_traces
+            ]
+            await buffer.add.remote(ticket, infos, played.stats)
+
+    async def evaluate(self, indices: Sequence[int], keep: int) -> list[Played]:
+        """Plays held-out rows with training's settings; sub-traces come with the first `keep` of them."""
+        gate = asyncio.Semaphore(self.settings.config.episodes_in_flight)
+
+        async def one(place: int, index: int) -> Played:
+            async with gate:
+                for attempt in range(EVAL_ATTEMPTS):
+                    try:
+                        row = self._eval_rows[index]
+                        played = await self._play(row, index, self._sampler(index), f"eval-{index}")
+                    except Exception:
+                        if attempt + 1 == EVAL_ATTEMPTS:
+                            raise
+                        continue
+                    return played if place < keep else Played(index, played.stats)
+            raise AssertionError("unreachable")
+
+        return list(await asyncio.gather(*(one(place, index) for place, index in enumerate(indices))))
+
+    async def demonstrate(self, indices: Sequence[int]) -> list[Played]:
+        """Plays training rows by the task's script, in the same loop and sandbox as the policy."""
+        s = self.settings
+        found = []
+        for index in indices:
+            row = self._train_rows[index]
+            script = s.task.demonstrate(row, random.Random(f"{s.seed} {index}"))
+            sampler = ScriptedSampler(script, self._renderer)
+            found.append(await self._play(row, index, sampler, f"demonstration-{index}"))
+        return found
+
+    async def stop(self) -> None:
+        """No new episodes; closes sandboxes and clients."""
+        self._stopping = True
+        for client in self._clients:
+            await client.close()
+        if self._pool is not None:
+            await self._pool.close()

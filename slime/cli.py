@@ -1,0 +1,204 @@
+"""The command line: `slime train`, `slime config`, `slime report`.
+
+Nothing heavy is imported before it is needed, so that help answers at once. A user's mistake is one line on
+stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from recipes import catalogue
+
+if TYPE_CHECKING:
+    from slime.config import Loaded
+
+HELP = """\
+slime trains language-model agents with reinforcement learning.
+
+  slime train  recipe=NAME [model=NAME] [cluster=NAME] [key=value ...] [--recipes DIR]
+               trains; the same command goes on from the newest checkpoint
+  slime config recipe=NAME ...   shows every value, where it comes from, and whether this machine can run it
+  slime report RUN               makes the report.html of a run again (a name below runs/, or a folder)
+
+  slime train --help             lists recipes, models, clusters and keys
+
+Example: slime train recipe=ppo_coding steps=20"""
+
+TRAIN_HELP = """\
+Usage: slime {command} recipe=NAME [model=NAME] [cluster=NAME] [key=value ...] [--recipes DIR]
+
+Values: schema < recipe < model < cluster < command line, the later winning key by key.
+--recipes DIR: a folder of your own with recipe/, model/ and cluster/ folders of YAML files
+(./recipes is found by itself)."""
+_COMMANDS = ("train", "config", "report")
+_COMMENT_COLUMN = 48
+_HELP_FLAGS = {"-h", "--help"}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command and returns its exit code: 0 done, 2 refused with one line on stderr."""
+    command, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if command in {*_HELP_FLAGS, "help"}:
+        print(HELP)
+        return 0
+    if command not in _COMMANDS:
+        near = get_close_matches(command, _COMMANDS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"commands: {', '.join(_COMMANDS)}"
+        return _refuse(f"unknown command {command!r}; {hint}")
+    if command == "report":
+        return _report(rest)
+    return _compose_and_run(command, rest)
+
+
+def _compose_and_run(command: str, rest: list[str]) -> int:
+    asks_help = bool(_HELP_FLAGS & set(rest))
+    try:
+        overrides, recipes_dir = _take_recipes([argument for argument in rest if argument not in _HELP_FLAGS])
+        folders = catalogue.search_path(recipes_dir)
+    except ValueError as error:
+        return _refuse(str(error))
+    if asks_help:
+        print(_train_help(command, folders))
+        return 0
+
+    from slime.config import ConfigError, load, missing
+
+    try:
+        loaded = load(overrides, recipes_dir)
+    except ConfigError as error:
+        return _refuse(str(error))
+
+    from launch.preflight import problems
+
+    against = [*missing(loaded.config), *problems(loaded.config.cluster)]
+    if command == "config":
+        _show(loaded, against)
+        return 0
+    if against:
+        return _refuse("; ".join(against))
+
+    from slime.train import main as run
+
+    try:
+        run(loaded.config, loaded.origins)
+    except ConfigError as error:
+        return _refuse(str(error))
+    return 0
+
+
+def _report(rest: list[str]) -> int:
+    if _HELP_FLAGS & set(rest):
+        print("Usage: slime report RUN (a name below runs/, or a folder): makes its report.html again")
+        return 0
+    if len(rest) != 1:
+        return _refuse(f"report takes one RUN, found {len(rest)}: slime report RUN")
+    run_dir = Path(rest[0]) if Path(rest[0]).is_dir() else Path("runs") / rest[0]
+    if not run_dir.is_dir():
+        runs = sorted(path.name for path in Path("runs").glob("*") if path.is_dir())
+        return _refuse(f"report {rest[0]}: no such run; {'runs: ' + ', '.join(runs) if runs else 'runs/ has none'}")
+
+    from slime.report import write_report
+
+    try:
+        print(write_report(run_dir))
+    except (FileNotFoundError, ValueError) as error:
+        return _refuse(f"report {run_dir}: {error}")
+    return 0
+
+
+def _refuse(message: str) -> int:
+    print(f"slime: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _take_recipes(arguments: list[str]) -> tuple[list[str], Path | None]:
+    """Splits `--recipes DIR` (or `--recipes=DIR`) off. ValueError: an unknown option, or DIR is missing."""
+    overrides: list[str] = []
+    recipes_dir: Path | None = None
+    pending = iter(arguments)
+    for argument in pending:
+        option, equals, value = argument.partition("=")
+        if option == "--recipes":
+            value = value if equals else next(pending, "")
+            if not value or value.startswith("--"):
+                raise ValueError("--recipes needs a folder: --recipes DIR")
+            recipes_dir = Path(value)
+        elif argument.startswith("-"):
+            raise ValueError(f"unknown option {argument!r}; options: --recipes DIR, --help")
+        else:
+            overrides.append(argument)
+    return overrides, recipes_dir
+
+
+def _train_help(command: str, folders: list[Path]) -> str:
+    from slime.schema import Config
+
+    lines = [TRAIN_HELP.format(command=command)]
+    for group in catalogue.GROUPS:
+        known = catalogue.names(folders, group)
+        width = max(map(len, known), default=0) + 2
+        lines += ["", f"{group}=NAME"]
+        for name in known:
+            path = catalogue.find(folders, group, name)
+            lines.append(f"  {name:<{width}}{catalogue.describe(path) if path else ''}".rstrip())
+    lines += ["", "Keys (slime config recipe=NAME shows each with its value)"]
+    default = Config()
+    for field in fields(Config):
+        value = getattr(default, field.name)
+        if is_dataclass(value):
+            lines.append(f"  {field.name + '.*':<14}{(type(value).__doc__ or '').splitlines()[0]}".rstrip())
+        elif field.name != "recipe":
+            lines.append(f"  {field.name:<14}{_as_text(value)}")
+    return "\n".join(lines)
+
+
+def _show(loaded: Loaded, against: list[str]) -> None:
+    dim, plain = ("\033[2m", "\033[0m") if sys.stdout.isatty() and "NO_COLOR" not in os.environ else ("", "")
+    shown = [
+        f"{text:<{_COMMENT_COLUMN}}  {dim}# {origin}{plain}" if origin else text
+        for text, origin in _lines(loaded.config, loaded.origins)
+    ]
+    shown += ["", "this machine can not run it:" if against else "this machine can run it"]
+    try:
+        print("\n".join([*shown, *(f"  {reason}" for reason in against)]), flush=True)
+    except BrokenPipeError:  # the reader, `head` for example, has seen enough: leave nothing to flush at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _lines(node: Any, origins: dict[str, str], prefix: str = "", indent: str = "") -> list[tuple[str, str]]:
+    """(text, origin) of each line; a section's own line has no origin, a derived property is no key to set."""
+    lines: list[tuple[str, str]] = []
+    items = node.items() if isinstance(node, dict) else ((f.name, getattr(node, f.name)) for f in fields(node))
+    for name, value in items:
+        key = f"{prefix}{name}"
+        if is_dataclass(value) or (isinstance(value, dict) and value):
+            lines.append((f"{indent}{name}:", ""))
+            lines += _lines(value, origins, f"{key}.", indent + "  ")
+        else:
+            lines.append((f"{indent}{name}: {_as_text(value)}", origins.get(key, "default")))
+    for name, attribute in vars(type(node)).items():
+        if isinstance(attribute, property):
+            lines.append((f"{indent}({name}: {_as_text(getattr(node, name))})", "derived"))
+    return lines
+
+
+def _as_text(value: Any) -> str:
+    """A value as YAML and the command line write it."""
+    if isinstance(value, Enum):
+        return str(value.value)
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:g}" if float(f"{value:g}") == value else repr(value)
+    return "''" if value == "" else str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,333 @@
+"""Composes a configuration, in this order, later ones winning key by key:
+
+    schema < recipe < model < cluster < command line
+
+A recipe names the task and the algorithm. A model names its files and every number that depends on its
+scale (window, reserve, lengths, learning rates), a cluster everything that depends on machines (processes,
+precision), so any recipe goes with any model and any cluster. Each file holds differences only. Its place
+in the order is the place of `_self_` in its defaults list, so a recipe may also take the last word, and a
+recipe that begins with another one (`defaults: [ppo_coding, _self_]`) changes what that one has composed.
+
+Hydra finds the files, reads their defaults lists and merges (hydra-core: many people know its YAML, and it
+checks types against dataclasses). `OmegaConf.to_object` makes the tree once; below it are plain dataclasses.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, fields, is_dataclass
+from difflib import get_close_matches
+from enum import Enum
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import MarkedYAMLError, YAMLError
+
+from recipes.catalogue import GROUPS, find, names, search_path
+from slime.config.checks import ConfigError, check, get
+from slime.schema import Config
+
+_OPTIONS = "task.options"  # the one dict: keys below it are the task's own
+_ARGUMENT = re.compile(r"([A-Za-z_]\w*(?:\.\w+)*)=(.*)", re.DOTALL)
+_TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "text", dict: "a mapping"}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A checked configuration and where each of its values comes from."""
+
+    config: Config
+    origins: dict[str, str]  # dotted key -> default | recipe NAME | model NAME | cluster NAME | command line | derived
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One source of values: `origin` as people read it, `tree` as nested dicts."""
+
+    origin: str
+    tree: dict[str, Any]
+
+
+def load(arguments: list[str], recipes_dir: Path | None = None) -> Loaded:
+    """Composes and checks the configuration that `recipe=NAME [model=NAME] [cluster=NAME] [key=value ...]` asks for.
+
+    `recipes_dir` is searched before `./recipes` and the recipes that come with slime.
+    ConfigError: every mistake of the user's, in one line.
+    """
+    try:
+        folders = search_path(recipes_dir)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    chosen, values = _split(arguments, folders)
+    schema = _schema()
+    command_line = _Layer("command line", _parse_values(values))
+    _check_layer(command_line, schema)
+    store = ConfigStore.instance()
+    store.store(name="_schema", node=schema)
+    run = {"defaults": ["_schema", {"recipe": chosen["recipe"]}, "_self_"]}
+    store.store(name="_run", node=run | {"hydra": {"searchpath": [f"file://{folder}" for folder in folders[1:]]}})
+    try:
+        with initialize_config_dir(str(folders[0]), version_base="1.3"):
+            files = _file_layers(chosen, folders)
+            for layer in files:
+                _check_layer(layer, schema)
+            tree = compose("_run", [*_group_overrides(chosen), *(_quoted(*item) for item in values.items())])
+        OmegaConf.update(tree, "recipe", chosen["recipe"])
+        OmegaConf.resolve(tree)
+        config = _to_object(tree)
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+        raise ConfigError(_one_line(error)) from error
+    origins = _origins(tree, config, [*files, command_line])
+    if config.model.start and find(folders, "recipe", config.model.start) is None:
+        raise ConfigError(_unknown("model.start", config.model.start, names(folders, "recipe")))
+    check(config)
+    return Loaded(config, origins)
+
+
+def dump(config: Config) -> str:
+    """The configuration as YAML, every key; `parse` gives it back."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def parse(text: str) -> Config:
+    """The configuration that `dump` wrote. ConfigError: it does not fit this version's keys and types."""
+    try:
+        return _to_object(OmegaConf.merge(_schema(), OmegaConf.create(text)))
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise ConfigError(_one_line(error)) from error
+
+
+def differences(old_yaml: str, config: Config) -> list[str]:
+    """Keys whose values differ between a dumped configuration and this one, as `key: old -> new`."""
+    old, new = (leaves(OmegaConf.to_container(OmegaConf.create(text))) for text in (old_yaml, dump(config)))
+    keys = [*new, *(key for key in old if key not in new)]
+    return [
+        f"{key}: {old.get(key, '(absent)')} -> {new.get(key, '(absent)')}"
+        for key in keys
+        if key not in old or key not in new or old[key] != new[key]
+    ]
+
+
+def leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as {dotted key: value}; an empty dict counts as a value."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat |= leaves(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _split(arguments: list[str], folders: list[Path]) -> tuple[dict[str, str], dict[str, str]]:
+    """Arguments as ({group: name}, {key: value as text}), each key known; of a repeated key the last counts."""
+    chosen: dict[str, str] = {}
+    values: dict[str, str] = {}
+    for argument in arguments:
+        match = _ARGUMENT.fullmatch(argument)
+        if match is None:
+            raise ConfigError(f"{argument!r} is not key=value (no spaces around '=', no '+' or '~' before the key)")
+        key, text = match.groups()
+        if key not in GROUPS:
+            _hint(key)
+            values[key] = text
+        elif text not in names(folders, key):
+            raise ConfigError(_unknown(key, text, names(folders, key)))
+        else:
+            chosen[key] = text
+    if "recipe" not in chosen:
+        raise ConfigError(f"recipe=NAME is missing; recipes: {', '.join(names(folders, 'recipe'))}")
+    return chosen, values
+
+
+def _group_overrides(chosen: dict[str, str]) -> list[str]:
+    return [f"{group}={name}" for group, name in chosen.items() if group != "recipe"]
+
+
+def _file_layers(chosen: dict[str, str], folders: list[Path]) -> list[_Layer]:
+    """The YAML files that Hydra composes, in its order. ConfigError: a group is not chosen, or a file is no mapping."""
+    loader = GlobalHydra.instance().config_loader()
+    recipe = chosen["recipe"]
+    defaults = loader.compute_defaults_list("_run", [], RunMode.RUN).defaults
+    for group in ("model", "cluster"):
+        if not any(str(default.config_path).startswith(f"{group}/") for default in defaults):
+            hint = f"its defaults list needs a line '- /{group}: NAME' ({', '.join(names(folders, group))})"
+            raise ConfigError(f"recipe {recipe} chooses no {group}: {hint}")
+    if overrides := _group_overrides(chosen):
+        defaults = loader.compute_defaults_list("_run", overrides, RunMode.RUN).defaults
+    layers = []
+    for default in defaults:
+        group, _, name = str(default.config_path).partition("/")
+        if group not in GROUPS:
+            continue
+        path = find(folders, group, name)
+        if path is None:
+            raise ConfigError(_unknown(group, name, names(folders, group)))
+        tree = OmegaConf.to_container(OmegaConf.load(path))
+        if default.package != "" or not isinstance(tree, dict):
+            raise ConfigError(f"{path}: begin with the line '# @package _global_', then write 'key: value' lines")
+        tree.pop("defaults", None)
+        layers.append(_Layer(f"{group} {name}", {str(key): value for key, value in tree.items()}))
+    return layers
+
+
+def _parse_values(values: dict[str, str]) -> dict[str, Any]:
+    """Command-line values as nested dicts. ConfigError: one that can't be read."""
+    tree: dict[str, Any] = {}
+    for key, text in values.items():
+        try:
+            override = OverridesParser.create().parse_override(_quoted(key, text))
+        except HydraException as error:
+            raise ConfigError(f"{key}={text}: can't be read; put text with special characters in quotes") from error
+        if override.is_sweep_override():
+            raise ConfigError(f"{key}={text}: one value only; a list is written [1,2]")
+        node = tree
+        *sections, last = key.split(".")
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[last] = override.value()
+    return tree
+
+
+def _quoted(key: str, text: str) -> str:
+    """`key=text` as Hydra reads it: text values need no quotes, options of the task may be new."""
+    if _hint(key) is str and not text.startswith(("'", '"')):
+        text = "'" + text.replace("\\'", "\\\\'").replace("'", "\\'") + "'"
+    return f"{'++' if key.startswith(_OPTIONS + '.') else ''}{key}={text}"
+
+
+def _schema() -> DictConfig:
+    """The schema with its plain defaults: what a section's `__post_init__` fills in is left open."""
+    tree: DictConfig = OmegaConf.structured(Config)
+
+    def reopen(node: DictConfig, section: Any) -> None:
+        filled = type(section)()
+        for field in fields(section):
+            value = getattr(section, field.name)
+            if is_dataclass(value):
+                reopen(node[field.name], value)
+            elif field.name in {f.name for f in fields(filled)} and value == getattr(filled, field.name):
+                plain = type(section).__dataclass_fields__[field.name].default
+                if isinstance(plain, int | float | str | Enum):
+                    node[field.name] = plain
+
+    reopen(tree, Config())
+    return tree
+
+
+def _hint(key: str) -> Any:
+    """Type that the schema gives a dotted key; Any below `task.options`. ConfigError: unknown key, with the nearest."""
+    if key.startswith(_OPTIONS + "."):
+        return Any
+    kind: Any = Config
+    for depth, name in enumerate(key.split(".")):
+        hints = get_type_hints(kind) if is_dataclass(kind) else {}
+        if name not in hints:
+            raise ConfigError(_unknown_key(key, ".".join(key.split(".")[:depth])))
+        kind = hints[name]
+    return kind
+
+
+def _all_keys(kind: Any = Config, prefix: str = "") -> list[str]:
+    keys = []
+    for name, hint in get_type_hints(kind).items():
+        keys.append(prefix + name)
+        if is_dataclass(hint):
+            keys += _all_keys(hint, f"{prefix}{name}.")
+    return keys
+
+
+def _unknown_key(key: str, section: str) -> str:
+    """Names the nearest key: by the whole of it, else by its last part."""
+    keys = _all_keys()
+    near = get_close_matches(key, keys, n=1, cutoff=0.75)
+    last = key.rpartition(".")[2]
+    by_last = get_close_matches(last, [k.rpartition(".")[2] for k in keys], n=1, cutoff=0.75)
+    if not near and by_last:
+        near = [min((k for k in keys if k.rpartition(".")[2] == by_last[0]), key=len)]
+    near = near or [k for k in keys if k.startswith(section + ".") and section] or list(get_type_hints(Config))
+    return f"unknown key {key!r}; " + (f"did you mean {near[0]!r}?" if len(near) == 1 else f"known: {', '.join(near)}")
+
+
+def _unknown(group: str, name: str, known: list[str]) -> str:
+    near = get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"{group}={name}: no such {group.replace('model.start', 'recipe')}; {hint}known: {', '.join(known)}"
+
+
+def _check_layer(layer: _Layer, schema: DictConfig) -> None:
+    """ConfigError: a key that the schema does not have, or a value of another type."""
+    where = "" if layer.origin == "command line" else f"{layer.origin}: "
+    scratch = schema.copy()
+    for key, value in leaves(layer.tree).items():
+        try:
+            hint = _hint(key)
+        except ConfigError as error:
+            raise ConfigError(f"{where}{error}") from error
+        if isinstance(value, str) and "${" in value:
+            continue  # an interpolation: typed when it is resolved
+        if is_dataclass(hint) and not isinstance(value, dict):
+            raise ConfigError(
+                f"{where}{key}={value} is a section; set its keys, e.g. {key}.{next(iter(get_type_hints(hint)))}"
+            )
+        if hint is Any or is_dataclass(hint):
+            continue
+        try:
+            OmegaConf.update(scratch, key, value)
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"{where}{key}={value}: {_expected(hint)}") from error
+
+
+def _expected(hint: Any) -> str:
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return f"must be one of {', '.join(member.value for member in hint)}"
+    return f"must be {_TYPE_NAMES.get(hint, 'a mapping')}"
+
+
+def _to_object(tree: Any) -> Config:
+    """The tree as dataclasses. ConfigError: a section refuses its own numbers; the message names the section."""
+    try:
+        config = OmegaConf.to_object(tree)
+    except ValueError as error:
+        raise ConfigError(_where(tree, str(error))) from error
+    assert isinstance(config, Config)
+    return config
+
+
+def _where(tree: Any, message: str) -> str:
+    """Puts the dotted name of the section that refuses before the message."""
+    for key in sorted(_all_keys(), key=lambda key: -key.count(".")):
+        node = OmegaConf.select(tree, key)
+        if isinstance(node, DictConfig) and OmegaConf.get_type(node) is not dict:
+            try:
+                OmegaConf.to_object(node)
+            except ValueError as error:
+                message = str(error)
+                return message if message.startswith(key) else f"{key}: {message}"
+    return message
+
+
+def _origins(tree: DictConfig, config: Config, layers: list[_Layer]) -> dict[str, str]:
+    before = leaves(OmegaConf.to_container(tree))
+    origins = dict.fromkeys(before, "default")
+    for layer in layers:
+        origins |= dict.fromkeys((key for key in leaves(layer.tree) if key in origins), layer.origin)
+    origins["recipe"] = "command line"
+    for key, value in before.items():
+        if not key.startswith(_OPTIONS) and get(config, key) != value:
+            origins[key] = "derived"
+    return origins
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, MarkedYAMLError) and error.problem_mark is not None:
+        return f"{error.problem_mark.name}:{error.problem_mark.line + 1}: {error.problem}"
+    return " ".join(str(error).strip().splitlines()[0].split()) or type(error).__name__

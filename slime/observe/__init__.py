@@ -1,0 +1,1 @@
+"""What looks at a run without taking part in it: live view, metrics on disk and in W&B, sample episodes."""

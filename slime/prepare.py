@@ -1,0 +1,90 @@
+"""What a run needs before its first process: task rows, a model folder, a start to train from.
+
+Everything that is made here is made once and cached under a name that changes with what it is made from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from buffer.tasks import TaskRow, read_rows, write_rows
+from rollout.environment import Task
+from slime.schema import Config
+
+TRAIN_ROWS = 8192  # rows that a task makes for itself
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Inputs of a run, on disk and checked."""
+
+    task: Task
+    train_rows: Sequence[TaskRow]
+    eval_rows: Sequence[TaskRow]
+    model_folder: Path
+
+
+def digest(value: Any) -> str:
+    """A short name for a value that JSON can hold."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def make_task(config: Config) -> Task:
+    """The recipe's task. ValueError: its target can't be imported or is not a Task."""
+    module, _, name = config.task.target.partition(":")
+    if not module or not name:
+        raise ValueError(f"task.target={config.task.target!r}: must be 'package.module:Class'")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"task.target={config.task.target!r}: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, Task)):
+        raise ValueError(f"task.target={config.task.target!r} is not a slime.Task")
+    return found(**config.task.options)
+
+
+def _rows(config: Config, task: Task, split: str, count: int) -> list[TaskRow]:
+    given = getattr(config.task, split)
+    if given:
+        return read_rows(Path(given))
+    key = digest([config.task.target, config.task.options, split, count, config.seed])
+    path = Path(config.cache_dir) / "rows" / f"{split}-{key}.jsonl"
+    if not path.exists():
+        write_rows(path, task.make_rows(split, count, config.seed))
+    return read_rows(path)
+
+
+def untrained_model(config: Config, task: Task) -> Path:
+    """The folder of model.path, or the task's own small model, made when it is missing."""
+    if config.model.path:
+        return Path(config.model.path)
+    folder = Path(config.cache_dir) / "models" / f"{config.model.name}-{digest([config.task.target, config.seed])}"
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        task.make_model(folder, config.seed)
+    return folder.resolve()
+
+
+def start_folder(config: Config, warm_start: Config) -> Path:
+    """Where the result of the warm-start recipe is cached; it changes with that recipe's settings."""
+    relevant = {k: v for k, v in asdict(warm_start).items() if k in {"seed", "steps", "task", "model", "policy", "sft"}}
+    return (Path(config.cache_dir) / "starts" / f"{warm_start.recipe}-{digest(relevant)}").resolve()
+
+
+def prepare(config: Config, model_folder: Path | None = None) -> Prepared:
+    """Rows and model of a run. ValueError names what is wrong with them."""
+    task = make_task(config)
+    train = _rows(config, task, "train", TRAIN_ROWS)
+    evaluation = _rows(config, task, "eval", config.eval.num_tasks)
+    shared = {row.id for row in train} & {row.id for row in evaluation}
+    if shared:
+        raise ValueError(f"task row {min(shared)!r} stands in both the training and the evaluation file")
+    if len(evaluation) < config.eval.num_tasks:
+        raise ValueError(f"eval.num_tasks={config.eval.num_tasks}: the evaluation file has only {len(evaluation)} rows")
+    return Prepared(task, train, evaluation, model_folder or untrained_model(config, task))

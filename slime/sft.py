@@ -1,0 +1,82 @@
+"""Supervised warm start: the task's demonstrations, through the same agent loop and Megatron workers."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import ray
+
+from buffer.types import Batch, SubTraceInfo
+from rollout.group import RolloutGroup
+from slime.build import build_policy, build_rollout
+from slime.prepare import Prepared
+from slime.schema import Config
+from slime.observe.tracking import Tracker
+from slime.observe.view import View
+
+EPISODES_PER_CALL = 32
+
+
+def demonstrations(config: Config, inputs: Prepared, rollout: RolloutGroup) -> Iterator[list[SubTraceInfo]]:
+    """Endless shuffled batches of sub-traces that hold an action; one call ahead of their use."""
+    rng = random.Random(config.seed)
+    pool: list[SubTraceInfo] = []
+    order: list[int] = []
+
+    def ask() -> list[ray.ObjectRef]:
+        if len(order) < EPISODES_PER_CALL:
+            order.extend(rng.sample(range(len(inputs.train_rows)), len(inputs.train_rows)))
+        indices = [order.pop() for _ in range(EPISODES_PER_CALL)]
+        return rollout.demonstrate(indices)
+
+    coming = ask()
+    while True:
+        while len(pool) < 4 * config.sft.batch_sub_traces:
+            ready, coming = ray.get(coming, timeout=config.cluster.start_timeout_s), ask()
+            for played in (one for part in ready for one in part):
+                pool += [
+                    SubTraceInfo(s, s.episode_id, len(s.tokens), s.num_actions, 0)
+                    for s in played.sub_traces
+                    if s.num_actions
+                ]
+        rng.shuffle(pool)
+        chosen, pool = pool[: config.sft.batch_sub_traces], pool[config.sft.batch_sub_traces :]
+        yield chosen
+
+
+def run(config: Config, inputs: Prepared, run_dir: Path, view: View, tracker: Tracker) -> Path:
+    """Trains `config.steps` optimizer steps and exports a Hugging Face folder; returns it."""
+    limit_s = config.cluster.start_timeout_s
+    view.phase("starting training processes and sandboxes")
+    policy = build_policy(config, inputs.model_folder)
+    starting = policy.start(limit_s)
+    rollout = build_rollout(config, inputs, [])
+    ray.get([worker.start.remote() for worker in rollout.workers], timeout=limit_s)
+    starting.result(limit_s)
+    view.phase("imitating demonstrations")
+    batches = demonstrations(config, inputs, rollout)
+    for step in range(1, config.steps + 1):
+        began = time.perf_counter()
+        batch = Batch(step, tuple(next(batches)), ())
+        waited = time.perf_counter()
+        grid = policy.grid(range(len(batch.items)), [item.num_tokens for item in batch.items])
+        found = policy.imitate(batch, grid).result()
+        done = time.perf_counter()
+        metrics = {f"policy/{name}": number for name, number in found.items()} | {
+            "sft/tokens": float(batch.num_tokens),
+            "time/rollout_s": waited - began,
+            "time/update_s": done - waited,
+            "time/step_s": done - began,
+            "time/other_s": 0.0,
+        }
+        tracker.log(step, metrics)
+        view.step({"step": step, "time_s": tracker.elapsed_s, **metrics})
+    folder = (run_dir / "model").resolve()
+    policy.submit("export", str(folder)).result()
+    rollout.stop()
+    for actor in (*policy.actors, *rollout.workers):
+        ray.kill(actor)
+    return folder

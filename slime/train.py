@@ -1,0 +1,145 @@
+"""`slime train`: from a checked config to a finished run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import yaml
+
+from launch.local import start_ray, stop_ray
+from slime import checkpoint, loop, sft
+from slime.build import Parts, build
+from slime.config import ConfigError, differences, dump, load
+from slime.prepare import Prepared, make_task, prepare, start_folder, untrained_model
+from slime.report import write_report
+from slime.schema import Config, Kind
+from slime.observe.tracking import Tracker, read_metrics
+from slime.observe.view import View
+from slime.observe.watch import Watch
+
+# What may change between a run and its resume without making it another run.
+_FREE = ("steps", "resume", "eval.", "checkpoint.", "tracking.", "cluster.", "runs_dir", "cache_dir")
+
+
+def open_run(config: Config) -> tuple[Path, int]:
+    """The run's folder and the step to go on from. ConfigError: it is another run's, or may not be resumed."""
+    run_dir = Path(config.runs_dir) / (config.run or config.recipe)
+    done = checkpoint.steps(run_dir)
+    saved = run_dir / "config.yaml"
+    if saved.exists() and not config.resume:
+        raise ConfigError(f"{run_dir} exists: choose another run= name, or resume=true to go on with it")
+    if done and saved.exists():
+        changed = [line for line in differences(saved.read_text(), config) if not line.startswith(_FREE)]
+        if changed:
+            raise ConfigError(f"{run_dir} was started with other settings: {changed[0]}; choose another run= name")
+    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+    saved.write_text(dump(config))
+    return run_dir, done[-1] if done else 0
+
+
+def start_model(config: Config) -> Path:
+    """The model folder to start from; runs the warm-start recipe when its result is missing."""
+    base = untrained_model(config, make_task(config))
+    if not config.model.start:
+        return base
+    arguments = [f"recipe={config.model.start}", f"model={config.model.name}", f"cluster={config.cluster.name}"]
+    arguments += [f"seed={config.seed}", f"runs_dir={config.runs_dir}", f"cache_dir={config.cache_dir}"]
+    warm_start = load(arguments, None).config
+    folder = start_folder(config, warm_start)
+    if not folder.exists():
+        run_dir = Path(config.runs_dir) / warm_start.recipe
+        exported = run_sft(warm_start, run_dir)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        part = folder.with_suffix(".part")
+        shutil.copytree(exported, part, dirs_exist_ok=True)
+        part.rename(folder)
+    return folder
+
+
+def run_sft(config: Config, run_dir: Path) -> Path:
+    """A supervised run; returns the exported model folder."""
+    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.yaml").write_text(dump(config))
+    inputs = prepare(config)
+    tracker = Tracker(run_dir, run_dir.name, yaml.safe_load(dump(config)), config.tracking, None)
+    start_ray(config.cluster)
+    try:
+        with View(run_dir.name, config.steps) as view:
+            exported = sft.run(config, inputs, run_dir, view, tracker)
+            write_report(run_dir)
+            view.final(f"warm start: {exported}")
+    finally:
+        tracker.close()
+    return exported
+
+
+def run_ppo(config: Config, run_dir: Path, step: int, inputs: Prepared) -> None:
+    """Builds the parts, goes on from `step`, trains to the end."""
+    from transformers import AutoTokenizer  # takes seconds to import
+
+    history = read_metrics(run_dir) if step else []
+    tracker = Tracker(run_dir, run_dir.name, yaml.safe_load(dump(config)), config.tracking, step or None)
+    view = View(run_dir.name, config.steps, history=[row for row in history if row["step"] <= step])
+    tokenizer = AutoTokenizer.from_pretrained(inputs.model_folder)
+    t = config.tracking
+    watch = Watch(view, tracker, tokenizer, inputs.train_rows, inputs.eval_rows, t.sample_every, t.sample_episodes)
+    with view:
+        view.phase("starting engines, workers and sandboxes")
+        parts = build(config, inputs, run_dir)
+        try:
+            train(config, parts, watch, run_dir, step)
+        finally:
+            parts.stop()
+            tracker.close()
+        view.phase("report")
+        report = write_report(run_dir)
+        rows = [row for row in read_metrics(run_dir) if "eval/pass_rate" in row]
+        first, last = rows[0], rows[-1]
+        view.final(
+            f"held-out pass rate {first['eval/pass_rate']:.2f} -> {last['eval/pass_rate']:.2f} "
+            f"on {last['eval/num_tasks']:.0f} tasks; report: {report}"
+        )
+
+
+def train(config: Config, parts: Parts, watch: Watch, run_dir: Path, step: int) -> None:
+    """Every step of a run, with its evaluations and checkpoints."""
+    if step:
+        loaded = checkpoint.load(run_dir, parts)
+        assert loaded == step, f"checkpoint of step {loaded}, expected {step}"
+        watch.view.note(f"resumed at step {step}")
+    parts.weights.publish(step)
+    parts.rollout.run(parts.buffer)
+    if step == 0:
+        first: dict[str, float] = {"weights/version": 0.0}
+        if config.critic.warmup_episodes:
+            first |= loop.warm_up_critic(config, parts, watch)
+        watch.step(0, first | loop.evaluate(config, parts, watch, 0))
+    while step < config.steps:
+        step += 1
+        metrics = loop.train_step(config, parts, watch, step)
+        last = step == config.steps
+        if last or (config.eval.every and step % config.eval.every == 0):
+            metrics |= loop.evaluate(config, parts, watch, step)
+        if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
+            checkpoint.save(run_dir, step, parts, config.checkpoint.keep)
+        watch.step(step, metrics)
+
+
+def main(config: Config, origins: dict[str, str]) -> None:
+    """Runs a recipe to its end, or goes on with one that was stopped."""
+    run_dir, step = open_run(config)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    try:
+        if config.kind is Kind.sft:
+            run_sft(config, run_dir)
+            return
+        if step >= config.steps:
+            print(f"{run_dir} has finished its {config.steps} steps; report: {write_report(run_dir)}")
+            return
+        inputs = prepare(config, start_model(config))
+        start_ray(config.cluster)
+        run_ppo(config, run_dir, step, inputs)
+    finally:
+        stop_ray()

@@ -1,0 +1,76 @@
+"""What all tests share: one thread per process, engines last, one Ray cluster for those that need it."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+# Before torch is imported anywhere: tests run beside engines and workers on few cores.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The quick tests first, so that what can fail in seconds does."""
+    items.sort(key=lambda item: item.get_closest_marker("e2e") is not None)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[ModuleType]:
+    """The `ray` module, connected to a real one-node cluster of its own with 8 logical CPUs.
+
+    Ray would otherwise switch token authentication on by itself and write a token into the home folder, which then
+    changes how later commands behave; here the token lives and dies with the cluster.
+    """
+    import ray
+
+    folder = Path(
+        tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+    )  # short: Ray's sockets live below, their paths are limited
+    token = folder / "token"
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32))
+    try:
+        with pytest.MonkeyPatch.context() as env:
+            env.setenv("RAY_AUTH_MODE", "token")
+            env.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+            env.setenv("RAY_USAGE_STATS_ENABLED", "0")
+            _read_environment_again()
+            try:
+                _start(ray, folder)
+            except Exception as error:  # noqa: BLE001  Ray raises a plain Exception when its raylet starts too slowly
+                print(f"Ray did not start, trying once more: {error}", file=sys.stderr)
+                ray.shutdown()
+                _start(ray, folder)
+            yield ray
+            ray.shutdown()
+    finally:
+        ray.shutdown()
+        _read_environment_again()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _read_environment_again() -> None:
+    """Ray reads its RAY_* settings once, when it is imported, and some other test may have imported it before."""
+    from ray._raylet import AuthenticationTokenLoader, Config
+
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
+
+
+def _start(ray: ModuleType, folder: Path) -> None:
+    ray.init(
+        num_cpus=8,
+        include_dashboard=False,
+        object_store_memory=300 * 2**20,
+        log_to_driver=False,
+        logging_level="ERROR",
+        _temp_dir=str(folder),
+    )

@@ -1,0 +1,247 @@
+"""What is refused before any process starts: numbers, combinations, the model's shape, the machine."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from launch.config import ClusterConfig
+from launch.preflight import Machine, problems
+from slime.config import ConfigError, check, dump, leaves, load, missing
+from slime.config.checks import RANGES
+from slime.schema import Config
+
+PPO = "recipe=ppo_coding"
+GPU = [PPO, "model=qwen3_8b", "cluster=gpu_8"]
+# Recipes are tuned; tests of numbers bring their own.
+PINNED = [
+    PPO,
+    "buffer.episodes_per_step=128",
+    "rollout.compaction.context_tokens=104",
+    "rollout.compaction.reserve_tokens=39",
+    "rollout.compaction.summary_tokens=8",
+    "rollout.max_turn_tokens=24",
+    "policy.num_minibatches=4",
+    "critic.num_minibatches=4",
+]
+GPU_PINNED = [
+    *GPU,
+    "buffer.episodes_per_step=128",
+    "rollout.compaction.context_tokens=32768",
+    *("policy.layout.num_processes=4", "policy.layout.tensor_parallel=2"),
+    *("critic.layout.num_processes=2", "critic.layout.tensor_parallel=2"),
+    *("rollout.engine.num_engines=2", "rollout.engine.tensor_parallel=1", "cluster.gpus_per_node=8"),
+]
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def refusal(*arguments: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load([*arguments])
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# ------------------------------------------------------------ numbers, one by one
+
+
+@pytest.mark.parametrize(
+    ("argument", "parts"),
+    [
+        ("steps=0", ["steps=0", "nearest that works is 1"]),
+        ("seed=-1", ["seed=-1", "nearest that works is 0"]),
+        ("seed=4294967296", ["nearest that works is 4294967295"]),
+        ("policy.optimizer.lr=0", ["policy.optimizer.lr=0", "above 0"]),
+        ("critic.optimizer.lr=-1e-3", ["critic.optimizer.lr=-0.001", "above 0"]),
+        ("policy.optimizer.lr=nan", ["policy.optimizer.lr=nan", "finite"]),
+        ("policy.optimizer.lr=inf", ["policy.optimizer.lr=inf", "finite"]),
+        ("policy.optimizer.beta2=1", ["policy.optimizer.beta2=1.0", "below 1"]),
+        ("advantage.lambda_policy=1.01", ["advantage.lambda_policy=1.01", "nearest that works is 1"]),
+        ("advantage.lambda_critic=-0.1", ["advantage.lambda_critic=-0.1", "nearest that works is 0"]),
+        ("advantage.gamma=2", ["advantage.gamma=2.0", "nearest that works is 1"]),
+        ("policy.clip_low=0", ["policy.clip_low=0.0", "above 0"]),
+        ("policy.clip_low=1.5", ["policy.clip_low=1.5", "nearest that works is 1"]),
+        ("policy.clip_high=-0.2", ["policy.clip_high=-0.2", "above 0"]),
+        ("rollout.engine.memory_fraction=1", ["memory_fraction=1.0", "below 1"]),
+        ("policy.num_minibatches=0", ["policy.num_minibatches=0", "nearest that works is 1"]),
+        ("eval.num_tasks=0", ["eval.num_tasks=0", "nearest that works is 1"]),
+        ("checkpoint.keep=0", ["checkpoint.keep=0", "nearest that works is 1"]),
+        ("run=a/b c", ["run='a/b c'", "'a-b-c'"]),
+        ("run=..", ["run='..'", "'run'"]),
+        ("run=" + "x" * 65, ["at most 64"]),
+        ("runs_dir=", ["runs_dir is empty", "runs_dir=runs"]),
+        ("task.target=recipes.coding", ["task.target='recipes.coding'", "package.module:Class"]),
+        ("rollout.compaction.context_tokens=39", ["context_tokens=39", "at least 40"]),
+        ("rollout.compaction.summary_tokens=39", ["summary_tokens=39", "at most 38"]),
+        ("rollout.max_turn_tokens=32", ["rollout.max_turn_tokens=32", "use at most 31"]),
+        ("rollout.engine.max_total_tokens=103", ["max_total_tokens=103", "at least 104"]),
+        ("policy.layout.max_tokens_per_micro_batch=100", ["policy.layout.max_tokens_per_micro_batch=100", "104"]),
+        ("critic.layout.max_tokens_per_micro_batch=100", ["critic.layout.max_tokens_per_micro_batch=100", "104"]),
+        ("policy.num_minibatches=129", ["policy.num_minibatches=129", "at most 128"]),
+        ("critic.num_minibatches=129", ["critic.num_minibatches=129", "at most 128"]),
+        ("buffer.episodes_per_step=3", ["buffer.episodes_per_step=3", "num_minibatches of at most 3"]),
+        ("buffer.slots=100", ["buffer.slots=100", "128"]),
+        ("buffer.window=100", ["buffer.window=100", "128"]),
+        ("policy.optimizer.decay_steps=5 policy.optimizer.warmup_steps=5", ["decay_steps=5", "at least 6"]),
+        ("policy.layout.precision=bf16", ["policy.layout.precision=bf16", "40 times slower", "fp32"]),
+        ("critic.layout.precision=bf16", ["critic.layout.precision=bf16"]),
+        ("policy.layout.sequence_parallel=true", ["policy.layout: sequence_parallel=true", "at least 2"]),
+        (
+            "critic.layout.num_processes=3 critic.layout.tensor_parallel=2",
+            ["critic.layout: num_processes=3", "nearest that works is 4"],
+        ),
+    ],
+)
+def test_numbers_that_can_not_work(argument: str, parts: list[str]) -> None:
+    arguments = [argument] if argument.startswith("run=") else argument.split(" ")
+    message = refusal(*PINNED, *arguments)
+    for part in parts:
+        assert part in message
+
+
+def test_the_nearest_number_named_does_work() -> None:
+    for argument in ("rollout.max_turn_tokens=31", "rollout.engine.max_total_tokens=104", "policy.num_minibatches=128"):
+        load([*PINNED, argument])
+
+
+def test_ranges_name_every_number_of_the_schema() -> None:
+    """A new number needs a range, or a place in this list with the check that covers it."""
+    elsewhere = {
+        *(f"buffer.{key}" for key in ("episodes_per_step", "slots", "window")),  # BufferConfig.__post_init__
+        "rollout.compaction.context_tokens",  # CompactionConfig.__post_init__
+        *(f"{role}.layout.{key}" for role in ("policy", "critic") for key in ("num_processes", "tensor_parallel")),
+        *(f"{role}.layout.max_tokens_per_micro_batch" for role in ("policy", "critic")),  # at least the window
+    }
+    numbers = {
+        key
+        for key, value in leaves(yaml.safe_load(dump(Config()))).items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+    assert numbers - set(RANGES) == elsewhere
+    assert set(RANGES) <= numbers
+
+
+# ------------------------------------------------------------- GPUs and the model
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["critic.layout.num_processes=4"], ["10 GPUs", "8*1=8", "works is critic.layout.num_processes=2"]),
+        (["rollout.engine.num_engines=3"], ["9 GPUs", "policy.layout.num_processes=2"]),
+        (["cluster.gpus_per_node=2"], ["8 GPUs", "gpus_per_node of at least 8"]),
+        (["rollout.engine.tensor_parallel=16"], ["rollout.engine.tensor_parallel=16", "at most 8"]),
+        (["cluster.gpus_per_node=0"], ["precision=bf16"]),
+        (["policy.num_minibatches=100"], ["data_parallel=2", "policy.num_minibatches of at most 64"]),
+    ],
+)
+def test_roles_must_fit_the_gpus(arguments: list[str], parts: list[str]) -> None:
+    message = refusal(*GPU_PINNED, *arguments)
+    for part in parts:
+        assert part in message
+
+
+def test_more_nodes_make_room() -> None:
+    load([*GPU_PINNED, "critic.layout.num_processes=4", "cluster.num_nodes=2"])
+
+
+def test_a_warm_start_needs_no_gpus_for_a_critic() -> None:
+    load(["recipe=sft_coding", "cluster=gpu_8", "cluster.gpus_per_node=6"])
+    assert "gpus_per_node" in refusal("recipe=sft_coding", "cluster=gpu_8", "cluster.gpus_per_node=2")
+
+
+@pytest.mark.parametrize(
+    ("shape", "arguments", "parts"),
+    [
+        ({"max_position_embeddings": 16384}, [], ["context_tokens=32768", "=16384", "use at most 16384"]),
+        ({"num_attention_heads": 25}, [], ["policy.layout.tensor_parallel=2", "=25", "nearest that works is 1"]),
+        ({"num_key_value_heads": 1}, [], ["policy.layout.tensor_parallel=2", "num_key_value_heads=1", "works is 1"]),
+        (
+            {},
+            ["rollout.engine.tensor_parallel=3", "rollout.engine.num_engines=1", "cluster.gpus_per_node=9"],
+            ["rollout.engine.tensor_parallel=3", "num_attention_heads=32", "nearest that works is 2"],
+        ),
+    ],
+)
+def test_the_model_must_fit_the_layout(
+    tmp_path: Path, shape: dict[str, int], arguments: list[str], parts: list[str]
+) -> None:
+    qwen = {"max_position_embeddings": 40960, "num_attention_heads": 32, "num_key_value_heads": 8}
+    write(tmp_path / "config.json", json.dumps(qwen | shape))
+    message = refusal(*GPU_PINNED, f"model.path={tmp_path}", *arguments)
+    for part in parts:
+        assert part in message
+
+
+def test_a_broken_model_folder_is_named(tmp_path: Path) -> None:
+    absent, empty = load([*GPU, "model.path=not/here"]).config, load([*GPU, f"model.path={tmp_path}"]).config
+    assert [m for m in missing(absent) if "model.path=not/here: no such folder" in m]
+    assert [m for m in missing(empty) if "config.json" in m]
+    write(tmp_path / "config.json", "{")
+    assert "not JSON" in refusal(*GPU, f"model.path={tmp_path}")
+    write(tmp_path / "config.json", "{}")
+    assert missing(load([*GPU, f"model.path={tmp_path}"]).config) == []
+
+
+def test_rows_for_evaluation_must_suffice(tmp_path: Path) -> None:
+    rows = write(tmp_path / "eval.jsonl", "{}\n" * 3)
+    assert "use at most 3" in refusal(PPO, f"task.eval={rows}")
+    assert missing(load([PPO, f"task.eval={rows}", "eval.num_tasks=3"]).config) == []
+    assert "task.eval=none.jsonl" in missing(load([PPO, "task.eval=none.jsonl"]).config)[0]
+
+
+def test_check_takes_a_config_made_by_hand() -> None:
+    config = load([PPO]).config
+    check(config)
+    with pytest.raises(ConfigError, match=re.escape("steps=0 is not in [1, inf)")):
+        check(replace(config, steps=0))
+
+
+# --------------------------------------------------------------------- preflight
+
+ROOMY = Machine(num_cpus=2, free_memory_gb=16, free_disk_gb=50, free_temporary_gb=50, free_shm_gb=8, num_gpus=0)
+
+
+@pytest.mark.parametrize(
+    ("machine", "cluster", "parts"),
+    [
+        (ROOMY, {}, []),
+        (replace(ROOMY, free_memory_gb=7.5), {}, ["7.5 GB of memory", "min_memory_gb=8"]),
+        (replace(ROOMY, free_disk_gb=1), {}, ["1.0 GB of disk", "min_disk_gb=4"]),
+        (replace(ROOMY, free_shm_gb=0.064), {}, ["0.06 GB", "/dev/shm", "--shm-size"]),
+        (replace(ROOMY, free_temporary_gb=0.5), {}, ["0.50 GB", "TMPDIR"]),
+        (ROOMY, {"gpus_per_node": 8}, ["0 GPUs found", "gpus_per_node=8", "cluster=local"]),
+        (replace(ROOMY, num_gpus=8), {"gpus_per_node": 8}, []),
+        (ROOMY, {"threads_per_process": 4}, ["2 CPUs", "threads_per_process=4", "use at most 2"]),
+        (replace(ROOMY, free_memory_gb=1), {"gpus_per_node": 8, "ray_address": "10.0.0.1:6379"}, []),
+    ],
+)
+def test_preflight_tells_what_is_short(machine: Machine, cluster: dict, parts: list[str]) -> None:
+    found = problems(ClusterConfig(**cluster), machine)
+    assert len(found) == bool(parts)
+    for part in parts:
+        assert part in found[0]
+
+
+def test_preflight_tells_everything_at_once() -> None:
+    poor = Machine(num_cpus=1, free_memory_gb=1, free_disk_gb=1, free_temporary_gb=0.1, free_shm_gb=0.01, num_gpus=0)
+    assert len(problems(ClusterConfig(gpus_per_node=1, threads_per_process=2), poor)) == 6
+
+
+def test_preflight_reads_this_machine() -> None:
+    machine = Machine.read(count_gpus=False)
+    assert machine.num_cpus >= 1
+    assert machine.free_memory_gb > 0
+    assert machine.free_disk_gb > 0
+    assert machine.num_gpus == 0

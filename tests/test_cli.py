@@ -1,0 +1,198 @@
+"""The command line through its real `main`: exit codes and what people read."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from launch.preflight import Machine
+from slime import cli
+
+PPO = "recipe=ppo_coding"
+ROOMY = Machine(num_cpus=2, free_memory_gb=16, free_disk_gb=50, free_temporary_gb=50, free_shm_gb=8, num_gpus=0)
+
+
+@pytest.fixture(autouse=True)
+def _empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def _roomy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Machine, "read", lambda count_gpus: ROOMY)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line on stderr with which the command is refused."""
+    code = cli.main([*arguments])
+    out, err = capsys.readouterr()
+    assert (code, out) == (2, "")
+    assert err.startswith("slime: error: ")
+    assert err.count("\n") == 1
+    return err
+
+
+@pytest.mark.parametrize("command", ["train", "config"])
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        ([PPO, "polcy.loss=ppo"], "did you mean 'policy.loss'?"),
+        ([PPO, "steps=many"], "must be an integer"),
+        ([PPO, "policy.loss=x"], "one of ppo, dis"),
+        (["recipe=nothing"], "recipe=nothing: no such recipe"),
+        ([PPO, "model=tine"], "did you mean 'tiny'?"),
+        ([PPO, "cluster=moon"], "known: gpu_8, local"),
+        ([PPO, "steps=[1"], "can't be read"),
+        ([PPO, "steps"], "is not key=value"),
+        ([PPO, "policy.layout.precision=bf16"], "use fp32"),
+        ([PPO, "rollout.compaction.context_tokens=10"], "context_tokens=10 is not above"),
+        ([PPO, "advantage.gamma=1.5"], "the nearest that works is 1"),
+        ([PPO, "--recipes"], "--recipes needs a folder"),
+        ([PPO, "--recipes", "absent"], "absent"),
+        ([PPO, "--recipies=x"], "unknown option '--recipies=x'"),
+        ([], "recipe=NAME is missing"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(
+    capsys: pytest.CaptureFixture[str], command: str, arguments: list[str], part: str
+) -> None:
+    assert part in refused(capsys, command, *arguments)
+
+
+def test_unknown_commands_name_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "did you mean 'train'?" in refused(capsys, "trian", PPO)
+    assert "commands: train, config, report" in refused(capsys, "zzz")
+
+
+def test_train_is_refused_without_the_gpus_and_the_model(capsys: pytest.CaptureFixture[str]) -> None:
+    line = refused(capsys, "train", PPO, "model=qwen3_8b", "cluster=gpu_8", "cluster.gpus_per_node=4096")
+    assert "model.path=models/Qwen3-8B: no such folder" in line
+    assert "GPUs found, cluster.gpus_per_node=4096" in line
+
+
+def test_config_of_absent_hardware_is_shown_all_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    numbers = ["steps=7", "buffer.episodes_per_step=96", "cluster.gpus_per_node=4096"]
+    assert cli.main(["config", PPO, "model=qwen3_8b", "cluster=gpu_8", *numbers]) == 0
+    shown, _, verdict = capsys.readouterr().out.partition("\n\n")
+    assert verdict.startswith("this machine can not run it:")
+    assert "model.path=models/Qwen3-8B" in verdict
+    assert "cluster.gpus_per_node=4096" in verdict
+    rows = [line.split("#") for line in shown.splitlines()]
+    told = {row[0].strip(): row[1].strip() for row in rows if len(row) == 2}
+    assert told["recipe: ppo_coding"] == "command line"
+    assert told["steps: 7"] == told["episodes_per_step: 96"] == "command line"
+    assert told["kind: ppo"] == "recipe ppo_coding"
+    assert told["name: qwen3_8b"] == "model qwen3_8b"
+    assert told["precision: bf16"] == "cluster gpu_8"
+    assert told["slots: 96"] == told["(max_lag: 1)"] == told["(data_parallel: 2)"] == "derived"
+    columns = {len(row[0]) for row in rows if len(row) == 2}
+    assert len(columns) == 1  # the comments stand in one column
+
+
+@pytest.mark.usefixtures("_roomy_machine")
+def test_config_of_a_runnable_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["config", PPO]) == 0
+    out = capsys.readouterr().out
+    assert out.endswith("this machine can run it\n")
+    assert "\033" not in out  # not a terminal: no colours
+
+
+@pytest.mark.usefixtures("_roomy_machine")
+def test_train_hands_over_config_and_origins(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[Any] = []
+    fake = ModuleType("slime.train")
+    fake.main = lambda config, origins: seen.append((config.steps, origins["steps"]))  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "slime.train", fake)
+    assert cli.main(["train", PPO, "steps=3"]) == 0
+    assert seen == [(3, "command line")]
+
+
+@pytest.mark.usefixtures("_roomy_machine")
+def test_a_refusal_inside_training_is_one_line_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from slime.config import ConfigError
+
+    def refuse(config: Any, origins: Any) -> None:
+        raise ConfigError("steps: 3 -> 4\nsince the last start")
+
+    fake = ModuleType("slime.train")
+    fake.main = refuse  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "slime.train", fake)
+    assert "steps: 3 -> 4 since the last start" in refused(capsys, "train", PPO)
+
+
+def test_help_of_train_lists_what_can_be_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    own = tmp_path / "own" / "recipe" / "mine.yaml"
+    own.parent.mkdir(parents=True)
+    own.write_text("# @package _global_\n# My own agent\nsteps: 3\n")
+    assert cli.main(["train", "--recipes", str(tmp_path / "own"), "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "  mine        My own agent\n" in out
+    for text in (
+        "ppo_coding",
+        "Reinforcement learning of a coding agent",
+        "qwen3_8b",
+        "gpu_8",
+        "  policy.*",
+        "  steps",
+    ):
+        assert text in out
+    assert "Config(" not in out  # every section has a docstring
+
+
+def test_report_names_the_runs(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert "runs/ has none" in refused(capsys, "report", "first")
+    (tmp_path / "runs" / "second").mkdir(parents=True)
+    assert "runs: second" in refused(capsys, "report", "first")
+    assert "takes one RUN" in refused(capsys, "report")
+
+
+def test_report_calls_the_writer(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "runs" / "first").mkdir(parents=True)
+    fake = ModuleType("slime.report")
+    fake.write_report = lambda run_dir: run_dir / "report.html"  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "slime.report", fake)
+    assert cli.main(["report", "first"]) == 0
+    assert capsys.readouterr().out == "runs/first/report.html\n"
+
+
+def test_help_is_quick_and_imports_nothing_heavy() -> None:
+    program = (
+        "import sys, slime.cli; code = slime.cli.main(['--help']); slime.cli.main(['train', '--help'])\n"
+        "heavy = {'torch', 'hydra', 'omegaconf', 'ray', 'rich', 'megatron', 'sglang', 'numpy'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else code)"
+    )
+    begin = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    seconds = time.monotonic() - begin
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "slime train" in done.stdout
+    assert seconds < 3.0
+
+
+def test_a_mistake_in_a_process_of_its_own_shows_no_traceback() -> None:
+    command = [sys.executable, "-m", "slime.cli", "train", PPO, "polcy.lr=1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("slime: error: unknown key 'polcy.lr'")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_reader_that_stops_early_sees_no_traceback() -> None:
+    config = [sys.executable, "-m", "slime.cli", "config", PPO]
+    with subprocess.Popen(config, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "")

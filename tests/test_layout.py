@@ -1,0 +1,204 @@
+"""The shape of the code: imports point one way, files and functions stay small, the configuration keeps its budget."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from slime.schema import Config
+
+ROOT = Path(__file__).parent.parent
+
+# Who may import whom; a folder may always import itself.
+ALLOWED = {
+    "slime": {"launch", "recipes", "critic", "trainer", "rollout", "buffer"},
+    "recipes": {"slime", "rollout", "buffer"},
+    "critic": {"trainer", "buffer"},
+    "trainer": {"buffer"},
+    "rollout": {"buffer"},
+    "launch": set(),  # but for config types: see CONFIG_TYPES
+    "buffer": set(),
+}
+# Modules of plain dataclasses, which `launch` may import.
+CONFIG_TYPES = {"slime.schema"} | {f"{top}.config" for top in ALLOWED if top != "slime"}
+CONFIG_LIBRARIES = {"hydra", "omegaconf"}
+CONFIG_FRONT_DOOR = ("slime/config.py", "slime/config/")  # the only place that may import them
+EPISODE_RUNNER = "rollout/worker.py"  # the only place where any exception becomes a recorded status
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 60
+MAX_FOLDER_FILES = 10
+MAX_CONFIG_FIELDS = 120
+
+
+def violations(root: Path) -> list[str]:
+    """All that breaks the rules below `root`, one line each, starting with the file and the line number."""
+    found = []
+    for top in ALLOWED:
+        paths = sorted((root / top).rglob("*.py"))
+        for folder in sorted({path.parent for path in paths}):
+            count = sum(path.parent == folder and path.name != "__init__.py" for path in paths)
+            if count > MAX_FOLDER_FILES:
+                found.append(f"{folder.relative_to(root)}: {count} files, at most {MAX_FOLDER_FILES}")
+        for path in paths:
+            name = path.relative_to(root).as_posix()
+            source = path.read_text()
+            found += [f"{name}:{line}" for line in _in_file(name, source)]
+    return found
+
+
+def _in_file(name: str, source: str) -> Iterator[str]:
+    lines = len(source.splitlines())
+    if lines > MAX_FILE_LINES:
+        yield f"1: {lines} lines, at most {MAX_FILE_LINES}"
+    try:
+        tree = ast.parse(source, name)
+    except SyntaxError as error:
+        yield f"{error.lineno}: {error.msg}"
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            if length > MAX_FUNCTION_LINES:
+                yield f"{node.lineno}: {node.name} has {length} lines, at most {MAX_FUNCTION_LINES}"
+        elif isinstance(node, ast.ExceptHandler):
+            if name != EPISODE_RUNNER and _catches_everything(node.type):
+                yield f"{node.lineno}: catches every exception"
+        else:
+            yield from (f"{line}: {reason}" for line, reason in _wrong_imports(name, node))
+
+
+def _wrong_imports(name: str, node: ast.AST) -> Iterator[tuple[int, str]]:
+    own = name.split("/")[0]
+    for target in _imported(name, node):
+        top, module = target.split(".")[0], ".".join(target.split(".")[:2])
+        line = getattr(node, "lineno", 0)
+        if top in CONFIG_LIBRARIES and not name.startswith(CONFIG_FRONT_DOOR):
+            yield line, f"imports {target} outside the configuration's front door"
+        config_type = own == "launch" and module in CONFIG_TYPES
+        if top in ALLOWED and top != own and top not in ALLOWED[own] and not config_type:
+            yield line, f"{own} imports {target}"
+
+
+def _imported(name: str, node: ast.AST) -> list[str]:
+    """Dotted names that a node imports: `from a.b import c` is a.b.c, relative imports are made absolute."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        base = name.split("/")[: -node.level] if node.level else []
+        base += node.module.split(".") if node.module else []
+        return [".".join([*base, alias.name]) for alias in node.names]
+    if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+        function = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        value = node.args[0].value
+        if function in ("import_module", "__import__") and isinstance(value, str):
+            return [value]
+    return []
+
+
+def _catches_everything(caught: ast.expr | None) -> bool:
+    if caught is None:
+        return True
+    kinds = caught.elts if isinstance(caught, ast.Tuple) else [caught]
+    names = {kind.attr if isinstance(kind, ast.Attribute) else getattr(kind, "id", "") for kind in kinds}
+    return bool(names & {"Exception", "BaseException"})
+
+
+def count_settings(config: type) -> int:
+    """Settings that a user can write, counted through nested dataclasses; a group is not a setting itself."""
+    hints = typing.get_type_hints(config)
+    total = 0
+    for field in dataclasses.fields(config):
+        kinds = [kind for kind in (hints[field.name], *typing.get_args(hints[field.name])) if isinstance(kind, type)]
+        nested = next((kind for kind in kinds if dataclasses.is_dataclass(kind)), None)
+        total += count_settings(nested) if nested else 1
+    return total
+
+
+def test_this_tree_keeps_the_rules() -> None:
+    assert all((ROOT / top / "__init__.py").exists() for top in ALLOWED)
+    assert violations(ROOT) == []
+
+
+def test_the_configuration_stays_within_its_budget() -> None:
+    assert 0 < count_settings(Config) <= MAX_CONFIG_FIELDS
+
+
+def test_settings_are_counted_through_groups() -> None:
+    @dataclasses.dataclass
+    class Inner:
+        a: int = 0
+        b: str = ""
+
+    outer = dataclasses.make_dataclass(
+        "Outer", [("x", int), ("one", Inner), ("two", Inner | None), ("three", list[Inner])]
+    )
+    assert count_settings(Inner) == 2
+    assert count_settings(outer) == 1 + 2 + 2 + 2
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "message"),
+    [
+        ("trainer/a.py", "import rollout.engine\n", "trainer imports rollout.engine"),
+        ("rollout/a.py", "from trainer import publish\n", "rollout imports trainer.publish"),
+        ("rollout/deep/a.py", "from ...slime import loop\n", "rollout imports slime.loop"),
+        ("trainer/a.py", "def f():\n    from critic.head import Head\n", ":2: trainer imports critic.head.Head"),
+        ("buffer/a.py", "if TYPE_CHECKING:\n    import slime.schema\n", "buffer imports slime.schema"),
+        ("buffer/a.py", "x = importlib.import_module('rollout.engine')\n", "buffer imports rollout.engine"),
+        ("launch/a.py", "from slime import loop\n", "launch imports slime.loop"),
+        ("launch/a.py", "import slime.config\n", "launch imports slime.config"),
+        ("launch/a.py", "import buffer\n", "launch imports buffer"),
+        ("recipes/a.py", "import trainer.losses\n", "recipes imports trainer.losses"),
+        ("critic/a.py", "from omegaconf import OmegaConf\n", "imports omegaconf.OmegaConf outside"),
+        ("slime/build.py", "def f():\n    import hydra\n", "imports hydra outside"),
+        ("buffer/a.py", "x = 0\n" * 401, "401 lines, at most 400"),
+        ("buffer/a.py", "def f():\n" + "    x = 0\n" * 60, "f has 61 lines, at most 60"),
+        ("buffer/a.py", "class A:\n    async def g(self):\n" + "        x = 0\n" * 60, "g has 61 lines, at most 60"),
+        ("buffer/a.py", "try:\n    f()\nexcept Exception:\n    raise\n", ":3: catches every exception"),
+        ("buffer/a.py", "try:\n    f()\nexcept (OSError, builtins.Exception) as e:\n    raise\n", "catches every"),
+        ("buffer/a.py", "def f(:\n", ":1: invalid syntax"),
+        ("buffer/a.py", "try:\n    f()\nexcept:\n    raise\n", "catches every"),
+        ("rollout/agent.py", "try:\n    f()\nexcept BaseException:\n    raise\n", "catches every"),
+    ],
+)
+def test_each_violation_is_found(tmp_path: Path, path: str, source: str, message: str) -> None:
+    file = tmp_path / path
+    file.parent.mkdir(parents=True)
+    file.write_text(source)
+    (found,) = violations(tmp_path)
+    assert found.startswith(path)
+    assert message in found
+
+
+def test_an_eleventh_file_in_a_folder_is_found(tmp_path: Path) -> None:
+    folder = tmp_path / "rollout" / "guard"
+    folder.mkdir(parents=True)
+    for name in ("__init__", *"abcdefghij"):
+        (folder / f"{name}.py").touch()
+    assert violations(tmp_path) == []
+    (folder / "k.py").touch()
+    assert violations(tmp_path) == ["rollout/guard: 11 files, at most 10"]
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("slime/build.py", "import buffer, critic, trainer, rollout, launch, recipes\n"),
+        ("slime/config.py", "from hydra import compose\nfrom omegaconf import OmegaConf\n"),
+        ("launch/a.py", "from slime.schema import Config\nfrom rollout.config import RolloutConfig\n"),
+        ("rollout/guard/a.py", "from .judge import Judge\nfrom ..agent import run\nimport buffer.types\n"),
+        ("rollout/worker.py", "try:\n    f()\nexcept Exception as e:\n    record(e)\n"),
+        ("buffer/a.py", "import rollouts\ntry:\n    f()\nexcept ValueError:\n    raise\n"),
+        ("buffer/a.py", "def f():\n" + "    x = 0\n" * 59),
+    ],
+)
+def test_what_is_allowed_passes(tmp_path: Path, path: str, source: str) -> None:
+    file = tmp_path / path
+    file.parent.mkdir(parents=True)
+    file.write_text(source)
+    assert violations(tmp_path) == []

@@ -1,0 +1,208 @@
+"""Megatron workers: the layout does not change the mathematics, and Hugging Face agrees."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+
+from buffer.types import Batch, Status, SubTrace, SubTraceInfo, SubTraceKind, Targets
+from critic.config import CriticConfig
+from critic.group import CriticGroup
+from critic.worker import CriticWorker
+from trainer.config import LayoutConfig, LossNorm, OptimizerConfig, PolicyConfig
+from trainer.group import PolicyGroup, WorkerGroup
+from trainer.policy import PolicyWorker
+from trainer.worker import WorkerSettings
+
+LIMIT_S = 300.0
+LAYOUTS = {
+    "one process": LayoutConfig(max_tokens_per_micro_batch=160),
+    "micro-batches of one": LayoutConfig(max_tokens_per_micro_batch=60),
+    "TP2": LayoutConfig(num_processes=2, tensor_parallel=2, max_tokens_per_micro_batch=160),
+    "TP2+SP": LayoutConfig(num_processes=2, tensor_parallel=2, sequence_parallel=True, max_tokens_per_micro_batch=160),
+    "DP2": LayoutConfig(num_processes=2, max_tokens_per_micro_batch=160),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random Qwen3."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("model") / "qwen3"
+    config = Qwen3Config(
+        vocab_size=97,  # odd: tensor parallelism has to pad it
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        intermediate_size=48,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+    )
+    Qwen3ForCausalLM(config).save_pretrained(path)
+    return path
+
+
+def sub_trace(rng: np.random.Generator, length: int, episode: int) -> SubTrace:
+    mask = rng.random(length) < 0.4
+    mask[0], mask[-1] = False, True
+    return SubTrace(
+        tokens=rng.integers(0, 97, length).astype(np.int32),
+        action_mask=mask,
+        logprobs=np.where(mask, -1.0, 0.0).astype(np.float32),
+        rewards=np.zeros(length, np.float32),
+        versions=np.where(mask, 0, -1).astype(np.int32),
+        summary_mask=np.zeros(length, bool),
+        episode_id=f"e{episode}",
+        position=0,
+        successor=None,
+        kind=SubTraceKind.FINAL,
+        status=Status.FINISHED,
+    )
+
+
+@pytest.fixture(scope="module")
+def traces() -> list[SubTrace]:
+    rng = np.random.default_rng(1)
+    return [sub_trace(rng, length, i // 2) for i, length in enumerate([50, 7, 33, 12, 60, 2, 41])]
+
+
+def batch_of(traces: list[SubTrace]) -> Batch:
+    items = [SubTraceInfo(t, t.episode_id, len(t.tokens), t.num_actions, 0) for t in traces]
+    return Batch(0, tuple(items), ())
+
+
+def targets_of(traces: list[SubTrace]) -> list[Targets]:
+    rng = np.random.default_rng(2)
+    draw = lambda t: (rng.normal(size=len(t.tokens)) * t.action_mask).astype(np.float32)  # noqa: E731
+    return [Targets(draw(t), draw(t), draw(t)) for t in traces]
+
+
+@contextmanager
+def running(group_class: type, worker: type, folder: Path, layout: LayoutConfig, config: Any) -> Iterator[WorkerGroup]:
+    """A started role; its processes end with the block."""
+    config.layout = layout
+    optimizer = OptimizerConfig(lr=1e-2)
+    actors = [
+        ray.remote(worker).remote(WorkerSettings(rank, layout, optimizer, str(folder), 0, 1, LIMIT_S), config)
+        for rank in range(layout.num_processes)
+    ]
+    group = group_class(actors, config, LIMIT_S)
+    try:
+        group.start(LIMIT_S).result()
+        yield group
+    finally:
+        for actor in actors:
+            ray.kill(actor)
+
+
+def policy(folder: Path, layout: LayoutConfig, norm: LossNorm = LossNorm.token) -> Any:
+    config = PolicyConfig(loss_norm=norm, num_minibatches=2, num_epochs=2)
+    return running(PolicyGroup, PolicyWorker, folder, layout, config)
+
+
+def train_policy(group: Any, traces: list[SubTrace]) -> tuple[dict[int, Any], dict[str, float], dict[int, Any]]:
+    """Log-probabilities, metrics of four optimizer steps, log-probabilities after them."""
+    batch = batch_of(traces)
+    before = group.logprobs(batch).result()
+    metrics = group.update(batch, traces, targets_of(traces), before, np.random.default_rng(3)).result()
+    return before, metrics, group.logprobs(batch).result()
+
+
+@pytest.fixture(scope="module")
+def reference(ray_cluster: None, folder: Path, traces: list[SubTrace]) -> Any:
+    with policy(folder, LAYOUTS["one process"]) as group:
+        return train_policy(group, traces)
+
+
+def assert_close(found: dict[int, Any], wanted: dict[int, Any], bound: float) -> None:
+    assert sorted(found) == sorted(wanted)
+    worst = max(float(np.abs(found[i] - wanted[i]).max()) for i in wanted)
+    assert worst < bound
+
+
+@pytest.mark.e2e
+def test_logprobs_are_those_of_transformers(reference: Any, folder: Path, traces: list[SubTrace]) -> None:
+    from transformers import Qwen3ForCausalLM
+
+    model = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    for i, trace in enumerate(traces):
+        ids = torch.tensor(trace.tokens.astype(np.int64))[None]
+        with torch.no_grad():
+            each = torch.log_softmax(model(ids).logits[0, :-1], -1).gather(1, ids[0, 1:, None])[:, 0]
+        np.testing.assert_allclose(reference[0][i][1:], each.numpy(), atol=2e-6)
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "one process"])
+def test_layout_changes_nothing(name: str, reference: Any, folder: Path, traces: list[SubTrace]) -> None:
+    with policy(folder, LAYOUTS[name]) as group:
+        before, metrics, after = train_policy(group, traces)
+    assert_close(before, reference[0], 5e-6)
+    for key in ("loss", "grad_norm", "kl", "clipped"):
+        assert metrics[key] == pytest.approx(reference[1][key], rel=1e-4, abs=1e-6), key
+    assert_close(after, reference[2], 2e-4)  # after four Adam steps of lr 1e-2
+    moved = max(float(np.abs(after[i] - before[i]).max()) for i in after)
+    assert moved > 0.1, "the comparison means nothing if training moved nothing"
+
+
+@pytest.mark.e2e
+def test_episode_norm_weighs_episodes_equally(folder: Path, traces: list[SubTrace], ray_cluster: None) -> None:
+    """Doubling the tokens of one episode changes the token-level gradient, and `episode` is not `token`."""
+    with policy(folder, LAYOUTS["one process"], LossNorm.episode) as group:
+        _, by_episode, _ = train_policy(group, traces)
+    with policy(folder, LAYOUTS["one process"]) as group:
+        _, by_token, _ = train_policy(group, traces)
+    assert by_episode["grad_norm"] != pytest.approx(by_token["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.e2e
+def test_critic_layouts_agree_and_checkpoints_resume_in_another(
+    folder: Path, traces: list[SubTrace], ray_cluster: None, tmp_path: Path
+) -> None:
+    batch, targets = batch_of(traces), targets_of(traces)
+
+    def critic(layout: LayoutConfig) -> Any:
+        config = CriticConfig(head_init_std=0.1, num_epochs=2, num_minibatches=2, value_clip=0.2)
+        return running(CriticGroup, CriticWorker, folder, layout, config)
+
+    with critic(LAYOUTS["one process"]) as group:
+        values = group.values(batch).result()
+        metrics = group.update(batch, targets, np.random.default_rng(3)).result()
+        group.submit("save", str(tmp_path / "one")).result()
+        after = group.values(batch).result()
+        group.update(batch, targets, np.random.default_rng(4)).result()
+        later = group.values(batch).result()
+    with critic(LAYOUTS["TP2+SP"]) as group:
+        assert_close(group.values(batch).result(), values, 5e-6)
+        found = group.update(batch, targets, np.random.default_rng(3)).result()
+        assert found["loss"] == pytest.approx(metrics["loss"], rel=1e-4)
+        assert found["grad_norm"] == pytest.approx(metrics["grad_norm"], rel=1e-4)
+        group.submit("load", str(tmp_path / "one")).result()
+        assert_close(group.values(batch).result(), after, 5e-6)
+        group.update(batch, targets, np.random.default_rng(4)).result()  # the optimizer's state came along
+        assert_close(group.values(batch).result(), later, 2e-4)
+
+
+@pytest.mark.e2e
+def test_export_is_bitwise_what_was_loaded(folder: Path, ray_cluster: None, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    source = load_file(folder / "model.safetensors")
+    with policy(folder, LAYOUTS["TP2"]) as group:
+        group.submit("export", str(tmp_path / "out")).result()
+        names = group.submit("weight_names").result()[0]
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert {name: list(tensor.shape) for name, tensor in found.items()} == {n: s for n, _, s in names}
+    for name, tensor in found.items():
+        assert torch.equal(tensor, source[name]), name

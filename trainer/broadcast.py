@@ -1,0 +1,60 @@
+"""The group in which a trainer's rank 0 broadcasts weights to SGLang servers.
+
+SGLang's side builds a process group beside the default one: a TCP store at the given address, wrapped in a PrefixStore
+of the group's name, and a group of that name on it. Both sides must agree on each of these, so this is the same
+construction in torch.distributed alone; importing SGLang for it would cost a trainer 15 s and 600 MB.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import timedelta
+
+import torch
+from torch import distributed
+from torch.distributed import distributed_c10d as c10d
+
+
+def join_update_group(
+    host: str, port: int, rank: int, world_size: int, group_name: str, backend: str, timeout_s: float
+) -> distributed.ProcessGroup:
+    """Joins the group as `rank`; rank 0 listens on `port`. Waits for the others, at most `timeout_s`.
+
+    `backend` is "gloo" or "nccl". TimeoutError names the group when a member does not come.
+    """
+    timeout = timedelta(seconds=timeout_s)
+    try:
+        tcp_store, rank, world_size = next(
+            distributed.rendezvous(f"tcp://{host}:{port}", rank, world_size, timeout=timeout)
+        )
+        tcp_store.set_timeout(timeout)
+        group, _ = c10d._new_process_group_helper(
+            world_size,
+            rank,
+            [],
+            distributed.Backend(backend),
+            distributed.PrefixStore(group_name, tcp_store),
+            group_name=group_name,
+            timeout=timeout,
+        )
+    except (distributed.DistStoreError, distributed.DistNetworkError) as error:
+        raise TimeoutError(
+            f"group {group_name!r}: not all of {world_size} members came to {host}:{port} within {timeout_s} s: {error}"
+        ) from error
+    c10d._world.pg_group_ranks[group] = {member: member for member in range(world_size)}
+    return group
+
+
+def broadcast(tensors: Iterable[torch.Tensor], group: distributed.ProcessGroup) -> None:
+    """Sends each tensor from rank 0 to the group, in order; returns when all are sent.
+
+    RuntimeError comes from torch when a member is lost or the group's timeout passes.
+    """
+    works = [distributed.broadcast(tensor.contiguous(), 0, group=group, async_op=True) for tensor in tensors]
+    for work in works:
+        work.wait()
+
+
+def leave_update_group(group: distributed.ProcessGroup) -> None:
+    """Frees the group's connections."""
+    distributed.destroy_process_group(group)
