@@ -11,10 +11,12 @@ import time
 from pathlib import Path
 
 import ray
+from ray._raylet import AuthenticationTokenLoader, Config
 
 from launch.config import ClusterConfig
 
 ATTEMPTS = 3
+TOKEN_FOLDER = "slime-ray-"
 OBJECT_STORE_MB = 512  # of a laptop run: sub-traces are 13 bytes a token
 
 
@@ -38,32 +40,33 @@ def start_ray(cluster: ClusterConfig) -> None:
     """
     if ray.is_initialized():
         return
-    folder = Path(tempfile.mkdtemp(prefix="slime-ray-"))
+    if cluster.ray_address:
+        ray.init(address=cluster.ray_address, log_to_driver=False, logging_level=logging.ERROR)
+        return
+    folder = Path(tempfile.mkdtemp(prefix=TOKEN_FOLDER))
     token = folder / "token"
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))
-    for name, value in _environment(token).items():
-        os.environ.setdefault(name, value)
-    threads = str(cluster.threads_per_process)
+    os.environ.update(_environment(token))
     if cluster.gpus_per_node == 0:
-        os.environ["OMP_NUM_THREADS"] = threads  # processes share few cores
+        os.environ["OMP_NUM_THREADS"] = str(cluster.threads_per_process)  # processes share few cores
+    Config.initialize("")  # Ray read its environment when it was imported
+    AuthenticationTokenLoader.instance().reset_cache()
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            if cluster.ray_address:
-                ray.init(address=cluster.ray_address, log_to_driver=False, logging_level=logging.ERROR)
-            else:
-                ray.init(
-                    num_cpus=max(8, os.cpu_count() or 1),  # a bookkeeping number: our actors ask for none
-                    num_gpus=cluster.gpus_per_node or None,
-                    include_dashboard=False,
-                    object_store_memory=OBJECT_STORE_MB << 20,
-                    log_to_driver=False,
-                    logging_level=logging.ERROR,
-                )
+            ray.init(
+                num_cpus=max(8, os.cpu_count() or 1),  # a bookkeeping number: our actors ask for none
+                num_gpus=cluster.gpus_per_node or None,
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_MB << 20,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
             return
-        except (RuntimeError, TimeoutError, ConnectionError) as error:
+        except Exception as error:  # noqa: BLE001 (what Ray raises when its raylet is late is a plain Exception)
             ray.shutdown()
             if attempt == ATTEMPTS:
+                stop_ray()
                 raise RuntimeError(f"Ray did not start in {ATTEMPTS} attempts: {error}") from error
             time.sleep(2.0 * attempt)
 
@@ -71,6 +74,6 @@ def start_ray(cluster: ClusterConfig) -> None:
 def stop_ray() -> None:
     """Ends Ray when this process started it, and removes its token."""
     ray.shutdown()
-    token = os.environ.get("RAY_AUTH_TOKEN_PATH", "")
-    if Path(token).parent.name.startswith("slime-ray-"):
-        shutil.rmtree(Path(token).parent, ignore_errors=True)
+    token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", ""))
+    if token.parent.name.startswith(TOKEN_FOLDER):
+        shutil.rmtree(token.parent, ignore_errors=True)

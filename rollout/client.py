@@ -40,7 +40,7 @@ class Generation:
 
 
 def parse_generation(answer: dict[str, Any]) -> Generation:
-    """A Generation from the server's JSON. RuntimeError: ids, log-probabilities and versions do not cover each other."""
+    """A Generation from the server's JSON. RuntimeError: ids without log-probability or without version."""
     meta = answer["meta_info"]
     output_ids = np.asarray(answer["output_ids"], dtype=np.int32)
     # An aborted request that never ran has no log-probabilities at all.

@@ -9,7 +9,7 @@ from typing import Any
 
 import ray
 
-from rollout.client import EngineClient, Timeouts
+from rollout.client import EngineClient
 from rollout.config import EngineConfig
 from rollout.worker import Played
 
@@ -62,8 +62,7 @@ class EngineGroup:
     @contextlib.asynccontextmanager
     async def clients(self) -> AsyncIterator[list[EngineClient]]:
         """A client for each engine, closed at the end."""
-        timeouts = Timeouts(request_s=self.config.request_timeout_s)
-        made = [EngineClient(url, *self._shape, timeouts) for url in self.urls]
+        made = [EngineClient(url, *self._shape, self.config.request_timeout_s) for url in self.urls]
         try:
             yield made
         finally:

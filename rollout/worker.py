@@ -23,7 +23,7 @@ from buffer.tasks import TaskRow
 from buffer.trace import cut
 from buffer.types import Episode, Status, SubTrace, SubTraceInfo, SubTraceKind, TurnKind
 from rollout.agent import Agent, Sampled, Sampler, ScriptedSampler
-from rollout.client import EngineClient, Timeouts
+from rollout.client import EngineClient
 from rollout.config import RolloutConfig
 from rollout.environment import Task
 from rollout.rendering import Renderer
@@ -104,8 +104,8 @@ class RolloutWorker:
         tokenizer = AutoTokenizer.from_pretrained(s.model_folder)
         self._renderer = Renderer(tokenizer, s.template)
         context = s.config.compaction.context_tokens
-        timeouts = Timeouts(request_s=s.config.engine.request_timeout_s)
-        self._clients = [EngineClient(url, s.vocab_size, context, timeouts) for url in s.engine_urls]
+        timeout_s = s.config.engine.request_timeout_s
+        self._clients = [EngineClient(url, s.vocab_size, context, timeout_s) for url in s.engine_urls]
         self._pool = make_pool(s.config.sandbox)  # in the loop's own thread, which sandboxes follow into death
 
     def _sampler(self, episode_number: int) -> Sampler:

@@ -128,7 +128,7 @@ def build(config: Config, inputs: Prepared, run_dir: Path) -> Parts:
     starting = [policy.start(limit_s), critic.start(limit_s)]
     buffer_class = ray.remote(BufferActor).options(num_cpus=0, max_concurrency=ASYNC_CALLS)
     buffer = buffer_class.remote(config.buffer, len(inputs.train_rows), config.seed)
-    urls = ray.get([server.wait_until_ready.remote() for server in servers], timeout=limit_s)
+    urls = ray.get([server.start.remote() for server in servers], timeout=limit_s)
     rollout = build_rollout(config, inputs, urls)
     ready = [worker.start.remote() for worker in rollout.workers]
     for pending in starting:

@@ -15,6 +15,7 @@ import importlib.abc
 import importlib.machinery
 import sys
 import types
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -180,6 +181,9 @@ def _type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
 @functools.cache
 def enable() -> None:
     """Makes `import megatron.core` usable; call it before that import. Idempotent."""
+    # megatron-core says at import, module by module, that Apex and Transformer Engine are absent; we don't use them.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"megatron\.")
     if torch.cuda.is_available():
         return
     torch.Tensor.type = _type  # type: ignore[method-assign, assignment]

@@ -1,0 +1,390 @@
+"""Engines: their command line, and real servers against transformers on the same weights."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pytest
+import torch
+
+from buffer.types import Float32
+from rollout.client import EngineClient, Generation, parse_generation
+from rollout.config import EngineConfig
+from rollout.engine import EngineServer, free_port, server_arguments, server_environment
+from trainer.broadcast import broadcast, join_update_group, leave_update_group
+
+T = TypeVar("T")
+VOCAB, CONTEXT = 512, 256
+CONFIG = EngineConfig(max_running_requests=64, start_timeout_s=300.0, request_timeout_s=120.0)
+
+
+def make_model(folder: Path) -> Any:
+    """A random 0.6M-parameter Qwen3 in `folder`, and the same as a transformers model."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        **{"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2},
+        **{"head_dim": 32, "intermediate_size": 320, "vocab_size": VOCAB, "max_position_embeddings": CONTEXT},
+        **{"tie_word_embeddings": True, "bos_token_id": None, "eos_token_id": VOCAB - 1, "initializer_range": 0.08},
+    )
+    model = Qwen3ForCausalLM(config).float().eval()
+    model.save_pretrained(folder)
+    return model
+
+
+def reference(model: Any, prompt: list[int], output: list[int]) -> Float32:
+    """Log-probability of each output id after the prompt and the outputs before it, by transformers."""
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + output])).logits[0, len(prompt) - 1 : -1]
+    found = torch.log_softmax(logits, -1).gather(1, torch.tensor(output)[:, None])[:, 0]
+    return found.numpy()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("engine")
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Any:
+    return make_model(folder / "model")
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path, model: Any) -> Iterator[EngineServer]:
+    engine = EngineServer(CONFIG, str(folder / "model"), CONTEXT, str(folder / "engine.log"), cpu=True)
+    try:
+        engine.start()
+        yield engine
+    finally:
+        engine.stop()
+
+
+def with_client(server: EngineServer, work: Callable[[EngineClient], Awaitable[T]]) -> T:
+    async def run() -> T:
+        async with EngineClient(server.url, VOCAB, CONTEXT, CONFIG.request_timeout_s) as client:
+            return await work(client)
+
+    return asyncio.run(run())
+
+
+def prompts_with_shared_prefixes(seed: int) -> list[list[int]]:
+    """60 prompts of 1 to 150 ids; every third begins with the same 40, every fifth repeats one before it."""
+    rng = np.random.default_rng(seed)
+    shared = rng.integers(0, VOCAB - 1, 40).tolist()
+    prompts: list[list[int]] = []
+    for number in range(60):
+        body = rng.integers(0, VOCAB - 1, rng.integers(1, 111)).tolist()
+        prompts.append(prompts[-5] if number % 5 == 4 and number > 4 else shared * (number % 3 == 0) + body)
+    return prompts
+
+
+# --- fast: pure functions
+
+
+def test_arguments_of_a_cpu_engine() -> None:
+    config = EngineConfig(max_running_requests=7)
+    arguments = server_arguments(config, "/m", 100, "127.0.0.1", 4000, cpu=True, seed=5)
+    given = dict(zip(arguments, [*arguments[1:], ""], strict=True))
+    assert given["--context-length"] == "108"
+    assert given["--max-total-tokens"] == "700"
+    assert given["--dtype"] == "float32"
+    assert given["--random-seed"] == "5"
+    assert given["--weight-version"] == "0"
+    assert {"--sleep-on-idle", "--disable-overlap-schedule"} <= set(arguments)
+    assert server_environment(cpu=True, threads=3)["OMP_NUM_THREADS"] == "3"
+
+
+def test_arguments_of_a_gpu_engine() -> None:
+    config = EngineConfig(tensor_parallel=4, memory_fraction=0.7)
+    arguments = server_arguments(config, "/m", 100, "127.0.0.1", 4000, cpu=False, seed=0)
+    given = dict(zip(arguments, [*arguments[1:], ""], strict=True))
+    assert (given["--dtype"], given["--tp-size"], given["--mem-fraction-static"]) == ("bfloat16", "4", "0.7")
+    assert not {"--device", "--attention-backend", "--max-total-tokens", "--disable-overlap-schedule"} & set(arguments)
+    assert "SGLANG_EXTERNAL_MODEL_PACKAGE" not in server_environment(cpu=False, threads=1)
+
+
+def test_importing_the_platform_is_light() -> None:
+    heavy = "{'torch', 'sglang', 'transformers', 'ray'}"
+    code = f"import sys, rollout, rollout.platform, rollout.engine; print({heavy} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
+
+
+def answer(ids: list[int], spans: list[tuple[str, int, int]], logprobs: list[float]) -> dict[str, Any]:
+    meta = {
+        "finish_reason": {"type": "stop"},
+        "output_token_logprobs": [[p, i, None] for p, i in zip(logprobs, ids, strict=False)],
+        "weight_versions": [{"version": v, "start": s, "end": e} for v, s, e in spans],
+    }
+    return {"output_ids": ids, "meta_info": meta}
+
+
+def test_spans_become_versions() -> None:
+    found = parse_generation(answer([5, 6, 7], [("3", 0, 2), ("4", 2, 3)], [-1.0, -2.0, -3.0]))
+    assert found.versions.tolist() == [3, 3, 4]
+    assert found.logprobs.tolist() == [-1, -2, -3]
+
+
+@pytest.mark.parametrize(
+    ("spans", "logprobs"),
+    [([("3", 0, 2)], [-1.0, -2.0, -3.0]), ([("3", 0, 3)], [-1.0, -2.0])],
+    ids=["version", "logprob"],
+)
+def test_a_token_without_version_or_logprob_is_an_error(
+    spans: list[tuple[str, int, int]], logprobs: list[float]
+) -> None:
+    with pytest.raises(RuntimeError, match="3 output ids"):
+        parse_generation(answer([5, 6, 7], spans, logprobs))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "max_new", "message"),
+    [
+        ([1, 512, 3], 4, "id 512 at position 1 .* 512 ids"),
+        ([1, -1], 4, "id -1 at position 1"),
+        (list(range(256)), 4, "256 tokens leaves no room .* at most 255"),
+        ([1], 0, "max_new_tokens=0"),
+    ],
+)
+def test_the_client_refuses_bad_requests(prompt: list[int], max_new: int, message: str) -> None:
+    client = EngineClient("http://127.0.0.1:1", VOCAB, CONTEXT)
+    with pytest.raises(ValueError, match=message):
+        asyncio.run(client.generate(prompt, max_new, []))
+
+
+def test_nobody_listening_is_named_after_the_deadline() -> None:
+    url = f"http://127.0.0.1:{free_port('127.0.0.1')}"
+    client = EngineClient(url, VOCAB, CONTEXT, connect_timeout_s=0.5)
+    with pytest.raises(RuntimeError, match=rf"/generate: no connection to {url} within 0.5 s"):
+        asyncio.run(client.generate([1], 1, []))
+
+
+def test_the_leash_ends_everything_with_its_asker(tmp_path: Path) -> None:
+    """The asker is killed by SIGKILL; the command's own child dies too."""
+    pids = tmp_path / "pids"
+    command = f"sleep 600 & echo $$ $! > {pids}.tmp; mv {pids}.tmp {pids}; wait"
+    asker = (
+        "import subprocess, sys, time; p = subprocess.Popen([sys.executable, '-m', 'rollout.engine', 'sh', '-c', "
+        f"{command!r}], stdin=subprocess.PIPE, start_new_session=True); time.sleep(600)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", asker])
+    wait_until(pids.exists, 30)
+    process.kill()
+    process.wait(10)
+    for pid in map(int, pids.read_text().split()):
+        wait_until(lambda pid=pid: not running(pid), 30)
+
+
+def running(pid: int) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    return False
+
+
+def wait_until(condition: Callable[[], bool], deadline_s: float) -> None:
+    end = time.monotonic() + deadline_s
+    while not condition():
+        assert time.monotonic() < end, f"not so within {deadline_s} s"
+        time.sleep(0.02)
+
+
+# --- with a real server
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logprobs_equal_transformers(server: EngineServer, model: Any, temperature: float) -> None:
+    prompts = prompts_with_shared_prefixes(seed=int(temperature))
+
+    async def work(client: EngineClient) -> list[Generation]:
+        return await asyncio.gather(
+            *(client.generate(prompt, 3 + 7 * (i % 6), [], temperature) for i, prompt in enumerate(prompts))
+        )
+
+    for prompt, found in zip(prompts, with_client(server, work), strict=True):
+        assert (found.versions == 0).all()
+        expected = reference(model, prompt, found.output_ids.tolist())
+        np.testing.assert_allclose(found.logprobs, expected, atol=1e-5, rtol=0)
+        if temperature == 0.0:
+            with torch.no_grad():
+                best = model(torch.tensor([prompt + found.output_ids.tolist()])).logits[0, len(prompt) - 1 : -1].max(-1)
+                chosen = torch.tensor(found.output_ids.astype(np.int64))
+                ours = model(torch.tensor([prompt + chosen.tolist()])).logits[0, len(prompt) - 1 : -1]
+            assert torch.allclose(ours.gather(1, chosen[:, None])[:, 0], best.values, atol=1e-5)
+
+
+@pytest.mark.e2e
+def test_turns_reuse_the_prefix_and_still_equal_transformers(server: EngineServer, model: Any) -> None:
+    rng = np.random.default_rng(7)
+
+    async def episode(client: EngineClient, length: int) -> list[tuple[list[int], Generation]]:
+        ids, turns = rng.integers(0, VOCAB - 1, length).tolist(), []
+        for _ in range(4):
+            turns.append((ids, await client.generate(ids, 7, [])))
+            ids = ids + turns[-1][1].output_ids.tolist() + rng.integers(0, VOCAB - 1, 25).tolist()
+        return turns
+
+    async def work(client: EngineClient) -> list[list[tuple[list[int], Generation]]]:
+        return await asyncio.gather(*(episode(client, 10 + 3 * i) for i in range(24)))
+
+    for turns in with_client(server, work):
+        for number, (prompt, found) in enumerate(turns):
+            expected = reference(model, prompt, found.output_ids.tolist())
+            np.testing.assert_allclose(found.logprobs, expected, atol=1e-5, rtol=0)
+            if number:  # all of the turn before but its last sampled token
+                assert found.cached_tokens >= len(prompt) - 26
+
+
+@pytest.mark.e2e
+def test_score_equals_transformers(server: EngineServer, model: Any) -> None:
+    rng = np.random.default_rng(3)
+    sequences = [rng.integers(0, VOCAB, length).tolist() for length in (2, 9, 65, 130, CONTEXT)]
+
+    async def work(client: EngineClient) -> list[Float32]:
+        return await asyncio.gather(*(client.score(ids) for ids in sequences))
+
+    for ids, found in zip(sequences, with_client(server, work), strict=True):
+        np.testing.assert_allclose(found, reference(model, ids[:1], ids[1:]), atol=1e-5, rtol=0)
+
+
+@pytest.mark.e2e
+def test_ends_of_a_generation(server: EngineServer, model: Any) -> None:
+    async def work(client: EngineClient) -> None:
+        free = await client.generate([5, 6, 7, 8], 12, [], temperature=0.0)
+        assert (free.finish_reason, len(free.output_ids)) == ("length", 12)
+        stop = int(free.output_ids[2])
+        first = free.output_ids.tolist().index(stop)
+        stopped = await client.generate([5, 6, 7, 8], 12, [stop], temperature=0.0)
+        assert stopped.finish_reason == "stop"
+        assert stopped.output_ids.tolist() == free.output_ids[: first + 1].tolist()
+        expected = reference(model, [5, 6, 7, 8], stopped.output_ids.tolist())
+        np.testing.assert_allclose(stopped.logprobs, expected, atol=1e-5, rtol=0)
+        for length in (CONTEXT - 1, CONTEXT - 10):  # the context can be filled to its last token
+            full = await client.generate([9] * length, 400, [])
+            assert full.finish_reason == "stop" or length + len(full.output_ids) == CONTEXT
+
+    with_client(server, work)
+
+
+@pytest.mark.e2e
+def test_abort_all_returns_what_there_is(server: EngineServer, model: Any) -> None:
+    async def work(client: EngineClient) -> list[Generation]:
+        running = [asyncio.create_task(client.generate([11, 12], 250, [])) for _ in range(4)]
+        await asyncio.sleep(0.2)
+        await client.abort_all()
+        return await asyncio.gather(*running)
+
+    found = with_client(server, work)
+    assert "abort" in {generation.finish_reason for generation in found}
+    for generation in found:
+        if len(generation.output_ids):
+            expected = reference(model, [11, 12], generation.output_ids.tolist())
+            np.testing.assert_allclose(generation.logprobs, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.e2e
+def test_new_weights_in_the_middle_of_requests(server: EngineServer, folder: Path, model: Any) -> None:
+    """Tokens before the swap have the old weights' log-probabilities and version, tokens after it the new ones'."""
+    from transformers import Qwen3ForCausalLM
+
+    changed = Qwen3ForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).eval()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for weight in changed.parameters():
+            weight.add_(0.02 * torch.randn_like(weight))
+    weights = {name: weight for name, weight in changed.state_dict().items() if name != "lm_head.weight"}
+    prompts = prompts_with_shared_prefixes(seed=2)[:12]
+
+    async def swap(client: EngineClient) -> list[Generation]:
+        port, loop = free_port("127.0.0.1"), asyncio.get_running_loop()
+        joined = loop.run_in_executor(None, join_update_group, "127.0.0.1", port, 0, 2, "weights", "gloo", 60.0)
+        await client.init_group("127.0.0.1", port, 1, 2, "weights", "gloo")
+        group = await joined
+        before = await client.checksums()
+        running = [asyncio.create_task(client.generate(prompt, 100, [])) for prompt in prompts]
+        await asyncio.sleep(0.3)
+        await client.pause("retract")
+        await client.begin_update()
+        sent = loop.run_in_executor(None, broadcast, weights.values(), group)
+        names, dtypes = list(weights), ["float32"] * len(weights)
+        await client.update_bucket(names, dtypes, [w.shape for w in weights.values()], "weights", 1, flush=True)
+        await sent
+        await client.end_update()
+        assert not any(task.done() for task in running[:1]), "the swap came after the end: nothing was tested"
+        await client.resume()
+        found = await asyncio.gather(*running)
+        assert (await client.version(), await client.checksums() != before) == (1, True)
+        await client.destroy_group("weights")
+        leave_update_group(group)
+        return found
+
+    found = with_client(server, swap)
+    assert any(set(generation.versions.tolist()) == {0, 1} for generation in found)
+    for prompt, generation in zip(prompts, found, strict=True):
+        output, versions = generation.output_ids.tolist(), generation.versions
+        assert (np.diff(versions) >= 0).all()
+        expected = np.where(versions == 0, reference(model, prompt, output), reference(changed, prompt, output))
+        np.testing.assert_allclose(generation.logprobs, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.e2e
+def test_a_lost_server_is_a_clear_error(server: EngineServer) -> None:
+    """Last of the module: kills the server while a request runs, then stops it."""
+    group = server._process.pid
+    members = [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit() and in_group(int(p.name), group)]
+    assert len(members) >= 3
+
+    async def work(client: EngineClient) -> None:
+        client.connect_timeout_s = 1.0
+        request = asyncio.create_task(client.generate([3, 4], 250, []))
+        await asyncio.sleep(0.1)
+        for pid in members:
+            if pid != group:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        with pytest.raises(RuntimeError, match="/generate: .*connection"):
+            await request
+        with pytest.raises(RuntimeError, match="no connection"):
+            await client.generate([3, 4], 4, [])
+
+    with_client(server, work)
+    wait_until(lambda: not server.alive(), 30)
+    server.stop()
+    assert not any(running(pid) for pid in members)
+
+
+def in_group(pid: int, group: int) -> bool:
+    with contextlib.suppress(ProcessLookupError):
+        return os.getpgid(pid) == group
+    return False
+
+
+@pytest.mark.e2e
+def test_a_server_that_can_not_start_shows_its_log(tmp_path: Path) -> None:
+    engine = EngineServer(CONFIG, str(tmp_path / "absent"), CONTEXT, str(tmp_path / "engine.log"), cpu=True)
+    with pytest.raises(RuntimeError, match=r"died while it started(.|\n)*absent"):
+        engine.start()
+    engine.stop()
+
+
+@pytest.mark.e2e
+def test_stop_leaves_no_process(folder: Path, model: Any, tmp_path: Path) -> None:
+    """Also when the server is still importing."""
+    engine = EngineServer(CONFIG, str(folder / "model"), CONTEXT, str(tmp_path / "engine.log"), cpu=True)
+    group = engine._process.pid
+    wait_until(lambda: sum(in_group(int(p.name), group) for p in Path("/proc").iterdir() if p.name.isdigit()) > 1, 30)
+    engine.stop()
+    assert not engine.alive()
+    wait_until(lambda: not any(in_group(int(p.name), group) for p in Path("/proc").iterdir() if p.name.isdigit()), 10)
