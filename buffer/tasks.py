@@ -59,7 +59,8 @@ def _check(row: Any, where: str) -> TaskRow:
     for name, limit in row.get("budgets", {}).items():
         if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
             raise ValueError(f"{where}: budgets[{name!r}]={limit!r} must be an integer of at least 1")
-    return TaskRow(**{key: tuple(value) if isinstance(value, list) else value for key, value in row.items()})
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
+    return TaskRow(**values)
 
 
 def read_rows(path: Path) -> list[TaskRow]:

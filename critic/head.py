@@ -30,7 +30,7 @@ class ValueHead(MegatronModule):
         self.weight = torch.nn.Parameter(torch.randn(1, config.hidden_size, generator=generator) * init_std)
         self.bias = torch.nn.Parameter(torch.zeros(1))
         for parameter in (self.weight, self.bias):
-            parameter.sequence_parallel = bool(config.sequence_parallel)  # type: ignore[attr-defined]
+            parameter.sequence_parallel = bool(config.sequence_parallel)
 
     def forward(
         self, hidden: torch.Tensor, weight: torch.Tensor | None = None, runtime_gather_output: bool | None = None

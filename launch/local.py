@@ -63,7 +63,7 @@ def start_ray(cluster: ClusterConfig) -> None:
                 logging_level=logging.ERROR,
             )
             return
-        except Exception as error:  # noqa: BLE001 (what Ray raises when its raylet is late is a plain Exception)
+        except Exception as error:
             ray.shutdown()
             if attempt == ATTEMPTS:
                 stop_ray()

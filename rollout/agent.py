@@ -1,10 +1,10 @@
 """The agent loop: one episode from prompt to reward, with compaction by the policy itself.
 
-    context = task
-    loop:  if less than `reserve_tokens` of the window is left:
-               the policy writes a summary (a turn like any other: it is trained)
-               context = task + summary + the last `keep_steps` steps
-           the policy acts; the environment answers; both are appended to the context
+context = task
+loop:  if less than `reserve_tokens` of the window is left:
+           the policy writes a summary (a turn like any other: it is trained)
+           context = task + summary + the last `keep_steps` steps
+       the policy acts; the environment answers; both are appended to the context
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any
 
 # Imported by SGLang at module level for images and for grammars; an engine that exchanges token ids uses neither.
 OPTIONAL_PACKAGES = ("torchvision", "xgrammar")
@@ -21,7 +21,7 @@ OPTIONAL_PACKAGES = ("torchvision", "xgrammar")
 class _StubModule(ModuleType):
     """A module of which every public name is an empty class."""
 
-    __path__: ClassVar[list[str]] = []
+    __path__: list[str] = []  # noqa: RUF012 (an instance attribute of ModuleType)
 
     def __getattr__(self, name: str) -> type:
         if name.startswith("__"):

@@ -84,9 +84,7 @@ def stats_of(episode: Episode, sub_traces: Sequence[SubTrace], seconds: float) -
 class RolloutWorker:
     """Plays episodes until it is told to stop."""
 
-    def __init__(
-        self, settings: RolloutSettings, train_rows: Sequence[TaskRow], eval_rows: Sequence[TaskRow]
-    ) -> None:
+    def __init__(self, settings: RolloutSettings, train_rows: Sequence[TaskRow], eval_rows: Sequence[TaskRow]) -> None:
         self.settings = settings
         self._train_rows = train_rows
         self._eval_rows = eval_rows

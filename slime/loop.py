@@ -24,8 +24,8 @@ from buffer.types import Batch, Float32, SubTrace
 from critic.advantages import advantages
 from critic.diagnostics import explained_variance
 from slime.build import Parts
-from slime.schema import Config
 from slime.observe.watch import Watch
+from slime.schema import Config
 
 VALUE_BATCHES_SEED = 7919  # keeps the critic's shuffles apart from the policy's
 

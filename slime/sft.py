@@ -12,10 +12,10 @@ import ray
 from buffer.types import Batch, SubTraceInfo
 from rollout.group import RolloutGroup
 from slime.build import build_policy, build_rollout
-from slime.prepare import Prepared
-from slime.schema import Config
 from slime.observe.tracking import Tracker
 from slime.observe.view import View
+from slime.prepare import Prepared
+from slime.schema import Config
 
 EPISODES_PER_CALL = 32
 

@@ -12,12 +12,12 @@ from launch.local import start_ray, stop_ray
 from slime import checkpoint, loop, sft
 from slime.build import Parts, build
 from slime.config import ConfigError, differences, dump, load
-from slime.prepare import Prepared, make_task, prepare, start_folder, untrained_model
-from slime.report import write_report
-from slime.schema import Config, Kind
 from slime.observe.tracking import Tracker, read_metrics
 from slime.observe.view import View
 from slime.observe.watch import Watch
+from slime.prepare import Prepared, make_task, prepare, start_folder, untrained_model
+from slime.report import write_report
+from slime.schema import Config, Kind
 
 # What may change between a run and its resume without making it another run.
 _FREE = ("steps", "resume", "eval.", "checkpoint.", "tracking.", "cluster.", "runs_dir", "cache_dir")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -184,7 +184,11 @@ def test_the_leash_ends_everything_with_its_asker(tmp_path: Path) -> None:
     process.kill()
     process.wait(10)
     for pid in map(int, pids.read_text().split()):
-        wait_until(lambda pid=pid: not running(pid), 30)
+        wait_until(functools.partial(gone, pid), 30)
+
+
+def gone(pid: int) -> bool:
+    return not running(pid)
 
 
 def running(pid: int) -> bool:
@@ -322,7 +326,6 @@ def test_new_weights_in_the_middle_of_requests(server: EngineServer, folder: Pat
         await client.update_bucket(names, dtypes, [w.shape for w in weights.values()], "weights", 1, flush=True)
         await sent
         await client.end_update()
-        assert not any(task.done() for task in running[:1]), "the swap came after the end: nothing was tested"
         await client.resume()
         found = await asyncio.gather(*running)
         assert (await client.version(), await client.checksums() != before) == (1, True)
@@ -331,7 +334,7 @@ def test_new_weights_in_the_middle_of_requests(server: EngineServer, folder: Pat
         return found
 
     found = with_client(server, swap)
-    assert any(set(generation.versions.tolist()) == {0, 1} for generation in found)
+    assert any(set(generation.versions.tolist()) == {0, 1} for generation in found), "no request lived through the swap"
     for prompt, generation in zip(prompts, found, strict=True):
         output, versions = generation.output_ids.tolist(), generation.versions
         assert (np.diff(versions) >= 0).all()
@@ -354,7 +357,7 @@ def test_a_lost_server_is_a_clear_error(server: EngineServer) -> None:
             if pid != group:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-        with pytest.raises(RuntimeError, match="/generate: .*connection"):
+        with pytest.raises(RuntimeError, match=r"/generate: .*connection"):
             await request
         with pytest.raises(RuntimeError, match="no connection"):
             await client.generate([3, 4], 4, [])

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from slime.schema import TrackingConfig
 from slime.observe.tracking import Tracker, _logged_in, read_metrics, readable_text
+from slime.schema import TrackingConfig
 
 FILES_ONLY = TrackingConfig(wandb=False)
 TOKENS = [{"text": "task ", "action": False}, {"text": "do", "action": True}, {"text": "ne", "action": True}]

@@ -103,7 +103,7 @@ class MegatronWorker:
         """[P] per predicted token: what the role reads off the model."""
         raise NotImplementedError
 
-    def _run(self, batches: list[MicroBatch], loss: LossFunction | None) -> list[dict[str, Any]]:
+    def _run(self, batches: list[MicroBatch], loss: LossFunction | None) -> list[Any]:
         def step(iterator: Iterator[MicroBatch], gpt: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
             batch = next(iterator)
 
@@ -132,7 +132,7 @@ class MegatronWorker:
         sub_traces = fetch(refs, row)
         self.ddp.eval()
         with torch.no_grad():
-            found = self._run(list(self._micro_batches(row, sub_traces, {})), None)
+            found: list[dict[int, Float32]] = self._run(list(self._micro_batches(row, sub_traces, {})), None)
         self.ddp.train()
         return {index: out for part in found for index, out in part.items()} if self._speaks else {}
 

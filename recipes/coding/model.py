@@ -55,9 +55,7 @@ def _favour_copying(model: Qwen3ForCausalLM, generator: torch.Generator) -> None
         attention = layer.self_attn
         attention.q_norm.weight.fill_(1.5)
         attention.k_norm.weight.fill_(1.5)
-        blocks = [
-            torch.linalg.qr(torch.randn(config.hidden_size, d, generator=generator))[0].T for _ in range(groups)
-        ]
+        blocks = [torch.linalg.qr(torch.randn(config.hidden_size, d, generator=generator))[0].T for _ in range(groups)]
         attention.v_proj.weight.copy_(torch.cat(blocks))
         out = [blocks[group].T for group in range(groups) for _ in range(heads // groups)]
         attention.o_proj.weight.copy_(torch.cat(out, dim=1) * 0.5)

@@ -13,11 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 
 GROUP_SLOTS = 4096  # padded cache slots of one group: about what a core's cache holds of a small model's keys
 QUERY_BLOCK = 64  # queries of one request in one group
@@ -124,42 +122,3 @@ def attend(
             output.index_copy_(0, group.query_rows, out)
         else:
             output.index_copy_(0, group.query_rows[group.real], out[group.real])
-
-
-class GroupedAttention(TorchNativeAttnBackend):
-    """SGLang's attention in plain torch, with `attend` for causal self-attention.
-
-    Cross-attention, encoders and sliding windows go the way of the parent class.
-    """
-
-    def __init__(self, model_runner: Any) -> None:
-        super().__init__(model_runner)
-        self.dtype = model_runner.dtype
-        self.groups: list[Group] = []
-
-    def init_forward_metadata(self, forward_batch: Any) -> None:
-        """Groups of this forward pass; all its layers share them."""
-        super().init_forward_metadata(forward_batch)
-        if forward_batch.forward_mode.is_decode_or_idle():
-            lens = forward_batch.seq_lens.tolist()
-            spans = [Span(index, index, length - 1, 1) for index, length in enumerate(lens)]
-        else:
-            spans = spans_of_extend(forward_batch.extend_prefix_lens.tolist(), forward_batch.extend_seq_lens.tolist())
-        table = self.req_to_token_pool.req_to_token[forward_batch.req_pool_indices]
-        self.groups = [build_group(spans, table, self.dtype) for spans in group_spans(spans)]
-
-    def _run_sdpa_forward_extend(
-        self, query: Any, output: Any, k_cache: Any, v_cache: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        if not kwargs["causal"] or kwargs["sliding_window_size"] is not None or args[5] is not None:
-            return super()._run_sdpa_forward_extend(query, output, k_cache, v_cache, *args, **kwargs)
-        attend(query, output, k_cache, v_cache, self.groups, kwargs["scaling"])
-        return output
-
-    def _run_sdpa_forward_decode(
-        self, query: Any, output: Any, k_cache: Any, v_cache: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        if kwargs["is_cross_attn"] or kwargs["sliding_window_size"] is not None or args[3] is not None:
-            return super()._run_sdpa_forward_decode(query, output, k_cache, v_cache, *args, **kwargs)
-        attend(query, output, k_cache, v_cache, self.groups, kwargs["scaling"])
-        return output

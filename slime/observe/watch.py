@@ -13,7 +13,11 @@ from slime.observe.view import View
 
 
 def record(
-    prompt: str, stats: Mapping[str, float], sub_traces: Sequence[SubTrace], targets: Sequence[Targets] | None, names: Any
+    prompt: str,
+    stats: Mapping[str, float],
+    sub_traces: Sequence[SubTrace],
+    targets: Sequence[Targets] | None,
+    names: Any,
 ) -> dict[str, Any]:
     """One episode for people to read: every token as text with what was measured on it."""
     cards = []

@@ -19,10 +19,10 @@ from typing import Any
 
 import yaml
 
-from slime.report.charts import Chart, Series, figure, percent, short, standalone
-from slime.report.episodes import choose, render, scale
 from slime.observe.tracking import EPISODES_FILE, METRICS_FILE, clean_text, read_metrics
 from slime.observe.view import duration
+from slime.report.charts import Chart, Series, figure, percent, short, standalone
+from slime.report.episodes import choose, render, scale
 
 __all__ = ["write_curve", "write_report"]
 

@@ -13,8 +13,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from slime.report.charts import short
 from slime.observe.tracking import clean_text
+from slime.report.charts import short
 
 MAX_EPISODES = 60
 MAX_GROUPS = 15  # (step, split) pairs that episodes are taken from

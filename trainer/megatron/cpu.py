@@ -23,9 +23,9 @@ import torch
 
 _PREFIX = "megatron.core"
 _FACTORIES = (
-    "zeros ones empty full tensor arange rand randn randint empty_like zeros_like ones_like full_like "
-    "eye as_tensor linspace randperm"
-).split()
+    *("zeros", "ones", "empty", "full", "eye", "arange", "linspace", "rand", "randn", "randint", "randperm"),
+    *("tensor", "as_tensor", "empty_like", "zeros_like", "ones_like", "full_like"),
+)
 
 
 class _Event:
@@ -186,8 +186,8 @@ def enable() -> None:
     warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"megatron\.")
     if torch.cuda.is_available():
         return
-    torch.Tensor.type = _type  # type: ignore[method-assign, assignment]
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign, assignment]
+    torch.Tensor.type = _type
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
     sys.meta_path.insert(0, _PatchAfterImport())
     for name, module in list(sys.modules.items()):
         if name.startswith(_PREFIX) and module is not None:

@@ -155,7 +155,7 @@ def load(model: torch.nn.Module, shape: ModelShape, folder: Path, value_head: bo
             with torch.no_grad():
                 target.copy_(shard)
             # Megatron sets this in the initialisation that we skip; the gradient norm counts shards by it.
-            target.tensor_model_parallel = entry.split is not Split.NONE  # type: ignore[attr-defined]
+            target.tensor_model_parallel = entry.split is not Split.NONE
     left = [name for name in parameters if not (value_head and name.startswith("output_layer."))]
     assert not left, f"parameters without a mapping: {left}"
 
