@@ -63,6 +63,15 @@ class Agent:
         self.sampler = sampler
         self.renderer = renderer
         self.config = config
+        limits = config.compaction
+        # Held back from every turn: room for a tool's empty answer, and for the request to summarise with its summary.
+        self._compaction_tokens = len(renderer.compact_ids) + limits.summary_tokens
+        self._held_back = len(renderer.observation("", 0)) + self._compaction_tokens
+        if limits.reserve_tokens <= self._held_back:
+            raise ValueError(
+                f"rollout.compaction.reserve_tokens={limits.reserve_tokens} leaves no room for a turn: summary_tokens="
+                f"{limits.summary_tokens} and the template take {self._held_back}; use at least {self._held_back + 1}"
+            )
 
     async def run(self, row: TaskRow, row_index: int, environment: Environment, episode_id: str) -> Episode:
         """One attempt. Exceptions of engine or sandbox pass through: the caller records a failed episode."""
@@ -76,12 +85,12 @@ class Agent:
         limits = self.config.compaction
         while True:
             if limits.context_tokens - len(state.context) < limits.reserve_tokens:
-                if state.num_compactions == limits.max_compactions:
-                    return Status.TRUNCATED
+                if state.num_compactions == limits.max_compactions or not state.turns:
+                    return Status.TRUNCATED  # without turns there is nothing to summarise: the task fills the window
                 await self._compact(state)
                 if limits.context_tokens - len(state.context) < limits.reserve_tokens:
                     return Status.TRUNCATED  # task and summary alone fill the window
-            room = limits.context_tokens - len(state.context)
+            room = limits.context_tokens - len(state.context) - self._held_back
             turn = await self._turn(state, TurnKind.ACT, min(self.config.max_turn_tokens, room))
             if turn.finish_reason == "length":
                 return Status.TRUNCATED
@@ -112,9 +121,7 @@ class Agent:
         return turn
 
     def _observe(self, state: _State, turn: Turn, observation: str) -> None:
-        limits = self.config.compaction
-        held_back = limits.summary_tokens + len(self.renderer.compact_ids)
-        room = limits.context_tokens - len(state.context) - held_back
+        room = self.config.compaction.context_tokens - len(state.context) - self._compaction_tokens
         ids = self.renderer.observation(observation, room)
         state.context += ids
         state.steps.append([*turn.output_ids.tolist(), *ids])

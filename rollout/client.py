@@ -1,8 +1,8 @@
 """One SGLang server over HTTP: token ids in, token ids with log-probabilities and weight versions out.
 
-Generation is token in, token out: the server never sees text. Log-probabilities are natural logarithms of the plain
-softmax, before any temperature, which is what a trainer recomputes: they are the sampling log-probabilities at
-temperature 1, the only temperature whose samples may be trained.
+Generation is token in, token out: the server never sees text. Log-probabilities are natural logarithms of the
+distribution that was sampled from. At temperature 1 that is the plain softmax, which a trainer recomputes, so only such
+samples may be trained; a greedy answer (temperature 0) also comes with those of the plain softmax.
 
 Loading new weights while requests run (the trainer broadcasts into the group between begin and end):
 

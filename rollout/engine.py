@@ -54,7 +54,8 @@ def server_arguments(
         *("--grammar-backend", "none"),
     ]
     if cpu:
-        total_tokens = config.max_total_tokens or config.max_running_requests * context_tokens
+        # By default every running request fills its context, and as much again stays cached for turns to come.
+        total_tokens = config.max_total_tokens or 2 * config.max_running_requests * context_tokens
         return [
             *arguments,
             *("--device", "cpu"),

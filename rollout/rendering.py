@@ -53,14 +53,25 @@ class Renderer:
         if len(stop) != 1:
             raise ValueError(f"stop text {self._t.stop!r} is {len(stop)} tokens in this tokenizer; it must be one")
         self.stop_id = stop[0]
+        unknown = tokenizer.unk_token_id
+        self._reserved = frozenset(tokenizer.all_special_ids) - {unknown}
+        self._in_its_place = [] if unknown is None else [unknown]
         self.compact_ids = self._markup(self._t.compact + self._t.reply)
 
     def _markup(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False) if text else []
 
     def _content(self, text: str) -> list[int]:
-        """Text from outside: what looks like markup in it stays plain text."""
-        return self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True) if text else []
+        """Text from outside: what looks like markup in it stays plain text.
+
+        Where a vocabulary has markup that is also an ordinary character, that character becomes <unk>.
+        """
+        if not text:
+            return []
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        if self._reserved.isdisjoint(ids):
+            return ids
+        return [kept for i in ids for kept in (self._in_its_place if i in self._reserved else [i])]
 
     def _wrapped(self, around: tuple[str, str], inner: list[int], after: str = "") -> list[int]:
         return [*self._markup(around[0]), *inner, *self._markup(around[1] + after)]

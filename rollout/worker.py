@@ -61,12 +61,16 @@ class EngineSampler:
     def __init__(self, client: EngineClient, stop_id: int) -> None:
         self._client = client
         self._stop_ids = [stop_id]
+        self.waited_s = 0.0  # for the engine, over all turns
 
     async def sample(self, prompt_ids: list[int], max_tokens: int, kind: TurnKind) -> Sampled:
-        return await self._client.generate(prompt_ids, max_tokens, self._stop_ids)
+        began = time.monotonic()
+        sampled = await self._client.generate(prompt_ids, max_tokens, self._stop_ids)
+        self.waited_s += time.monotonic() - began
+        return sampled
 
 
-def stats_of(episode: Episode, sub_traces: Sequence[SubTrace], seconds: float) -> dict[str, float]:
+def stats_of(episode: Episode, sub_traces: Sequence[SubTrace]) -> dict[str, float]:
     """The numbers of one episode that metrics are made of."""
     return {
         "reward": episode.reward,
@@ -77,7 +81,6 @@ def stats_of(episode: Episode, sub_traces: Sequence[SubTrace], seconds: float) -
         "compacted": float(any(s.kind is SubTraceKind.COMPACTED for s in sub_traces)),
         "tokens_generated": float(sum(s.num_actions for s in sub_traces)),
         "row": float(episode.row),
-        "seconds": seconds,
     }
 
 
@@ -121,7 +124,10 @@ class RolloutWorker:
         finally:
             await self._pool.release(sandbox)
         sub_traces = cut(episode)
-        return Played(index, stats_of(episode, sub_traces, time.monotonic() - began), sub_traces)
+        stats = stats_of(episode, sub_traces)
+        stats["seconds"] = time.monotonic() - began
+        stats["engine_seconds"] = sampler.waited_s if isinstance(sampler, EngineSampler) else 0.0
+        return Played(index, stats, sub_traces)
 
     async def run(self, buffer: Any) -> None:
         """Plays tickets of the buffer, `episodes_in_flight` at a time, until `stop`."""

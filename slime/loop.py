@@ -136,6 +136,7 @@ def rollout_metrics(batch: Batch) -> dict[str, float]:
         "rollout/truncated_fraction": mean("truncated"),
         "rollout/tokens_generated": float(sum(stats["tokens_generated"] for stats in batch.episodes)),
         "rollout/tokens_trained": float(batch.num_tokens),
+        "rollout/engine_time_fraction": mean("engine_seconds") / mean("seconds"),
     }
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import os
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any
 
 from buffer.tasks import TaskRow, read_rows, write_rows
 from rollout.environment import Task
+from slime.config import ConfigError
 from slime.schema import Config
 
 TRAIN_ROWS = 8192  # rows that a task makes for itself
@@ -36,23 +39,31 @@ def digest(value: Any) -> str:
 
 
 def make_task(config: Config) -> Task:
-    """The recipe's task. ValueError: its target can't be imported or is not a Task."""
+    """The recipe's task, from an installed module or one in the current folder, where Ray's workers look, too.
+
+    ConfigError: its target can't be imported or is not a Task.
+    """
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     module, _, name = config.task.target.partition(":")
     if not module or not name:
-        raise ValueError(f"task.target={config.task.target!r}: must be 'package.module:Class'")
+        raise ConfigError(f"task.target={config.task.target!r}: must be 'package.module:Class'")
     try:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"task.target={config.task.target!r}: {error}") from error
+        raise ConfigError(f"task.target={config.task.target!r}: {error}") from error
     if not (isinstance(found, type) and issubclass(found, Task)):
-        raise ValueError(f"task.target={config.task.target!r} is not a slime.Task")
+        raise ConfigError(f"task.target={config.task.target!r} is not a slime.Task")
     return found(**config.task.options)
 
 
 def _rows(config: Config, task: Task, split: str, count: int) -> list[TaskRow]:
     given = getattr(config.task, split)
     if given:
-        return read_rows(Path(given))
+        try:
+            return read_rows(Path(given))
+        except ValueError as error:
+            raise ConfigError(f"task.{split}: {error}") from error
     key = digest([config.task.target, config.task.options, split, count, config.seed])
     path = Path(config.cache_dir) / "rows" / f"{split}-{key}.jsonl"
     if not path.exists():
@@ -78,13 +89,15 @@ def start_folder(config: Config, warm_start: Config) -> Path:
 
 
 def prepare(config: Config, model_folder: Path | None = None) -> Prepared:
-    """Rows and model of a run. ValueError names what is wrong with them."""
+    """Rows and model of a run. ConfigError names what is wrong with them."""
     task = make_task(config)
     train = _rows(config, task, "train", TRAIN_ROWS)
     evaluation = _rows(config, task, "eval", config.eval.num_tasks)
     shared = {row.id for row in train} & {row.id for row in evaluation}
     if shared:
-        raise ValueError(f"task row {min(shared)!r} stands in both the training and the evaluation file")
+        raise ConfigError(f"task row {min(shared)!r} stands in both the training and the evaluation file")
     if len(evaluation) < config.eval.num_tasks:
-        raise ValueError(f"eval.num_tasks={config.eval.num_tasks}: the evaluation file has only {len(evaluation)} rows")
+        raise ConfigError(
+            f"eval.num_tasks={config.eval.num_tasks}: the evaluation file has only {len(evaluation)} rows"
+        )
     return Prepared(task, train, evaluation, model_folder or untrained_model(config, task))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
@@ -122,9 +123,9 @@ def train(config: Config, parts: Parts, watch: Watch, run_dir: Path, step: int) 
         last = step == config.steps
         if last or (config.eval.every and step % config.eval.every == 0):
             metrics |= loop.evaluate(config, parts, watch, step)
+        watch.step(step, metrics)  # before the checkpoint: a run goes on after a checkpoint, never before its metrics
         if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
             checkpoint.save(run_dir, step, parts, config.checkpoint.keep)
-        watch.step(step, metrics)
 
 
 def main(config: Config, origins: dict[str, str]) -> None:
@@ -138,7 +139,8 @@ def main(config: Config, origins: dict[str, str]) -> None:
         if step >= config.steps:
             print(f"{run_dir} has finished its {config.steps} steps; report: {write_report(run_dir)}")
             return
-        inputs = prepare(config, start_model(config))
+        inputs = prepare(config)  # what is wrong with task rows is said before the warm start, not after it
+        inputs = replace(inputs, model_folder=start_model(config))
         start_ray(config.cluster)
         run_ppo(config, run_dir, step, inputs)
     finally:

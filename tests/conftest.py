@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from runs import Place, Run
 
 # Before torch is imported anywhere: tests run beside engines and workers on few cores.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -55,6 +56,24 @@ def ray_cluster() -> Iterator[ModuleType]:
         ray.shutdown()
         _read_environment_again()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    """Where runs are made."""
+    made = Place(tmp_path_factory.mktemp("whole"))
+    yield made
+    shutil.rmtree(made.temporary, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def warm_start(place: Place) -> Path:
+    """Model folder of a short supervised run: it knows the moves of the coding task, and plays them badly."""
+    numbers = ["steps=40", "policy.optimizer.decay_steps=40", "tracking.wandb=false"]
+    with Run(place, "recipe=sft_coding", "run=start", *numbers) as run:
+        run.finish()
+        assert run.left_over() == []
+    return place.run_dir("start") / "model"
 
 
 def _read_environment_again() -> None:

@@ -99,7 +99,7 @@ def test_arguments_of_a_cpu_engine() -> None:
     arguments = server_arguments(config, "/m", 100, "127.0.0.1", 4000, cpu=True, seed=5)
     given = dict(zip(arguments, [*arguments[1:], ""], strict=True))
     assert given["--context-length"] == "108"
-    assert given["--max-total-tokens"] == "700"
+    assert given["--max-total-tokens"] == "1400"
     assert given["--dtype"] == "float32"
     assert given["--random-seed"] == "5"
     assert given["--weight-version"] == "0"
@@ -359,11 +359,11 @@ def test_a_lost_server_is_a_clear_error(server: EngineServer) -> None:
                     os.kill(pid, signal.SIGKILL)
         with pytest.raises(RuntimeError, match=r"/generate: .*connection"):
             await request
+        await asyncio.to_thread(wait_until, lambda: not server.alive(), 30)
         with pytest.raises(RuntimeError, match="no connection"):
             await client.generate([3, 4], 4, [])
 
     with_client(server, work)
-    wait_until(lambda: not server.alive(), 30)
     server.stop()
     assert not any(running(pid) for pid in members)
 

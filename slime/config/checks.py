@@ -9,6 +9,8 @@ import json
 import math
 import re
 from collections.abc import Iterator
+from importlib.machinery import PathFinder
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +105,12 @@ def check(config: Config) -> None:
 def missing(config: Config) -> list[str]:
     """Files that the run reads and that are not there, one line each."""
     found = []
+    package = config.task.target.partition(":")[0].partition(".")[0]
+    if find_spec(package) is None and PathFinder.find_spec(package, [str(Path.cwd())]) is None:
+        found.append(
+            f"task.target={config.task.target}: no module {package} among the installed ones or in {Path.cwd()}: "
+            "run from the folder that holds it, or install it"
+        )
     if config.model.path:
         folder = Path(config.model.path)
         cure = f"give the model's folder with model.path=FOLDER (model {config.model.name})"

@@ -1,0 +1,124 @@
+"""Helpers for tests of whole runs: the real command in a process of its own, watched through what it writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+START_S = 400.0  # generous: engines, workers and sandboxes start within a minute on two quiet cores
+GONE_S = 60.0
+SLIME = str(Path(sys.executable).with_name("slime"))
+MARK = "SLIME_TEST_MARK"
+
+
+@dataclass
+class Place:
+    """A folder for runs and one for temporary files, whose path is short enough for Ray's sockets."""
+
+    folder: Path
+    temporary: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="sl-", dir="/tmp")))
+
+    def run_dir(self, name: str) -> Path:
+        return self.folder / "runs" / name
+
+    def command(self, *overrides: str) -> list[str]:
+        places = [f"runs_dir={self.folder / 'runs'}", f"cache_dir={self.folder / 'cache'}"]
+        return [SLIME, "train", *places, *overrides]
+
+
+class Run:
+    """One `slime train` process and everything that it starts."""
+
+    def __init__(self, place: Place, *overrides: str) -> None:
+        self.mark = uuid.uuid4().hex
+        self.log = place.folder / f"{self.mark}.log"
+        self._known: set[psutil.Process] = set()
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        environment = {**inherited, MARK: self.mark, "TMPDIR": str(place.temporary), "WANDB_MODE": "offline"}
+        self.process = subprocess.Popen(
+            place.command(*overrides),
+            cwd=Path(__file__).parent,  # where the task's module is
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=self.log.open("wb"),
+            stderr=subprocess.STDOUT,
+        )
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing outlives a test, whatever became of it."""
+        for process in self.processes():
+            process.kill()
+        self.process.kill()
+        self.process.wait(timeout=GONE_S)
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def processes(self) -> list[psutil.Process]:
+        """Live processes that inherited this run's mark, and all that were their children at an earlier call.
+
+        Sandboxes have a clean environment: they are found as children, while their parents live.
+        """
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get(MARK) == self.mark:
+                    self._known |= {process, *process.children(recursive=True)}
+            except psutil.Error:
+                continue
+        return [process for process in self._known if alive(process)]
+
+    def wait_until(self, condition: Callable[[], bool], what: str, limit_s: float) -> None:
+        """AssertionError with the end of the output when the run ends before the condition holds, or at the limit."""
+        deadline = time.monotonic() + limit_s
+        while not condition():
+            assert self.process.poll() is None, f"ended with {self.process.returncode} before {what}: {self.tail()}"
+            assert time.monotonic() < deadline, f"no {what} after {limit_s} s: {self.tail()}"
+            time.sleep(0.2)
+
+    def finish(self, limit_s: float = START_S) -> Run:
+        """Waits for the end. AssertionError unless it is a good one."""
+        try:
+            code = self.process.wait(timeout=limit_s)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"not finished after {limit_s} s: {self.tail()}") from None
+        assert code == 0, f"exit code {code}: {self.tail()}"
+        return self
+
+    def left_over(self) -> list[str]:
+        """Command lines of processes that are still there `GONE_S` after the run's own has ended."""
+        deadline = time.monotonic() + GONE_S
+        while (found := self.processes()) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        return [str(process) for process in found]
+
+    def tail(self) -> str:
+        return "\n".join(self.output.splitlines()[-40:])
+
+
+def alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a JSONL file; [] when it is not there."""
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]

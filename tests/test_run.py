@@ -1,0 +1,285 @@
+"""A synchronous run of the real command: trained, killed, resumed, finished; and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from runs import START_S, Place, Run, rows_of
+
+from slime import checkpoint, cli, loop, train
+from slime.config import load
+
+STEPS, EPISODES, TASKS = 4, 32, 32
+RUN = [
+    "recipe=ppo_coding",
+    "run=whole",
+    f"steps={STEPS}",
+    "model.start=''",
+    "task.target=partial_credit:PartialCredit",
+    f"buffer.episodes_per_step={EPISODES}",
+    "policy.num_minibatches=2",
+    "critic.num_minibatches=2",
+    f"critic.warmup_episodes={2 * EPISODES}",
+    f"eval.num_tasks={TASKS}",
+    "eval.every=2",
+    "checkpoint.every=1",
+    "tracking.sample_every=1",
+    "tracking.sample_episodes=4",
+]
+EVERY_STEP = {
+    *("step", "time_s", "rollout/reward_mean", "rollout/num_episodes", "rollout/num_sub_traces"),
+    *("rollout/compactions_per_episode", "rollout/tokens_generated", "policy/loss", "policy/clip_fraction"),
+    *("policy/engine_logprob_diff_max", "critic/loss", "critic/explained_variance", "weights/version"),
+    *("weights/lag_max", "time/rollout_s", "time/values_s", "time/update_s", "time/publish_s"),
+}
+EVALUATION = {"eval/pass_rate", "eval/num_tasks"}
+
+
+# The order of things, without engines --------------------------------------------------------------------------------
+
+
+@dataclass
+class Diary:
+    """Stands where a run's parts and its watch are, and notes what happens."""
+
+    events: list[str] = field(default_factory=list)
+
+    def train_step(self, config: Any, parts: Any, watch: Any, step: int) -> dict[str, float]:
+        self.events.append(f"train {step}")
+        return {}
+
+    def evaluate(self, config: Any, parts: Any, watch: Any, step: int) -> dict[str, float]:
+        self.events.append(f"evaluate {step}")
+        return {"eval/pass_rate": 0.5}
+
+    def step(self, step: int, metrics: dict[str, float]) -> None:
+        self.events.append(f"log {step}{' with pass rate' if 'eval/pass_rate' in metrics else ''}")
+
+
+@pytest.mark.parametrize(
+    ("begin", "expected"),
+    [
+        (
+            0,
+            [
+                *("publish 0", "play", "evaluate 0", "log 0 with pass rate", "train 1", "log 1"),
+                *("train 2", "log 2", "save 2", "train 3", "evaluate 3", "log 3 with pass rate"),
+                *("train 4", "log 4", "save 4", "train 5", "evaluate 5", "log 5 with pass rate", "save 5"),
+            ],
+        ),
+        (
+            4,
+            ["load", "publish 4", "play", "train 5", "evaluate 5", "log 5 with pass rate", "save 5"],
+        ),
+    ],
+)
+def test_order_of_a_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, begin: int, expected: list[str]) -> None:
+    """A step is logged before its checkpoint: what is resumed after the checkpoint has all metrics up to it."""
+    diary = Diary()
+    note = diary.events.append
+    monkeypatch.setattr(loop, "train_step", diary.train_step)
+    monkeypatch.setattr(loop, "evaluate", diary.evaluate)
+    monkeypatch.setattr(checkpoint, "save", lambda run_dir, step, parts, keep: note(f"save {step}"))
+    monkeypatch.setattr(checkpoint, "load", lambda run_dir, parts: note("load") or begin)
+    parts: Any = SimpleNamespace(
+        weights=SimpleNamespace(publish=lambda version: note(f"publish {version}")),
+        rollout=SimpleNamespace(run=lambda buffer: note("play")),
+        buffer=None,
+    )
+    watch: Any = SimpleNamespace(step=diary.step, view=SimpleNamespace(note=lambda text: None))
+    numbers = ["steps=5", "eval.every=3", "checkpoint.every=2", "critic.warmup_episodes=0"]
+    train.train(load(["recipe=ppo_coding", *numbers], None).config, parts, watch, tmp_path, begin)
+    assert diary.events == expected
+
+
+def test_only_whole_checkpoints_count(tmp_path: Path) -> None:
+    assert checkpoint.steps(tmp_path) == []
+    for name in ("step_000010", "step_000002", "step_000011.part", "step_000012"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        if name != "step_000012":
+            (tmp_path / "checkpoints" / name / "state.json").write_text("{}")
+    assert checkpoint.steps(tmp_path) == [2, 10]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("task.target=no_such_module:Task", "no_such_module"),
+        ("task.target=recipes.coding:Nothing", "Nothing"),
+        ("task.target=recipes.coding.task:RUNNER", "not a slime.Task"),
+        ("task.options.noize=1", "takes no options"),
+        ("task.train=ROWS", "rows.jsonl:2: not JSON"),
+    ],
+)
+def test_bad_tasks_are_refused_in_one_line(
+    override: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(train, "stop_ray", lambda: None)  # nothing was started: leave others' clusters alone
+    monkeypatch.setattr(train, "start_model", lambda config: pytest.fail("started to train"))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"id": "a", "domain": "d", "prompt": "p"}\n{\n')
+    arguments = ["train", "recipe=ppo_coding", f"runs_dir={tmp_path / 'runs'}", f"cache_dir={tmp_path / 'cache'}"]
+    code = cli.main([*arguments, override.replace("ROWS", str(rows))])
+    out, err = capsys.readouterr()
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert message in err
+
+
+# The real thing ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Story:
+    """What was seen of the run."""
+
+    run_dir: Path
+    outputs: list[str]  # of the killed process, of the resumed one, of the one that found nothing to do
+    left_over: list[list[str]]  # processes that outlived the first two
+    resumed_from: int  # newest checkpoint after the kill
+    rows_at_kill: list[dict[str, Any]]
+    temporary: list[str]  # names in the folder for temporary files afterwards
+
+
+@pytest.fixture(scope="module")
+def story(place: Place, warm_start: Path) -> Iterator[Story]:
+    arguments = [*RUN, f"model.path={warm_start}"]
+    run_dir = place.run_dir("whole")
+    metrics = run_dir / "metrics.jsonl"
+    with Run(place, *arguments) as first:
+        first.wait_until(lambda: bool(rows_of(metrics)) and rows_of(metrics)[-1]["step"] >= 2, "step 2", START_S)
+        names = [process.name() for process in first.processes()]
+        assert sum("bwrap" in name for name in names) >= 1, names
+        first.process.send_signal(signal.SIGKILL)
+        first.process.wait(timeout=30)
+        gone = first.left_over()
+    newest, at_kill = max(checkpoint.steps(run_dir)), rows_of(metrics)
+    with Run(place, *arguments) as second:
+        second.finish()
+        gone_too = second.left_over()
+    with Run(place, *arguments) as third:
+        third.finish(60)
+    outputs = [first.output, second.output, third.output]
+    kept = [path.name for path in place.temporary.iterdir()]
+    yield Story(run_dir, outputs, [gone, gone_too], newest, at_kill, kept)
+
+
+@pytest.mark.e2e
+def test_warm_start_learns(place: Place, warm_start: Path) -> None:
+    losses = [row["policy/loss"] for row in rows_of(place.run_dir("start") / "metrics.jsonl")]
+    assert len(losses) == 40
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+    assert (warm_start / "model.safetensors").is_file()
+
+
+@pytest.mark.e2e
+def test_nothing_outlives_a_run_that_ends_or_is_killed(story: Story) -> None:
+    assert story.left_over == [[], []]
+    assert sum(name.startswith("slime-ray-") for name in story.temporary) <= 1  # the token of the killed run
+
+
+@pytest.mark.e2e
+def test_resume_goes_on_after_the_newest_checkpoint(story: Story) -> None:
+    assert story.resumed_from >= 1
+    assert f"resumed at step {story.resumed_from}" in story.outputs[1]
+    rows = rows_of(story.run_dir / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(STEPS + 1))
+    kept = [row for row in story.rows_at_kill if row["step"] <= story.resumed_from]
+    assert rows[: len(kept)] == kept
+    assert len(kept) == story.resumed_from + 1
+    times = [row["time_s"] for row in rows]
+    assert times == sorted(times)
+
+
+@pytest.mark.e2e
+def test_metrics_of_every_step(story: Story) -> None:
+    for row in rows_of(story.run_dir / "metrics.jsonl"):
+        step = row["step"]
+        assert all(math.isfinite(number) for number in row.values())
+        assert row["weights/version"] == step
+        assert (row.keys() >= EVALUATION) is (step % 2 == 0)
+        if step % 2 == 0:
+            assert row["eval/num_tasks"] == TASKS
+            assert 0 <= row["eval/pass_rate"] <= 1
+        if step == 0:
+            continue
+        assert EVERY_STEP - row.keys() == set()
+        assert row["rollout/num_episodes"] == EPISODES
+        assert row["rollout/num_sub_traces"] >= EPISODES
+        assert row["rollout/tokens_generated"] >= 2 * row["rollout/num_sub_traces"]
+        assert 0 < row["policy/engine_logprob_diff_max"] <= 1e-4  # every token is the current version's: all compared
+        assert row["weights/lag_max"] == 0
+        assert 0 <= row["policy/clip_fraction"] < 0.5
+        assert row["critic/explained_variance"] <= 1
+        parts = sum(row[f"time/{name}_s"] for name in ("rollout", "values", "update", "publish", "other"))
+        assert parts == pytest.approx(row["time/step_s"], abs=0.01)
+
+
+@pytest.mark.e2e
+def test_policy_and_critic_move(story: Story) -> None:
+    rows = rows_of(story.run_dir / "metrics.jsonl")[1:]
+    assert all(0 < row["rollout/reward_mean"] < 1 for row in rows)
+    assert all(row["rollout/compactions_per_episode"] > 0 for row in rows)
+    assert all(row["policy/grad_norm"] > 0 for row in rows)
+    assert all(row["critic/grad_norm"] > 0 for row in rows)
+    assert all(row["policy/kl"] > 0 for row in rows)  # over the minibatches of a step
+
+
+@pytest.mark.e2e
+def test_what_a_run_leaves_behind(story: Story) -> None:
+    folder = story.run_dir
+    assert "partial_credit:PartialCredit" in (folder / "config.yaml").read_text()
+    assert checkpoint.steps(folder) == [STEPS - 1, STEPS]  # checkpoint.keep=2
+    state = json.loads((folder / "checkpoints" / f"step_{STEPS:06d}" / "state.json").read_text())
+    assert state["step"] == STEPS
+    assert list((folder / "wandb").glob("offline-run-*/*.wandb"))
+    assert (folder / "logs" / "engine_0.log").is_file()
+    report = (folder / "report.html").read_text()
+    assert "rollout/reward_mean" in report
+    assert report.count("http://") + report.count("https://") == 0 or "<script src=" not in report
+
+
+@pytest.mark.e2e
+def test_sample_episodes(story: Story) -> None:
+    records = rows_of(story.run_dir / "episodes.jsonl")
+    seen = {(record["split"], record["step"]) for record in records}
+    assert seen == {("train", step) for step in range(1, STEPS + 1)} | {("eval", step) for step in (0, 2, 4)}
+    for record in records:
+        tokens = [token for sub_trace in record["sub_traces"] for token in sub_trace["tokens"]]
+        sampled = [token for token in tokens if token["action"]]
+        assert sampled
+        training = record["split"] == "train"
+        for token in sampled:
+            assert token["logprob"] <= 0
+            assert token["version"] == (record["step"] - 1 if training else record["step"])
+            assert (token["advantage"] is not None) is training
+        kinds = [sub_trace["kind"] for sub_trace in record["sub_traces"]]
+        assert kinds == ["compacted"] * (len(kinds) - 1) + ["final"]
+        if training and len(kinds) > 1:
+            assert any(token["summary"] and token["advantage"] for token in sampled)  # summaries are trained
+
+
+@pytest.mark.e2e
+def test_a_finished_run_says_so(story: Story) -> None:
+    assert f"has finished its {STEPS} steps" in story.outputs[2]
+    assert "held-out pass rate" in story.outputs[1]
+
+
+@pytest.mark.e2e
+def test_a_resume_with_other_settings_is_refused(place: Place, story: Story, warm_start: Path) -> None:
+    command = place.command(*RUN, f"model.path={warm_start}", "steps=9", "policy.clip_low=0.1")
+    before = (story.run_dir / "config.yaml").read_text()
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "clip_low" in done.stderr
+    assert "run=" in done.stderr  # the cure
+    assert (story.run_dir / "config.yaml").read_text() == before
