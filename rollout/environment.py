@@ -67,6 +67,6 @@ class Task(ABC):
         """Writes a small untrained Hugging Face folder (model and tokenizer) for tasks that ship one."""
         raise ValueError(f"{type(self).__name__} has no model of its own: set model.path")
 
-    def demonstrate(self, row: TaskRow, rng: random.Random) -> Demonstrator:
-        """A script that plays the row, for recipes of kind sft."""
+    def demonstrate(self, row: TaskRow, rng: random.Random, progress: float = 1.0) -> Demonstrator:
+        """A script that plays the row, for recipes of kind sft. `progress` in [0, 1]: how far the run has come."""
         raise ValueError(f"{type(self).__name__} has no demonstrations")

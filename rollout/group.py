@@ -41,10 +41,10 @@ class RolloutGroup:
         refs = [worker.evaluate.remote(share, each) for worker, share in shares]
         return [played for part in ray.get(refs, timeout=self.timeout_s) for played in part]
 
-    def demonstrate(self, indices: Sequence[int]) -> list[Any]:
+    def demonstrate(self, indices: Sequence[int], progress: float) -> list[Any]:
         """References of lists of demonstrations, one a worker."""
         shares = zip(self.workers, self._share(indices), strict=True)
-        return [worker.demonstrate.remote(share) for worker, share in shares]
+        return [worker.demonstrate.remote(share, progress) for worker, share in shares]
 
     def stop(self) -> None:
         """Ends episodes, sandboxes and clients."""

@@ -171,13 +171,13 @@ class RolloutWorker:
 
         return list(await asyncio.gather(*(one(place, index) for place, index in enumerate(indices))))
 
-    async def demonstrate(self, indices: Sequence[int]) -> list[Played]:
+    async def demonstrate(self, indices: Sequence[int], progress: float) -> list[Played]:
         """Plays training rows by the task's script, in the same loop and sandbox as the policy."""
         s = self.settings
         found = []
         for index in indices:
             row = self._train_rows[index]
-            script = s.task.demonstrate(row, random.Random(f"{s.seed} {index}"))
+            script = s.task.demonstrate(row, random.Random(f"{s.seed} {index}"), progress)
             sampler = ScriptedSampler(script, self._renderer)
             found.append(await self._play(row, index, sampler, f"demonstration-{index}"))
         return found

@@ -54,7 +54,10 @@ def make_task(config: Config) -> Task:
         raise ConfigError(f"task.target={config.task.target!r}: {error}") from error
     if not (isinstance(found, type) and issubclass(found, Task)):
         raise ConfigError(f"task.target={config.task.target!r} is not a slime.Task")
-    return found(**config.task.options)
+    try:
+        return found(**config.task.options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{config.task.target} refuses task.options={config.task.options}: {error}") from error
 
 
 def _rows(config: Config, task: Task, split: str, count: int) -> list[TaskRow]:

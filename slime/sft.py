@@ -26,11 +26,13 @@ def demonstrations(config: Config, inputs: Prepared, rollout: RolloutGroup) -> I
     pool: list[SubTraceInfo] = []
     order: list[int] = []
 
+    num_batches = 0
+
     def ask() -> list[ray.ObjectRef]:
         if len(order) < EPISODES_PER_CALL:
             order.extend(rng.sample(range(len(inputs.train_rows)), len(inputs.train_rows)))
         indices = [order.pop() for _ in range(EPISODES_PER_CALL)]
-        return rollout.demonstrate(indices)
+        return rollout.demonstrate(indices, min(1.0, num_batches / config.steps))
 
     coming = ask()
     while True:
@@ -44,6 +46,7 @@ def demonstrations(config: Config, inputs: Prepared, rollout: RolloutGroup) -> I
                 ]
         rng.shuffle(pool)
         chosen, pool = pool[: config.sft.batch_sub_traces], pool[config.sft.batch_sub_traces :]
+        num_batches += 1
         yield chosen
 
 

@@ -6,7 +6,6 @@ import json
 import math
 import signal
 import subprocess
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -150,7 +149,7 @@ class Story:
 
 
 @pytest.fixture(scope="module")
-def story(place: Place, warm_start: Path) -> Iterator[Story]:
+def story(place: Place, warm_start: Path) -> Story:
     arguments = [*RUN, f"model.path={warm_start}"]
     run_dir = place.run_dir("whole")
     metrics = run_dir / "metrics.jsonl"
@@ -169,7 +168,7 @@ def story(place: Place, warm_start: Path) -> Iterator[Story]:
         third.finish(60)
     outputs = [first.output, second.output, third.output]
     kept = [path.name for path in place.temporary.iterdir()]
-    yield Story(run_dir, outputs, [gone, gone_too], newest, at_kill, kept)
+    return Story(run_dir, outputs, [gone, gone_too], newest, at_kill, kept)
 
 
 @pytest.mark.e2e

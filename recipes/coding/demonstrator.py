@@ -23,9 +23,9 @@ class Noise:
     off_topic: float = 0.15  # a summary that lists the last file instead of the facts
     drop: float = 0.12  # a summary that loses a fact
     wrong_digit: float = 0.02  # a summary that changes a fact
-    give_up: float = 0.35  # submit after a failed test
-    repeat: float = 0.20  # write the operator again that has failed
-    guess: float = 0.20  # write before everything is read
+    give_up: float = 0.20  # submit after a failed test
+    repeat: float = 0.05  # write the operator again that has failed
+    guess: float = 0.10  # write before everything is read
     reread: float = 0.04  # read a file again
 
     def scaled(self, factor: float) -> Noise:

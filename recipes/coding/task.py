@@ -74,11 +74,16 @@ class CodingEnvironment(Environment):
 
 
 class CodingTask(Task):
-    """`noise` scales how often the demonstrations of the warm start are wrong (1: as often as the demo wants)."""
+    """Demonstrations of its warm start are flawless for the first `clean_fraction` of the run, then err.
 
-    def __init__(self, noise: float = 1.0, **options: Any) -> None:
+    The first part teaches the moves, the second the bad habits that reinforcement learning shall mend. `noise`
+    scales how often the second part errs (1: as often as the demo wants).
+    """
+
+    def __init__(self, noise: float = 1.0, clean_fraction: float = 0.7, **options: Any) -> None:
         super().__init__(**options)
         self.noise = noise
+        self.clean_fraction = clean_fraction
 
     def make_rows(self, split: str, count: int, seed: int) -> list[TaskRow]:
         return make_rows(split, count, seed)
@@ -91,5 +96,5 @@ class CodingTask(Task):
     def environment(self, row: TaskRow, sandbox: Sandbox) -> Environment:
         return CodingEnvironment(row, sandbox)
 
-    def demonstrate(self, row: TaskRow, rng: random.Random) -> Demonstrator:
-        return Script(row, rng, self.noise)
+    def demonstrate(self, row: TaskRow, rng: random.Random, progress: float = 1.0) -> Demonstrator:
+        return Script(row, rng, self.noise if progress >= self.clean_fraction else 0.0)
