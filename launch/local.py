@@ -17,7 +17,7 @@ from launch.config import ClusterConfig
 
 ATTEMPTS = 3
 TOKEN_FOLDER = "slime-ray-"
-OBJECT_STORE_MB = 512  # of a laptop run: sub-traces are 13 bytes a token
+OBJECT_STORE_MB = 512  # of a laptop run: a token of a sub-trace is 18 bytes
 
 
 def _environment(token_file: Path) -> dict[str, str]:

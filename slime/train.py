@@ -126,6 +126,7 @@ def train(config: Config, parts: Parts, watch: Watch, run_dir: Path, step: int) 
         watch.step(step, metrics)  # before the checkpoint: a run goes on after a checkpoint, never before its metrics
         if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
             checkpoint.save(run_dir, step, parts, config.checkpoint.keep)
+    parts.policy.submit("export", str((run_dir / "model").resolve())).result()
 
 
 def main(config: Config, origins: dict[str, str]) -> None:

@@ -149,8 +149,10 @@ def test_right_and_wrong_programs() -> None:
     right, wrong = solution(ROW)
     good, bad = "put " + source_of(ROW, right), "put " + source_of(ROW, wrong)
     name = stub_of(ROW.prompt)[1][0]
-    solved, failed, mended, read, empty = attempts(
+    as_text = good.replace("lambda x:", "lambda x:str(") + ")"
+    solved, spelled, failed, mended, read, empty = attempts(
         (ROW, [good]),
+        (ROW, [as_text, "submit"]),
         (ROW, [bad, "submit"]),
         (ROW, [bad, good]),
         (ROW, [f"cat {name}", "cat q", "cat ../etc/passwd", "cat /etc/passwd", "ls", "", "put", "submit"]),
@@ -158,6 +160,7 @@ def test_right_and_wrong_programs() -> None:
     )
     assert solved == ([Step("", done=True)], 1.0)
     x, wanted = ROW.visible_tests[0]
+    assert spelled == ([Step(f"f({x})=?!={wanted}"), Step("", done=True)], 0.0)  # numbers are asked for
     assert failed == ([Step(f"f({x})={evaluated(source_of(ROW, wrong), x)}!={wanted}"), Step("", done=True)], 0.0)
     assert mended[1] == 1.0
     assert read == ([Step(ROW.files[name]), *[Step("err")] * 6, Step("", done=True)], 0.0)

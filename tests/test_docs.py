@@ -59,7 +59,7 @@ def play(task: Task, row: TaskRow, config: RolloutConfig, seed: int) -> Episode:
         pool = SubprocessPool(SandboxConfig())
         sandbox = await pool.acquire()
         try:
-            sampler = ScriptedSampler(task.demonstrate(row, random.Random(seed)), renderer)
+            sampler = ScriptedSampler(task.demonstrate(row, random.Random(seed), 0.5), renderer)
             return await Agent(sampler, renderer, config).run(row, 0, task.environment(row, sandbox), "e")
         finally:
             await pool.close()

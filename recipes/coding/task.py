@@ -56,7 +56,10 @@ class CodingEnvironment(Environment):
                 return Step("err")
         if not action.startswith("put "):
             return Step("err")
-        await self.sandbox.write_files({"solution.py": action.removeprefix("put ")})
+        try:
+            await self.sandbox.write_files({"solution.py": action.removeprefix("put ")})
+        except OSError:  # an earlier program filled the workspace
+            return Step("err")
         self.written = True
         results = await self._results([x for x, _ in self.row.visible_tests])
         if len(results) != len(self.row.visible_tests):

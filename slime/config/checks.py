@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from critic.config import Truncation
 from slime.schema import Config, Kind
 from trainer.config import LayoutConfig, Precision
 
@@ -191,6 +192,11 @@ def _budgets(config: Config) -> Iterator[str]:
 
 
 def _training(config: Config) -> Iterator[str]:
+    if config.advantage.truncation is Truncation.bootstrap:
+        yield (
+            "advantage.truncation=bootstrap: the value of the state after the last token is not computed by the loop; "
+            "use terminal"
+        )
     for role, settings in (("policy", config.policy), ("critic", config.critic)):
         optimizer = settings.optimizer
         if 0 < optimizer.decay_steps <= optimizer.warmup_steps:

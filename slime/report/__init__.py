@@ -291,11 +291,18 @@ def _time(rows: Rows) -> str:
     total_s, other_s, publish_s = (_total(rows, f"time/{name}_s") for name in ("step", "other", "publish"))
     if total_s <= 0:
         return figure(chart, wide=True) or "<p>No step was timed.</p>"
-    share, publish = 100 * other_s / total_s, 100 * publish_s / total_s
+    agent_s = sum(
+        row["time/rollout_s"] * (1.0 - row["rollout/engine_time_fraction"])
+        for row in rows
+        if "time/rollout_s" in row and "rollout/engine_time_fraction" in row
+    )
+    outside_s = other_s + agent_s
+    share, publish = 100 * outside_s / total_s, 100 * publish_s / total_s
     return (
-        f'<p class="lead"><b>{share:.1f} %</b> of the steps\' wall time ({duration(other_s)} of '
-        f"{duration(total_s)}) was spent outside engines and Megatron: sum of time/other_s over sum of time/step_s. "
-        "It contains the buffer, advantages, packing, moving data between processes, tracking and waiting. "
+        f'<p class="lead"><b>{share:.1f} %</b> of the steps\' wall time ({duration(outside_s)} of '
+        f"{duration(total_s)}) was spent outside engines and Megatron: {duration(agent_s)} in the agent loop, its "
+        "tools and sandboxes (the part of time/rollout_s in which an episode did not wait for an engine) and "
+        f"{duration(other_s)} in the buffer, advantages, packing and moving data (time/other_s). "
         "Publishing weights to the engines "
         f"is not in it and took another {publish:.1f} % ({duration(publish_s)}).</p>" + figure(chart, wide=True)
     )
