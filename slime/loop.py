@@ -72,8 +72,8 @@ def logprob_difference(sub_traces: Sequence[SubTrace], logprobs: Mapping[int, Fl
     return worst
 
 
-def train_step(config: Config, parts: Parts, watch: Watch, step: int) -> dict[str, float]:
-    """One pass of the loop; returns its metrics."""
+def train_step(config: Config, parts: Parts, watch: Watch, step: int, evaluating: bool) -> dict[str, float]:
+    """One pass of the loop; returns its metrics, those of an evaluation of the new weights among them."""
     clock = Clock(watch)
     rng = np.random.default_rng([config.seed, step])
     value_rng = np.random.default_rng([config.seed, step, VALUE_BATCHES_SEED])
@@ -98,7 +98,6 @@ def train_step(config: Config, parts: Parts, watch: Watch, step: int) -> dict[st
     lag = parts.weights.version - min((item.oldest_version for item in batch.items), default=parts.weights.version)
     with clock.phase("publish"):
         parts.weights.publish(step)
-    ray.get(parts.buffer.release.remote(batch.step), timeout=60)
     watch.sample(step, "train", batch, sub_traces, targets)
     metrics = rollout_metrics(batch)
     metrics |= {f"policy/{name}": number for name, number in policy_metrics.items() if name != "clipped"}
@@ -117,6 +116,10 @@ def train_step(config: Config, parts: Parts, watch: Watch, step: int) -> dict[st
         "weights/version": float(parts.weights.version),
         "weights/lag_max": float(lag),
     }
+    if evaluating:  # before the release: synchronous engines then serve the evaluation alone
+        with clock.phase("eval"):
+            metrics |= evaluate(config, parts, watch, step)
+    ray.get(parts.buffer.release.remote(batch.step), timeout=60)
     return metrics | clock.metrics()
 
 
@@ -142,16 +145,13 @@ def rollout_metrics(batch: Batch) -> dict[str, float]:
 
 def evaluate(config: Config, parts: Parts, watch: Watch, step: int) -> dict[str, float]:
     """Held-out pass rate, sampled with the settings of training."""
-    clock = Clock(watch)
-    with clock.phase("eval"):
-        played = parts.rollout.evaluate(range(config.eval.num_tasks), config.tracking.sample_episodes)
+    played = parts.rollout.evaluate(range(config.eval.num_tasks), config.tracking.sample_episodes)
     rewards = np.array([one.stats["reward"] for one in played])
     watch.sample_played(step, "eval", [one for one in played if one.sub_traces])
     return {
         "eval/pass_rate": float(rewards.mean()),
         "eval/pass_rate_stderr": float(rewards.std() / np.sqrt(len(rewards))),
         "eval/num_tasks": float(len(rewards)),
-        "time/eval_s": clock.spent_s["eval"],
     }
 
 

@@ -116,13 +116,13 @@ def train(config: Config, parts: Parts, watch: Watch, run_dir: Path, step: int) 
         first: dict[str, float] = {"weights/version": 0.0}
         if config.critic.warmup_episodes:
             first |= loop.warm_up_critic(config, parts, watch)
+        watch.phase("eval")
         watch.step(0, first | loop.evaluate(config, parts, watch, 0))
     while step < config.steps:
         step += 1
-        metrics = loop.train_step(config, parts, watch, step)
         last = step == config.steps
-        if last or (config.eval.every and step % config.eval.every == 0):
-            metrics |= loop.evaluate(config, parts, watch, step)
+        evaluating = last or (config.eval.every > 0 and step % config.eval.every == 0)
+        metrics = loop.train_step(config, parts, watch, step, evaluating)
         watch.step(step, metrics)  # before the checkpoint: a run goes on after a checkpoint, never before its metrics
         if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
             checkpoint.save(run_dir, step, parts, config.checkpoint.keep)

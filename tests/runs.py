@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 
 START_S = 400.0  # generous: engines, workers and sandboxes start within a minute on two quiet cores
-GONE_S = 60.0
+GONE_S = 120.0
 SLIME = str(Path(sys.executable).with_name("slime"))
 MARK = "SLIME_TEST_MARK"
 
@@ -99,15 +99,22 @@ class Run:
         assert code == 0, f"exit code {code}: {self.tail()}"
         return self
 
-    def left_over(self) -> list[str]:
-        """Command lines of processes that are still there `GONE_S` after the run's own has ended."""
+    def left_over(self, but: Sequence[str] = ()) -> list[str]:
+        """Processes that are still there `GONE_S` after the run's own has ended, except those of the given names."""
         deadline = time.monotonic() + GONE_S
-        while (found := self.processes()) and time.monotonic() < deadline:
+        while (found := [p for p in self.processes() if name_of(p) not in but]) and time.monotonic() < deadline:
             time.sleep(0.2)
         return [str(process) for process in found]
 
     def tail(self) -> str:
         return "\n".join(self.output.splitlines()[-40:])
+
+
+def name_of(process: psutil.Process) -> str:
+    try:
+        return str(process.name())
+    except psutil.Error:
+        return "gone"
 
 
 def alive(process: psutil.Process) -> bool:

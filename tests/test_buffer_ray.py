@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -75,6 +76,7 @@ class Stage:
 
 @pytest.fixture
 def stage(ray_cluster: ModuleType, request: pytest.FixtureRequest) -> Iterator[Stage]:
+    ray_cluster.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers can't import a test
     made = Stage(ray_cluster, getattr(request, "param", PLAIN))
     yield made
     for actor in (made.buffer, *made.players):

@@ -40,6 +40,7 @@ EVERY_STEP = {
     *("policy/engine_logprob_diff_max", "critic/loss", "critic/explained_variance", "weights/version"),
     *("weights/lag_max", "time/rollout_s", "time/values_s", "time/update_s", "time/publish_s"),
 }
+RAY_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")  # they give a killed raylet a minute to come back
 EVALUATION = {"eval/pass_rate", "eval/num_tasks"}
 
 
@@ -156,14 +157,15 @@ def story(place: Place, warm_start: Path) -> Story:
     with Run(place, *arguments) as first:
         first.wait_until(lambda: bool(rows_of(metrics)) and rows_of(metrics)[-1]["step"] >= 2, "step 2", START_S)
         names = [process.name() for process in first.processes()]
-        assert sum("bwrap" in name for name in names) >= 1, names
+        assert any("bwrap" in name for name in names), names
         first.process.send_signal(signal.SIGKILL)
         first.process.wait(timeout=30)
-        gone = first.left_over()
-    newest, at_kill = max(checkpoint.steps(run_dir)), rows_of(metrics)
-    with Run(place, *arguments) as second:
-        second.finish()
-        gone_too = second.left_over()
+        gone = first.left_over(but=RAY_AGENTS)
+        newest, at_kill = max(checkpoint.steps(run_dir)), rows_of(metrics)
+        with Run(place, *arguments) as second:
+            second.finish()
+            gone_too = second.left_over()
+        gone += first.left_over()
     with Run(place, *arguments) as third:
         third.finish(60)
     outputs = [first.output, second.output, third.output]
@@ -242,8 +244,9 @@ def test_what_a_run_leaves_behind(story: Story) -> None:
     assert list((folder / "wandb").glob("offline-run-*/*.wandb"))
     assert (folder / "logs" / "engine_0.log").is_file()
     report = (folder / "report.html").read_text()
-    assert "rollout/reward_mean" in report
-    assert report.count("http://") + report.count("https://") == 0 or "<script src=" not in report
+    assert "What was learned" in report
+    assert all(f"Step {step} " in report for step in range(STEPS + 1))  # sample episodes
+    assert "http" not in report.replace("http-equiv", "")  # it needs nothing from elsewhere
 
 
 @pytest.mark.e2e
