@@ -124,9 +124,10 @@ def train(config: Config, parts: Parts, watch: Watch, run_dir: Path, step: int) 
         evaluating = last or (config.eval.every > 0 and step % config.eval.every == 0)
         metrics = loop.train_step(config, parts, watch, step, evaluating)
         watch.step(step, metrics)  # before the checkpoint: a run goes on after a checkpoint, never before its metrics
+        if last:  # before the checkpoint, whose presence says that the run is finished
+            parts.policy.submit("export", str((run_dir / "model").resolve())).result()
         if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
             checkpoint.save(run_dir, step, parts, config.checkpoint.keep)
-    parts.policy.submit("export", str((run_dir / "model").resolve())).result()
 
 
 def main(config: Config, origins: dict[str, str]) -> None:
