@@ -73,12 +73,12 @@ class Diary:
             [
                 *("publish 0", "play", "evaluate 0", "log 0 with pass rate", "train 1", "log 1"),
                 *("train 2", "log 2", "save 2", "train 3", "evaluate 3", "log 3 with pass rate"),
-                *("train 4", "log 4", "save 4", "train 5", "evaluate 5", "log 5 with pass rate", "save 5", "export"),
+                *("train 4", "log 4", "save 4", "train 5", "evaluate 5", "log 5 with pass rate", "export", "save 5"),
             ],
         ),
         (
             4,
-            ["load", "publish 4", "play", "train 5", "evaluate 5", "log 5 with pass rate", "save 5", "export"],
+            ["load", "publish 4", "play", "train 5", "evaluate 5", "log 5 with pass rate", "export", "save 5"],
         ),
     ],
 )
