@@ -87,7 +87,7 @@ def _compose_and_run(command: str, rest: list[str]) -> int:
     from slime.train import main as run
 
     try:
-        run(loaded.config, loaded.origins)
+        run(loaded.config, recipes_dir)
     except ConfigError as error:
         return _refuse(str(error))
     return 0

@@ -40,14 +40,16 @@ def open_run(config: Config) -> tuple[Path, int]:
     return run_dir, done[-1] if done else 0
 
 
-def start_model(config: Config) -> Path:
+def start_model(config: Config, recipes_dir: Path | None) -> Path:
     """The model folder to start from; runs the warm-start recipe when its result is missing."""
     base = untrained_model(config, make_task(config))
     if not config.model.start:
         return base
     arguments = [f"recipe={config.model.start}", f"model={config.model.name}", f"cluster={config.cluster.name}"]
     arguments += [f"seed={config.seed}", f"runs_dir={config.runs_dir}", f"cache_dir={config.cache_dir}"]
-    warm_start = load(arguments, None).config
+    arguments += [f"tracking.wandb={config.tracking.wandb}"]
+    arguments += [f"rollout.sandbox.allow_unsafe={config.rollout.sandbox.allow_unsafe}"]
+    warm_start = load(arguments, recipes_dir).config
     folder = start_folder(config, warm_start)
     if not folder.exists():
         run_dir = Path(config.runs_dir) / warm_start.recipe
@@ -130,8 +132,8 @@ def train(config: Config, parts: Parts, watch: Watch, run_dir: Path, step: int) 
             checkpoint.save(run_dir, step, parts, config.checkpoint.keep)
 
 
-def main(config: Config, origins: dict[str, str]) -> None:
-    """Runs a recipe to its end, or goes on with one that was stopped."""
+def main(config: Config, recipes_dir: Path | None = None) -> None:
+    """Runs a recipe to its end, or goes on with one that was stopped. `recipes_dir`: the user's own recipes."""
     run_dir, step = open_run(config)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
@@ -142,7 +144,7 @@ def main(config: Config, origins: dict[str, str]) -> None:
             print(f"{run_dir} has finished its {config.steps} steps; report: {write_report(run_dir)}")
             return
         inputs = prepare(config)  # what is wrong with task rows is said before the warm start, not after it
-        inputs = replace(inputs, model_folder=start_model(config))
+        inputs = replace(inputs, model_folder=start_model(config, recipes_dir))
         start_ray(config.cluster)
         run_ppo(config, run_dir, step, inputs)
     finally:

@@ -104,15 +104,15 @@ def test_config_of_a_runnable_recipe(capsys: pytest.CaptureFixture[str]) -> None
 
 
 @pytest.mark.usefixtures("_roomy_machine")
-def test_train_hands_over_config_and_origins(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_train_hands_over_config_and_recipes_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen: list[Any] = []
     fake = ModuleType("slime.train")
-    fake.main = lambda config, origins: seen.append((config.steps, origins["steps"]))  # type: ignore[attr-defined]
+    fake.main = lambda config, recipes_dir: seen.append((config.steps, recipes_dir))  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "slime.train", fake)
+    (tmp_path / "recipe").mkdir()
     assert cli.main(["train", PPO, "steps=3"]) == 0
-    assert seen == [(3, "command line")]
+    assert cli.main(["train", PPO, "steps=4", "--recipes", str(tmp_path)]) == 0
+    assert seen == [(3, None), (4, tmp_path)]
 
 
 @pytest.mark.usefixtures("_roomy_machine")
@@ -121,7 +121,7 @@ def test_a_refusal_inside_training_is_one_line_too(
 ) -> None:
     from slime.config import ConfigError
 
-    def refuse(config: Any, origins: Any) -> None:
+    def refuse(config: Any, recipes_dir: Any) -> None:
         raise ConfigError("steps: 3 -> 4\nsince the last start")
 
     fake = ModuleType("slime.train")
@@ -136,7 +136,7 @@ def test_help_of_train_lists_what_can_be_named(capsys: pytest.CaptureFixture[str
     own.write_text("# @package _global_\n# My own agent\nsteps: 3\n")
     assert cli.main(["train", "--recipes", str(tmp_path / "own"), "--help"]) == 0
     out = capsys.readouterr().out
-    assert "  mine        My own agent\n" in out
+    assert ["mine", "My own agent"] in [line.split(maxsplit=1) for line in out.splitlines()]
     for text in (
         "ppo_coding",
         "Reinforcement learning of a coding agent",
