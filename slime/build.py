@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import ray
 
 from buffer.actor import BufferActor
+from critic.config import CriticConfig
 from critic.group import CriticGroup
 from critic.worker import CriticWorker
 from rollout.engine import EngineServer
@@ -18,7 +18,7 @@ from rollout.worker import RolloutSettings, RolloutWorker
 from slime.prepare import Prepared
 from slime.schema import Config
 from slime.weights import Weights
-from trainer.config import LayoutConfig, OptimizerConfig
+from trainer.config import PolicyConfig
 from trainer.group import PolicyGroup
 from trainer.policy import PolicyWorker
 from trainer.worker import WorkerSettings
@@ -48,33 +48,27 @@ def _gpus(config: Config, each: int = 1) -> int:
     return each if config.cluster.gpus_per_node else 0
 
 
-def _settings(
-    config: Config, layout: LayoutConfig, optimizer: OptimizerConfig, folder: Path, rank: int
-) -> WorkerSettings:
+def _ranks(config: Config, worker: type, role: PolicyConfig | CriticConfig, folder: Path) -> list[Any]:
+    """One actor for each process of a training role, not started."""
+    cls = ray.remote(worker).options(num_cpus=0, num_gpus=_gpus(config))
     threads, timeout_s = config.cluster.threads_per_process, config.cluster.start_timeout_s
-    return WorkerSettings(rank, layout, optimizer, str(folder), config.seed, threads, timeout_s)
+
+    def settings(rank: int) -> WorkerSettings:
+        return WorkerSettings(rank, role.layout, role.optimizer, str(folder), config.seed, threads, timeout_s)
+
+    return [cls.remote(settings(rank), role) for rank in range(role.layout.num_processes)]
 
 
 def build_policy(config: Config, folder: Path) -> PolicyGroup:
     """The policy's ranks, not started."""
-    role = config.policy
-    cls = ray.remote(PolicyWorker).options(num_cpus=0, num_gpus=_gpus(config))
-    actors = [
-        cls.remote(_settings(config, role.layout, role.optimizer, folder, rank), role)
-        for rank in range(role.layout.num_processes)
-    ]
-    return PolicyGroup(actors, role, config.cluster.start_timeout_s)
+    ranks = _ranks(config, PolicyWorker, config.policy, folder)
+    return PolicyGroup(ranks, config.policy, config.cluster.start_timeout_s)
 
 
 def build_critic(config: Config, folder: Path) -> CriticGroup:
     """The critic's ranks, not started."""
-    role = config.critic
-    cls = ray.remote(CriticWorker).options(num_cpus=0, num_gpus=_gpus(config))
-    actors = [
-        cls.remote(_settings(config, role.layout, role.optimizer, folder, rank), role)
-        for rank in range(role.layout.num_processes)
-    ]
-    return CriticGroup(actors, role, config.cluster.start_timeout_s)
+    ranks = _ranks(config, CriticWorker, config.critic, folder)
+    return CriticGroup(ranks, config.critic, config.cluster.start_timeout_s)
 
 
 def build_servers(config: Config, folder: Path, run_dir: Path) -> list[Any]:
@@ -98,7 +92,6 @@ def build_servers(config: Config, folder: Path, run_dir: Path) -> list[Any]:
 def build_rollout(config: Config, inputs: Prepared, engine_urls: list[str]) -> RolloutGroup:
     """Rollout workers, not started."""
     cls = ray.remote(RolloutWorker).options(num_cpus=0, max_concurrency=ASYNC_CALLS)
-    vocab_size = json.loads((inputs.model_folder / "config.json").read_text())["vocab_size"]
     rows = ray.put(inputs.train_rows), ray.put(inputs.eval_rows)
     workers = [
         cls.remote(
@@ -108,7 +101,7 @@ def build_rollout(config: Config, inputs: Prepared, engine_urls: list[str]) -> R
                 task=inputs.task,
                 model_folder=str(inputs.model_folder),
                 template=config.model.template,
-                vocab_size=vocab_size,
+                vocab_size=inputs.vocab_size,
                 engine_urls=engine_urls,
                 seed=config.seed,
             ),
@@ -134,8 +127,7 @@ def build(config: Config, inputs: Prepared, run_dir: Path) -> Parts:
     for pending in starting:
         pending.result(limit_s)
     ray.get(ready, timeout=limit_s)
-    vocab_size = json.loads((inputs.model_folder / "config.json").read_text())["vocab_size"]
-    engines = EngineGroup(urls, vocab_size, config.rollout.compaction.context_tokens, config.rollout.engine)
+    engines = EngineGroup(urls, inputs.vocab_size, config.rollout.compaction.context_tokens, config.rollout.engine)
     weights = Weights(policy, engines, config.cluster.gpus_per_node > 0, limit_s)
     weights.connect()
     return Parts(buffer, rollout, engines, policy, critic, weights, servers)

@@ -32,6 +32,10 @@ class Prepared:
     eval_rows: Sequence[TaskRow]
     model_folder: Path
 
+    @property
+    def vocab_size(self) -> int:
+        return int(json.loads((self.model_folder / "config.json").read_text())["vocab_size"])
+
 
 def digest(value: Any) -> str:
     """A short name for a value that JSON can hold."""
