@@ -128,8 +128,10 @@ class BufferActor:
             f"{worker} holds {len(numbers)} (oldest ticket {numbers[0]})"
             for worker, numbers in sorted(self._store.holders().items())
         )
+        size = self._config.episodes_per_prompt
+        groups = f" (in whole groups of {size})" if size > 1 else ""
         return (
-            f"{counts.wanted - counts.takeable} of {counts.wanted} episodes are missing after "
+            f"{counts.wanted - counts.takeable} of {counts.wanted} episodes{groups} are missing after "
             f"{self._config.take_timeout_s:g} s: {held or 'no worker holds a ticket'}; "
             f"{counts.waiting} tickets wait for a worker, {counts.finished} episodes are finished"
         )

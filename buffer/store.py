@@ -4,16 +4,27 @@
                  |  fail, expire, lost
                  +-> [waiting] -> claim (same ticket, next attempt)
 
-A ticket holds one of `slots` from its first claim to the release of the step that trained it. Training takes
-finished episodes in ticket order, and only those whose number lies less than `window` above the oldest ticket
-that is not finished. Let E = episodes_per_step. Then
+Let G = episodes_per_prompt, E = episodes_per_step. Ticket k belongs to group k // G, and the tickets of a group have
+the same row. A group is trained whole, in one step, so E, `slots` and `window` are multiples of G.
 
-    max_lag = (slots + window - 2) // E
+A ticket holds one of `slots` from its first claim to the release of the step that trained it. Training takes groups
+whose episodes are all finished, in the order of their numbers, and only those whose number lies less than window / G
+above the group of the oldest ticket that is not finished. Then
 
-weight versions at most lie between a claim and the step that trains its ticket k: the other episodes trained in
-between are older ones, of which at most slots - 1 were open at the claim, and younger ones taken while k was not
-finished, at most the window - 1 whose numbers follow k. Each of these steps uses up E of them. The bound is
-reached whenever slots > E; with slots = E the lag is 0, since no other episodes can fill a step.
+    max_lag = (slots + window - 2 G) // E
+
+weight versions at most lie between the claim of a ticket and the step that trains it. Proof, for a ticket of group g:
+count the other groups that are trained from the claim until the step before g's own.
+
+- Older groups: their tickets were all issued before, and all were open at the claim. With the ticket itself, which
+  has a slot, too, at most slots - 1 are open, so these are (slots - 1) // G = slots / G - 1 groups at most.
+- Younger groups: they are taken before g only while g has an unfinished ticket. The oldest unfinished one is then of
+  g or of an older group, so they lie within the window: the window / G - 1 groups that follow g at most.
+
+Every step in between uses up E / G of them: (slots / G - 1 + window / G - 1) // (E / G). With G = 1 this is
+(slots + window - 2) // E. The bound is reached whenever slots > E; with slots = E the lag is 0, since no other groups
+can fill a step. Training never waits for what can't come: when all slots hold finished episodes, all groups but
+those taken are whole and inside the window, and slots >= E.
 
 Numbers count, not places in a queue: "the oldest `window` that are open now" would let a straggler be passed by
 any number of younger tickets, as each one that is trained makes room for the next.
@@ -21,6 +32,7 @@ any number of younger tickets, as each one that is trained makes room for the ne
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -40,12 +52,17 @@ class Ticket:
     row: int  # line of the task file, from 0
     attempt: int  # how often the ticket was issued before
 
+    @property
+    def episode_id(self) -> str:
+        """Name of the episode that this attempt plays."""
+        return f"{self.number}.{self.attempt}"
+
 
 class Counts(NamedTuple):
     """What stands in the store, for people to read."""
 
     finished: int  # episodes that wait for training
-    takeable: int  # of these, inside the window
+    takeable: int  # of these, in whole groups inside the window
     wanted: int  # episodes of a step
     in_flight: int  # tickets that a worker holds
     waiting: int  # tickets to be issued again
@@ -84,8 +101,8 @@ class Store:
         self._rows_of_epoch: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))
 
     def row(self, number: int) -> int:
-        """Row of a ticket: every epoch of `num_rows` tickets is a shuffle that only seed and epoch decide."""
-        epoch, place = divmod(number, self._num_rows)
+        """Row of a ticket: every epoch of `num_rows` groups is a shuffle that only seed and epoch decide."""
+        epoch, place = divmod(number // self._config.episodes_per_prompt, self._num_rows)
         if self._rows_of_epoch[0] != epoch:
             self._rows_of_epoch = (epoch, np.random.default_rng([self._seed, epoch]).permutation(self._num_rows))
         return int(self._rows_of_epoch[1][place])
@@ -107,13 +124,16 @@ class Store:
         """A finished episode with the numbers measured on it; no `infos` when nothing was sampled.
 
         False, and nothing kept, when the ticket was issued again in the meantime or is already answered.
+        ValueError: sub-traces of another episode than the ticket's.
         """
         state = self._in_flight(ticket)
         if state is None:
             return False
-        ids = {info.episode_id for info in infos}
-        if len(ids) > 1:
-            raise ValueError(f"ticket {ticket.number}: sub-traces of {len(ids)} episodes {sorted(ids)}: must be one")
+        others = sorted({info.episode_id for info in infos} - {ticket.episode_id})
+        if others:
+            raise ValueError(
+                f"ticket {ticket.number}: sub-traces of {', '.join(others)}: must be of its episode {ticket.episode_id}"
+            )
         state.infos = tuple(infos)
         state.stats = dict(stats)
         return True
@@ -146,7 +166,7 @@ class Store:
         return self._take_back(lambda state: state.worker == worker)
 
     def take(self) -> Batch | None:
-        """The next step's episodes in ticket order; None while fewer than a step stand inside the window."""
+        """The next step's groups in the order of their numbers; None while too few are whole inside the window."""
         chosen = self._takeable()[: self._config.episodes_per_step]
         if len(chosen) < self._config.episodes_per_step:
             return None
@@ -156,6 +176,8 @@ class Store:
             step=self._step,
             items=tuple(info for state in chosen for info in state.infos or ()),
             episodes=tuple(state.stats for state in chosen),
+            episode_ids=tuple(state.ticket.episode_id for state in chosen),
+            groups=tuple(state.ticket.number // self._config.episodes_per_prompt for state in chosen),
         )
         self._step += 1
         return batch
@@ -197,11 +219,13 @@ class Store:
         """Plain data from which a new store goes on: no ticket is lost, none is trained twice.
 
         Episodes that were taken count as trained, so call it after the update of the last batch that was taken
-        and before the next `take`. Open tickets, finished ones included, are issued again after a resume.
+        and before the next `take`. Open tickets, finished ones included, are issued again after a resume, and a
+        group whose claims had begun goes on with its next ticket: groups stay whole.
         """
         return {
             "seed": self._seed,
             "num_rows": self._num_rows,
+            "episodes_per_prompt": self._config.episodes_per_prompt,
             "step": self._step,
             "next_number": self._next_number,
             "open": [
@@ -212,11 +236,17 @@ class Store:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """ValueError: the state is of another seed or task file, whose row order is another one."""
-        for name, mine in (("seed", self._seed), ("num_rows", self._num_rows)):
-            if state[name] != mine:
+        """ValueError: the state is of another seed, task file or size of groups, whose row order is another one."""
+        mine = {
+            "seed": self._seed,
+            "num_rows": self._num_rows,
+            "episodes_per_prompt": self._config.episodes_per_prompt,
+        }
+        state = {"episodes_per_prompt": 1} | state  # states written before there were groups do not say
+        for name, number in mine.items():
+            if state[name] != number:
                 raise ValueError(
-                    f"the checkpoint's {name} is {state[name]}, this run's is {mine}: set it back, or start a new run"
+                    f"the checkpoint's {name} is {state[name]}, this run's is {number}: set it back, or start a new run"
                 )
         self._step = state["step"]
         self._next_number = state["next_number"]
@@ -245,11 +275,14 @@ class Store:
         state.worker = None
 
     def _takeable(self) -> list[_Open]:
-        """Finished episodes that no step has, inside the window, in ticket order."""
+        """Finished episodes that no step has, of whole groups inside the window, in ticket order."""
+        size = self._config.episodes_per_prompt
         oldest = next((number for number, state in self._open.items() if state.infos is None), self._next_number)
-        end = oldest + self._config.window
-        return [
+        end = oldest // size * size + self._config.window
+        inside = [
             state
             for number, state in self._open.items()
             if number < end and state.infos is not None and state.step is None
         ]
+        finished = Counter(state.ticket.number // size for state in inside)
+        return [state for state in inside if finished[state.ticket.number // size] == size]

@@ -42,12 +42,14 @@ def cut(episode: Episode) -> tuple[SubTrace, ...]:
     - `successor` is the next sub-trace's first action of the same agent; for an agent's last sub-trace
       the first later action of its parent (of the nearest ancestor that acts again, when the parent
       does not); None when nobody acts again.
-    - The terminal reward stands on the last action token of the root agent's last sub-trace, and
-      nowhere else: a sub-agent to which nobody returned earned nothing.
+    - A turn's reward stands on the turn's last output token, whichever agent took the turn.
+    - The terminal reward is added on the last action token of the root agent's last sub-trace, and
+      nowhere else: a sub-agent to which nobody returned has no part in it.
     - `kind` is SUB_AGENT for every agent but the root, whose last sub-trace is FINAL and whose
       earlier ones are COMPACTED.
 
-    ValueError: a failed episode (never trained), or turns that contradict each other.
+    ValueError: a failed episode (never trained), turns that contradict each other, a reward that is
+    not finite, a turn with a reward and without output, which has no token to stand on.
     """
     _check(episode)
     segments = _segments(episode)
@@ -86,6 +88,13 @@ def _check(episode: Episode) -> None:
             )
         if not 0 <= turn.agent < len(episode.parents):
             raise ValueError(f"{name}, turn {index}: agent {turn.agent} is not among {len(episode.parents)} agents")
+        if not np.isfinite(turn.reward):
+            raise ValueError(f"{name}, turn {index}: reward is {turn.reward}: it must be finite")
+        if turn.reward and not sizes[0]:
+            raise ValueError(
+                f"{name}, turn {index}: reward {turn.reward} for a turn without output: no sampled token can have it; "
+                "give it to an earlier turn, or as the episode's reward"
+            )
         if sizes[0] and not len(turn.prompt_ids):
             raise ValueError(f"{name}, turn {index}: prompt_ids is empty: the first sampled token needs a context")
 
@@ -156,12 +165,13 @@ def _sub_trace(
         summary_mask[sampled] = turn.kind is TurnKind.SUMMARY
         logprobs[sampled] = turn.logprobs
         versions[sampled] = turn.versions
+        rewards[sampled.stop - 1] = turn.reward
     kind = SubTraceKind.COMPACTED
     if segment.agent != 0:
         kind = SubTraceKind.SUB_AGENT
     elif final:
         kind = SubTraceKind.FINAL
-        rewards[-1] = episode.reward  # a segment ends with output, so its last token is an action
+        rewards[-1] += episode.reward  # a segment ends with output, so its last token is an action
     return SubTrace(
         tokens=tokens,
         action_mask=action_mask,

@@ -59,6 +59,7 @@ class Turn:
     kind: TurnKind = TurnKind.ACT
     agent: int = 0  # index into Episode.parents
     observation: str = ""  # what the environment answered, as text, for people to read
+    reward: float = 0.0  # given for this turn, beside the episode's terminal reward
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class SubTrace:
     tokens: Int32  # [T]
     action_mask: Bool  # [T] True = sampled by the policy here; never True at index 0
     logprobs: Float32  # [T] engine log-probability of each action token, 0 elsewhere
-    rewards: Float32  # [T] reward given at each action token, 0 elsewhere
+    rewards: Float32  # [T] reward given at each action token (a turn's at its last one), 0 elsewhere
     versions: Int32  # [T] weight version of each action token, -1 elsewhere
     summary_mask: Bool  # [T] True = action token of a summary turn
     episode_id: str
@@ -133,11 +134,17 @@ class SubTraceInfo:
 
 @dataclass(frozen=True)
 class Batch:
-    """The whole episodes of one training step."""
+    """The whole episodes of one training step; where prompts have several, all of each prompt's.
+
+    `episodes`, `episode_ids` and `groups` have one entry for each episode, in the same order. An episode in which
+    nothing was sampled has entries there and no items.
+    """
 
     step: int
     items: tuple[SubTraceInfo, ...]
-    episodes: tuple[dict[str, float], ...]  # per episode: the numbers that rollout measured
+    episodes: tuple[dict[str, float], ...]  # the numbers that rollout measured
+    episode_ids: tuple[str, ...] = ()  # as in SubTraceInfo.episode_id
+    groups: tuple[int, ...] = ()  # number of the group: equal for the attempts at one prompt, unique in a run
 
     @property
     def num_actions(self) -> int:

@@ -96,7 +96,7 @@ class Agent:
                 return Status.TRUNCATED
             state.num_actions += 1
             answer = await environment.step(self.renderer.sampled_text(turn.output_ids))
-            state.turns[-1] = replace(turn, observation=answer.observation)
+            state.turns[-1] = replace(turn, observation=answer.observation, reward=answer.reward)
             if answer.done:
                 return Status.FINISHED
             if state.num_actions >= max_turns:

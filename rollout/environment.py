@@ -18,6 +18,7 @@ class Step:
 
     observation: str  # shown to the agent, unless `done`
     done: bool = False
+    reward: float = 0.0  # for this action; `Environment.reward` is added at the end of the episode
 
 
 class Environment(ABC):

@@ -140,7 +140,7 @@ class RolloutWorker:
             ticket = await buffer.claim.remote(s.name)
             if ticket is None:
                 continue
-            name = f"{ticket.number}.{ticket.attempt}"
+            name = ticket.episode_id
             try:
                 played = await self._play(self._train_rows[ticket.row], ticket.row, self._sampler(ticket.number), name)
             except Exception:  # noqa: BLE001 (the one place: an episode's failure is data)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -83,6 +83,27 @@ class World(Environment):
 
 def play(player: Any, world: World, config: RolloutConfig, row: TaskRow = ROW, renderer: Renderer = TINY) -> Episode:
     return asyncio.run(Agent(player, renderer, config).run(row, 3, world, "e"))
+
+
+class Paying(World):
+    """Gives .25 for the first action, .5 for the second, and so on."""
+
+    async def step(self, action: str) -> Step:
+        return replace(await super().step(action), reward=0.25 * len(self.heard))
+
+
+def test_rewards_of_steps_go_with_their_turns() -> None:
+    """Two actions, a summary, which nobody pays for, and the last action, which has the terminal reward, too."""
+    episode = play(Player("x", "y", "s", "z"), Paying("uuu", "k" * 5, "k" * 25), settings_of(keep_steps=0))
+    assert [(turn.kind, turn.reward) for turn in episode.turns] == [
+        (TurnKind.ACT, 0.25),
+        (TurnKind.ACT, 0.5),
+        (TurnKind.SUMMARY, 0.0),
+        (TurnKind.ACT, 0.75),
+    ]
+    assert episode.reward == 0.5
+    rewards = [trace.rewards[trace.action_mask].tolist() for trace in cut(episode)]
+    assert rewards == [[0, 0.25, 0, 0.5, 0, 0], [0, 1.25]]
 
 
 def test_contexts_are_the_exact_ids_of_their_parts() -> None:

@@ -31,7 +31,7 @@ def sub_trace(ticket: Ticket, position: int) -> SubTrace:
         rewards=np.zeros(3, np.float32),
         versions=np.where(mask, 4, -1).astype(np.int32),
         summary_mask=np.zeros(3, bool),
-        episode_id=f"{ticket.number}.{ticket.attempt}",
+        episode_id=ticket.episode_id,
         position=position,
         successor=None if position else Successor(1, 0),
         kind=SubTraceKind.FINAL if position else SubTraceKind.COMPACTED,
@@ -94,6 +94,7 @@ def test_episodes_travel_by_reference(stage: Stage) -> None:
     assert [item.episode_id for item in batch.items] == ["0.0", "0.0", "1.0", "1.0"]  # ticket order
     assert all(isinstance(item.ref, stage.ray.ObjectRef) for item in batch.items)
     assert batch.episodes == ({"reward": 0.0}, {"reward": 1.0})
+    assert (batch.episode_ids, batch.groups) == (("0.0", "1.0"), (0, 1))
     traces = stage.get([item.ref for item in batch.items])
     for trace, ticket, position in zip(traces, (first, first, second, second), (0, 1, 0, 1), strict=True):
         wanted = sub_trace(ticket, position)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import pickle
 import random
+from collections import Counter
 from dataclasses import dataclass, field
 
 import pytest
@@ -18,11 +19,11 @@ from buffer.types import SubTraceInfo
 
 
 def info(ticket: Ticket, num_tokens: int = 10, version: int = 0) -> SubTraceInfo:
-    return SubTraceInfo(f"ref {ticket.number}", f"e{ticket.number}", num_tokens, num_tokens // 2, version)
+    return SubTraceInfo(f"ref {ticket.number}", ticket.episode_id, num_tokens, num_tokens // 2, version)
 
 
-def config(episodes_per_step: int, slots: int = 0, window: int = 0, **changes: float) -> BufferConfig:
-    return BufferConfig(episodes_per_step, slots, window, **changes)
+def config(episodes_per_step: int, slots: int = 0, window: int = 0, group: int = 1, **changes: float) -> BufferConfig:
+    return BufferConfig(episodes_per_step, group, slots, window, **changes)
 
 
 @dataclass
@@ -30,6 +31,7 @@ class Run:
     """A training run on a store: weight versions, and which tickets were trained how late."""
 
     store: Store
+    group: int = 1  # episodes of a prompt
     version: int = 0
     running: dict[Ticket, int] = field(default_factory=dict)  # ticket -> weight version at its claim
     trained: list[int] = field(default_factory=list)
@@ -49,7 +51,10 @@ class Run:
         numbers = [int(stats["number"]) for stats in batch.episodes]
         assert batch.step == self.version
         assert numbers == sorted(numbers)
-        assert [item.episode_id for item in batch.items] == [f"e{number}" for number in numbers]
+        assert [item.episode_id for item in batch.items] == list(batch.episode_ids)
+        assert [int(episode_id.split(".")[0]) for episode_id in batch.episode_ids] == numbers
+        assert batch.groups == tuple(number // self.group for number in numbers)
+        assert set(Counter(batch.groups).values()) == {self.group}  # whole groups
         self.trained += numbers
         for number, item in zip(numbers, batch.items, strict=True):
             self.lags[number] = self.version - item.oldest_version
@@ -99,15 +104,16 @@ def test_an_episode_without_sub_traces_counts() -> None:
     batch = store.take()
     assert batch is not None
     assert (batch.items, batch.episodes) == ((), ({"turns": 0.0},))
+    assert (batch.episode_ids, batch.groups) == (("0.0",), (0,))
     assert store.release(0) == 1
 
 
-def test_sub_traces_of_two_episodes_are_refused() -> None:
+def test_sub_traces_of_another_episode_are_refused() -> None:
     store = Store(config(1), 2, seed=0)
     ticket = store.claim(0.0, "a")
     assert ticket is not None
-    with pytest.raises(ValueError, match="2 episodes"):
-        store.add(ticket, [info(ticket), info(Ticket(5, 0, 0))], {})
+    with pytest.raises(ValueError, match=r"ticket 0: sub-traces of 0\.1, 5\.0: must be of its episode 0\.0"):
+        store.add(ticket, [info(ticket), info(Ticket(5, 0, 0)), info(Ticket(0, 0, 1))], {})
 
 
 def test_failed_tickets_come_first_and_run_out() -> None:
@@ -143,18 +149,20 @@ def test_expired_and_lost_tickets_are_issued_again() -> None:
 @settings(max_examples=100, deadline=None)
 @given(
     seed=st.integers(0, 10**9),
-    episodes_per_step=st.integers(1, 4),
+    group=st.sampled_from([1, 1, 2, 3]),
+    groups_per_step=st.integers(1, 4),
     more_window=st.integers(0, 5),
     more_slots=st.integers(0, 5),
     num_rows=st.integers(1, 7),
 )
 def test_lag_order_and_rows_hold_under_stragglers_failures_and_resumes(
-    seed: int, episodes_per_step: int, more_window: int, more_slots: int, num_rows: int
+    seed: int, group: int, groups_per_step: int, more_window: int, more_slots: int, num_rows: int
 ) -> None:
     rng = random.Random(seed)
-    window = episodes_per_step + more_window
-    settings_ = config(episodes_per_step, window + more_slots, window, claim_timeout_s=50)
-    run = Run(Store(settings_, num_rows, seed, max_failures=10**9))
+    window = groups_per_step + more_window
+    sizes = (group * groups_per_step, group * (window + more_slots), group * window)
+    settings_ = config(*sizes, group, claim_timeout_s=50)
+    run = Run(Store(settings_, num_rows, seed, max_failures=10**9), group)
     superseded: list[Ticket] = []
     for now_s in range(200):
         run.claim_all(now_s)
@@ -186,7 +194,7 @@ def test_lag_order_and_rows_hold_under_stragglers_failures_and_resumes(
             pass
     assert max(run.lags.values(), default=0) <= settings_.max_lag
     assert len(set(run.trained)) == len(run.trained)
-    goal = len(run.trained) + 3 * num_rows
+    goal = len(run.trained) + 3 * num_rows * group
     while len(run.trained) < goal or run.running:  # nothing is lost: the rest is trained, too
         if len(run.trained) < goal:
             run.claim_all()
@@ -195,20 +203,29 @@ def test_lag_order_and_rows_hold_under_stragglers_failures_and_resumes(
         while run.train():
             pass
     assert sorted(run.trained) == list(range(len(run.trained)))
-    for epoch in range(len(run.trained) // num_rows):
-        rows = [run.store.row(number) for number in range(epoch * num_rows, (epoch + 1) * num_rows)]
-        assert sorted(rows) == list(range(num_rows))
+    size = num_rows * group
+    for epoch in range(len(run.trained) // size):
+        rows = [run.store.row(number) for number in range(epoch * size, (epoch + 1) * size)]
+        assert sorted(rows[::group]) == list(range(num_rows))
+        assert rows == [row for row in rows[::group] for _ in range(group)]
 
 
+@pytest.mark.parametrize("group", [1, 2, 5])
 @pytest.mark.parametrize("window_to_slots", [0, 1, 3])
-@pytest.mark.parametrize("episodes_per_step", [1, 2, 3, 5])
+@pytest.mark.parametrize("groups_per_step", [1, 2, 3, 5])
 @pytest.mark.parametrize("more", [0, 1, 2, 5, 9])
-def test_the_bound_is_reached_by_one_straggler(episodes_per_step: int, more: int, window_to_slots: int) -> None:
-    """The straggler is the last of the first `slots` claims and finishes only when nothing else can be trained."""
-    slots = episodes_per_step + more
-    settings_ = config(episodes_per_step, slots, max(episodes_per_step, slots - window_to_slots))
-    run = Run(Store(settings_, num_rows=3, seed=0))
-    straggler = slots - 1
+@pytest.mark.parametrize("last", [True, False])
+def test_the_bound_is_reached_by_one_straggler(
+    groups_per_step: int, more: int, window_to_slots: int, group: int, last: bool
+) -> None:
+    """The straggler is of the youngest group that the first `slots` claims hold, in it the last claimed or the first.
+
+    It finishes only when nothing else can be trained.
+    """
+    episodes_per_step, slots = groups_per_step * group, (groups_per_step + more) * group
+    settings_ = config(episodes_per_step, slots, max(episodes_per_step, slots - window_to_slots * group), group)
+    run = Run(Store(settings_, num_rows=3, seed=0), group)
+    straggler = slots - 1 if last else slots - group
     while straggler not in run.trained:
         run.claim_all()
         for ticket in [ticket for ticket in run.running if ticket.number != straggler]:
@@ -217,6 +234,71 @@ def test_the_bound_is_reached_by_one_straggler(episodes_per_step: int, more: int
             run.finish(next(ticket for ticket in run.running if ticket.number == straggler))
             assert run.train()
     assert run.lags[straggler] == (settings_.max_lag if slots > episodes_per_step else 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"episodes_per_step": 99}, "episodes_per_step=99 is not a multiple of .*=8: .* nearest that works is 96"),
+        ({"episodes_per_step": 100}, "episodes_per_step=100 is not a multiple of .*=8: .* nearest that works is 104"),
+        ({"episodes_per_step": 2}, "episodes_per_step=2 is not a multiple of .*=8: .* nearest that works is 8"),
+        ({"slots": 133}, "slots=133 is not a multiple of .*=8: .* nearest that works is 136"),
+        ({"slots": 136, "window": 129}, "window=129 is not a multiple of .*=8: .* nearest that works is 128"),
+        ({"episodes_per_prompt": 0}, "episodes_per_prompt=0: must be at least 1"),
+    ],
+)
+def test_numbers_that_would_tear_groups_are_refused(changes: dict[str, int], message: str) -> None:
+    numbers = {"episodes_per_step": 128, "episodes_per_prompt": 8}
+    with pytest.raises(ValueError, match=message):
+        BufferConfig(**(numbers | changes))
+    nearest = int(message.rsplit(" ", 1)[1])
+    assert BufferConfig(**(numbers | changes | {next(reversed(changes)): nearest})).max_lag >= 0
+
+
+def test_a_group_is_trained_when_its_last_episode_is_there() -> None:
+    """Two groups of two; the younger is whole first, the older one's second ticket fails once and keeps its place."""
+    store = Store(config(2, slots=4, group=2), num_rows=9, seed=0)
+    tickets = [store.claim(0.0, "a") for _ in range(4)]
+    rows = [ticket.row for ticket in tickets if ticket]
+    assert rows == [rows[0], rows[0], rows[2], rows[2]]
+    assert rows[0] != rows[2]
+    for number in (0, 2):
+        assert (ticket := tickets[number]) is not None
+        assert store.add(ticket, [info(ticket)], {})
+        assert store.take() is None  # two finished episodes, no whole group
+    assert store.counts()[:3] == (2, 0, 2)  # finished, takeable, wanted
+    assert tickets[1] is not None
+    assert tickets[3] is not None
+    assert store.fail(tickets[1], "broken")
+    assert store.add(tickets[3], [], {})
+    batch = store.take()
+    assert batch is not None
+    assert (batch.episode_ids, batch.groups) == (("2.0", "3.0"), (1, 1))
+    assert [item.episode_id for item in batch.items] == ["2.0"]
+    again = store.claim(0.0, "a")
+    assert again == Ticket(1, rows[0], attempt=1)
+    assert store.add(again, [info(again)], {})
+    batch = store.take()
+    assert batch is not None
+    assert (batch.episode_ids, batch.groups) == (("0.0", "1.1"), (0, 0))
+
+
+def test_a_resume_in_the_middle_of_a_group_keeps_it_whole() -> None:
+    settings_ = config(2, slots=4, group=2)
+    store = Store(settings_, num_rows=6, seed=1)
+    tickets = [store.claim(0.0, "a") for _ in range(3)]
+    assert tickets[0] is not None
+    assert store.add(tickets[0], [info(tickets[0])], {})
+    resumed = Store(settings_, num_rows=6, seed=1)
+    resumed.load_state_dict(pickle.loads(pickle.dumps(store.state_dict())))
+    claims = [resumed.claim(0.0, "new") for _ in range(5)]
+    assert [(ticket.number, ticket.attempt) for ticket in claims if ticket] == [(0, 1), (1, 1), (2, 1), (3, 0)]
+    rows = [ticket.row for ticket in claims if ticket]
+    assert rows == [rows[0], rows[0], rows[2], rows[2]]
+    with pytest.raises(ValueError, match="episodes_per_prompt is 2, this run's is 1: set it back"):
+        Store(config(2, slots=4), num_rows=6, seed=1).load_state_dict(store.state_dict())
+    older = {name: part for name, part in store.state_dict().items() if name != "episodes_per_prompt"}
+    Store(config(2, slots=4), num_rows=6, seed=1).load_state_dict(older)  # written before there were groups
 
 
 def test_synchronous_training_has_no_lag() -> None:
@@ -290,6 +372,9 @@ def test_actor_take_names_who_is_waited_for() -> None:
             TimeoutError, match=r"3 of 4 episodes are missing .*a holds 1 \(oldest ticket 1\), b holds 1"
         ):
             await actor.take()
+        grouped = BufferActor(config(4, take_timeout_s=0.05, group=2), num_rows=9, seed=0)
+        with pytest.raises(TimeoutError, match=r"4 of 4 episodes \(in whole groups of 2\) are missing"):
+            await grouped.take()
         full = BufferActor(config(1), num_rows=9, seed=0)
         assert await full.claim("a") is not None
         assert await full.claim("a", wait_s=0.05) is None

@@ -126,6 +126,25 @@ def test_last_turn_that_was_cut_carries_reward_and_status() -> None:
     assert trace.status is Status.TRUNCATED
 
 
+def test_rewards_of_turns_stand_on_their_last_tokens() -> None:
+    """A cut after the summary; the last turn's own reward and the terminal one (1) share a token."""
+    first, second = cut(
+        episode(
+            replace(turn([1, 2], [3, 4]), reward=0.5),
+            turn([1, 2, 3, 4, 5], [6]),
+            replace(turn([1, 2, 3, 4, 5, 6, 7], [8, 9], kind=TurnKind.SUMMARY), reward=-2.0),
+            replace(turn([1, 8, 9], [4, 3]), reward=0.25),
+        )
+    )
+    assert first.rewards.tolist() == [0, 0, 0, 0.5, 0, 0, 0, 0, -2]
+    assert second.rewards.tolist() == [0, 0, 0, 0, 1.25]
+    root, child = cut(
+        episode(turn([1], [2]), replace(turn([5], [6, 7], agent=1), reward=3.0), turn([1, 2], [3]), parents=(-1, 0))
+    )
+    assert root.rewards.tolist() == [0, 0, 1]
+    assert child.rewards.tolist() == [0, 0, 3]
+
+
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
@@ -133,6 +152,10 @@ def test_last_turn_that_was_cut_carries_reward_and_status() -> None:
         (episode(turn([], [2])), "prompt_ids is empty"),
         (episode(turn([1], [2], agent=1)), "agent 1"),
         (episode(turn([1], [2]), reward=float("nan")), "reward"),
+        (episode(turn([1], [2]), replace(turn([1, 2], [3]), reward=float("nan"))), "turn 1: reward is nan"),
+        (episode(replace(turn([1], [2]), reward=float("-inf"))), "turn 0: reward is -inf"),
+        (episode(turn([1], [2]), replace(turn([1, 2], []), reward=0.5)), "turn 1: reward 0.5 for a turn without out"),
+        (episode(replace(turn([1], []), reward=0.5)), "turn 0: reward 0.5 for a turn without output"),
         (episode(turn([1], [2]), parents=(-1, 2, 0)), r"parents\[1\]=2"),
         (episode(turn([1], [2], agent=1), parents=(-1, 0)), "root agent"),
         (episode(replace(turn([1], [2]), logprobs=np.zeros(2, np.float32))), r"\(1, 2, 1\)"),
@@ -147,7 +170,11 @@ def test_bad_episodes_are_refused(broken: Episode, message: str) -> None:
 @given(st.integers(0, 10**9))
 def test_random_episodes(seed: int) -> None:
     whole = random_episode(seed)
+    rng = np.random.default_rng(seed)
+    turns = (replace(t, reward=float(rng.integers(-4, 5)) * bool(len(t.output_ids))) for t in whole.turns)
+    whole = replace(whole, turns=tuple(turns))
     traces = cut(whole)
+    earned = {}  # serial of a sampled token -> its reward
     contexts = {}  # serial of a sampled token -> the tokens up to and with it
     for position, trace in enumerate(traces):
         assert trace.position == position
@@ -159,12 +186,18 @@ def test_random_episodes(seed: int) -> None:
             serial = trace.logprobs[index].item()
             assert serial not in contexts
             contexts[serial] = trace.tokens[: index + 1].tolist()
+            earned[serial] = float(trace.rewards[index])
+        assert not trace.rewards[~trace.action_mask].any()
     for given_turn in whole.turns:
         tokens = [*given_turn.prompt_ids.tolist(), *given_turn.output_ids.tolist()]
         for place, serial in enumerate(given_turn.logprobs.tolist()):
             assert contexts.pop(serial) == tokens[: len(given_turn.prompt_ids) + place + 1]
     assert contexts == {}
-    assert sum(float(trace.rewards.sum()) for trace in traces) == whole.reward
+    of_root = [t for t in whole.turns if t.agent == 0 and len(t.output_ids)]
+    earned[float(of_root[-1].logprobs[-1])] -= whole.reward
+    for given_turn in whole.turns:
+        for serial in given_turn.logprobs.tolist():
+            assert earned[serial] == (given_turn.reward if serial == given_turn.logprobs[-1] else 0)
     assert [trace.kind for trace in traces].count(SubTraceKind.FINAL) == 1
 
 
