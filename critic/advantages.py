@@ -1,11 +1,12 @@
 """Token-level advantages over whole episodes: generalised advantage estimation on action tokens.
 
 Only sampled (action) tokens are steps. Prompts, tool output and copied context are not: the recursion
-goes over them as if they were not there. Let i run over the action tokens of an episode, v_i be the
-value of the state just before token i was sampled, r_i its reward:
+goes over them as if they were not there. Let i run over the action tokens of an episode, k(i) be the
+sub-trace that i belongs to, v_i the value of the state just before token i was sampled, r_i its reward
+(`SubTrace.rewards`: per turn, at the end, or both):
 
     delta_i = r_i + gamma * v_next(i) - v_i
-    A_i     = delta_i + gamma * lambda_policy * A_next(i)
+    A_i     = delta_i + gamma * lambda_k(i) * A_next(i)
     G_i     = delta_i + gamma * lambda_critic * G_next(i)
     ret_i   = G_i + v_i
 
@@ -13,15 +14,26 @@ Inside a sub-trace with action tokens 0..n-1, next(i) = i + 1 for 0 <= i <= n-2.
 decides:
 
     chained      next(n-1) is the successor's action; where there is none, A_next = 0 and v_next = 0
-    independent  A_next = 0, v_next = 0, and the terminal reward R of the episode is added at the end of
-                 every sub-trace that does not have it already
-    discounted   as independent, then A_i *= (gamma * lambda_policy)^N with N the action tokens on the way
-                 from the sub-trace's successor to the episode's end; returns have no such factor
-                 (CompactionRL, arXiv 2607.05378, eq. 13-15)
+    independent  A_next = 0, v_next = 0, and the terminal reward R of the episode is added to r_(n-1) of
+                 every sub-trace but the FINAL one, which has it already
+    discounted   as independent, then A_i of sub-trace k is multiplied by D_k, the product of
+                 gamma * lambda_k(j) over the steps j that lead from k's last action to the episode's last:
+                 j = n-1, next(n-1), ..., the last but one, next as in `chained`. With one lambda this is
+                 (gamma * lambda)^N, N the action tokens after k on that path (CompactionRL, arXiv 2607.05378,
+                 eq. 13-15). Returns have no such factor.
 
-R is the reward on the last action token of the FINAL sub-trace. With `truncation: bootstrap` the state after
-the last action of a truncated episode (of each of its sub-traces without a successor) has the value that the
-caller gives instead of 0.
+R is the reward on the last action token of the FINAL sub-trace; a per-turn reward on that very token counts as
+part of it. With `truncation: bootstrap` the state after the last action of a truncated episode (of each of its
+sub-traces without a successor) has the value that the caller gives instead of 0; rewards stay as they are.
+
+lambda_k is `lambda_policy`, or with `lambda_alpha` > 0
+
+    lambda_k = max(0, 1 - 1 / (lambda_alpha * l))
+
+with l the action tokens of the whole episode (`lambda_length: episode`) or of sub-trace k alone (`sub_trace`).
+The maximum is part of the definition: lengths l < 1 / lambda_alpha have lambda 0, one-step advantages. A step
+that crosses to a successor decays like any other step of its sub-trace: by lambda of the sub-trace that it
+leaves.
 
 Chained and with sub-agents an episode is a tree: parallel sub-agents lead to the same action of their parent.
 Skipping observations and lambda per length are SAO's (arXiv 2607.07508), decoupled lambda VC-PPO's
@@ -30,37 +42,35 @@ Skipping observations and lambda per length are SAO's (arXiv 2607.07508), decoup
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+from numba import njit
 from numpy.typing import NDArray
-from scipy.signal import lfilter
 
 from buffer.types import Bool, Float32, Status, SubTrace, SubTraceKind, Targets
-from critic.config import AdvantageConfig, Credit, Truncation
+from critic.config import AdvantageConfig, Credit, LambdaLength, Truncation
 
 Float64 = NDArray[np.float64]
-Int64 = NDArray[np.int64]
+Floats = NDArray[np.floating[Any]]
+State = tuple[float, float, float]  # v, A and G of the step that comes next
+
+EQUAL = 1e-6  # advantages whose deviation is below this part of the largest are equal but for float32 rounding
 
 
 @dataclass(frozen=True)
-class Steps:
-    """The action tokens of S sub-traces, one after another: I steps in all.
+class Links:
+    """How S sub-traces hang together."""
 
-    Sub-trace k owns steps starts[k] to starts[k + 1] - 1.
-    """
-
-    values: Float64  # [I] value of the state before each step
-    rewards: Float64  # [I]
-    starts: Int64  # [S + 1]
-    link: list[int]  # [S] sub-trace that goes on after each one; -1: none
-    following: Int64  # [S] step that goes on after each sub-trace's last; -1: none
-    end_values: Float64  # [S] value of the state after the last step where nothing follows
+    episode: list[int]  # [S] number of the episode, from 0
+    num_actions: list[int]  # [S]
+    follower: list[int]  # [S] sub-trace that goes on after each one; -1: none
+    action: list[int]  # [S] the follower's action that goes on, counted among its action tokens
+    token: list[int]  # [S] the same action as an index into the follower's tokens
     order: list[int]  # [S] each sub-trace after the one that follows it
-    episode: Int64  # [S] number of the episode, from 0
-    terminal: Float64  # [E] terminal reward of each episode; NaN where its FINAL sub-trace is missing
-    final: Bool  # [S] True = FINAL
 
 
 def advantages(
@@ -76,205 +86,169 @@ def advantages(
     is read only with `truncation: bootstrap`, for truncated sub-traces without a successor.
 
     Computed in float64, returned as float32[T], zero where `action_mask` is False. With `whiten`, advantages
-    (not returns) have mean 0 and variance 1 over all action tokens given; equal ones become 0.
+    (not returns) have mean 0 and variance 1 over all action tokens given, or are 0 when all are equal. No
+    sub-traces give [].
 
-    ValueError: NaN or infinite values, log-probabilities or rewards (episode and index are named); an episode
-    that is not whole; a bootstrap value that is needed and missing.
+    ValueError: NaN or infinite values, log-probabilities or rewards on an action token, a reward anywhere else
+    (episode, index and number are named); results beyond float32; arrays of other shapes than [T]; a sub-trace
+    without action tokens, or with one at index 0, before which there is no state; an episode that is not whole;
+    a bootstrap value that is needed and missing; gamma or a lambda outside [0, 1].
     """
-    if not sub_traces:
-        return []
-    mask, offsets, where = _action_places(sub_traces)
-    steps = _lay_out(sub_traces, values, offsets, where, _end_values(sub_traces, config, bootstrap_values))
-    advantage, returns = gae(steps, config)
-    if config.whiten:
-        advantage = whiten(advantage)
-
-    def spread(per_step: Float64) -> list[Float32]:
-        flat = np.zeros(len(mask), np.float32)
-        flat[where] = per_step
-        return [flat[a:b] for a, b in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)]
-
-    columns = zip(spread(advantage), spread(returns), spread(steps.values), strict=True)
-    return [Targets(advantages=a, returns=r, values=v) for a, r, v in columns]
+    estimates = gae(sub_traces, values, config, bootstrap_values)
+    targets = []
+    for trace, value, (advantage, returns) in zip(sub_traces, values, estimates, strict=True):
+        kept = np.where(trace.action_mask, value, 0).astype(np.float32, copy=False)
+        targets.append(Targets(advantages=advantage, returns=returns, values=kept))
+    return whitened(sub_traces, targets) if config.whiten else targets
 
 
-def gae(steps: Steps, config: AdvantageConfig) -> tuple[Float64, Float64]:
-    """Advantages and returns, float64[I] each, by the equations at the top of this file; not whitened."""
-    counts = np.diff(steps.starts)
-    last = steps.starts[1:] - 1
-    following, end_values, rewards = steps.following, steps.end_values, steps.rewards
-    if config.credit is not Credit.chained:
-        terminal = steps.terminal[steps.episode]
-        if np.isnan(terminal).any():
-            raise ValueError(f"credit={config.credit.value} needs whole episodes: a FINAL sub-trace is missing")
-        rewards = rewards.copy()
-        rewards[last] += np.where(steps.final, 0.0, terminal)
-        following = np.full_like(following, -1)
-    next_values = np.empty_like(steps.values)
-    next_values[:-1] = steps.values[1:]
-    next_values[last] = np.where(following >= 0, steps.values[following], end_values)
-    deltas = rewards + config.gamma * next_values - steps.values
+def gae(
+    sub_traces: Sequence[SubTrace],
+    values: Sequence[Float32],
+    config: AdvantageConfig,
+    bootstrap_values: Sequence[float] | None = None,
+    dtype: type[np.floating[Any]] = np.float32,
+) -> list[tuple[Floats, Floats]]:
+    """(advantages [T], returns [T]) of each sub-trace by the equations above, of type `dtype`; not whitened."""
+    _check_settings(config)
+    links = _links(sub_traces, _check_arrays(sub_traces, values))
+    end_values = _end_values(sub_traces, config, bootstrap_values)
+    end_rewards = _end_rewards(sub_traces, links, config)
+    decays = [config.gamma * lam for lam in _policy_lambdas(links, config)]
+    discounts = _discounts(links, decays, config)
+    chained = config.credit is Credit.chained
+    entries: list[set[int]] = [set() for _ in sub_traces]  # tokens at which others go on
+    for k, follower in enumerate(links.follower):
+        if chained and follower >= 0:
+            entries[follower].add(links.token[k])
+    results: dict[int, tuple[Floats, Floats]] = {}
+    states: dict[tuple[int, int], State] = {}
+    for k in links.order:
+        trace, end = sub_traces[k], len(sub_traces[k].tokens)
+        result = np.zeros(end, dtype), np.zeros(end, dtype)
+        state = (end_values[k], 0.0, 0.0)
+        if chained and links.follower[k] >= 0:
+            state = states[links.follower[k], links.token[k]]
+        rates = float(config.gamma), decays[k], float(config.gamma * config.lambda_critic), discounts[k]
+        for begin in [*sorted(entries[k], reverse=True), 0]:
+            arrays = trace.action_mask, trace.rewards, values[k], *result
+            state = states[k, begin] = _walk(begin, end, state, end_rewards[k], rates, arrays)
+            end = begin
+        _require_finite(trace, result)
+        results[k] = result
+    return [results[k] for k in range(len(sub_traces))]
 
-    lambdas = _policy_lambdas(counts, steps.episode, config)
-    policy_decay = config.gamma * lambdas[steps.episode]
-    critic_decay = np.full(len(counts), config.gamma * config.lambda_critic)
-    advantage = _recursion(deltas, policy_decay, steps.starts, following, steps.order)
-    if np.array_equal(policy_decay, critic_decay):
-        returns = advantage + steps.values
-    else:
-        returns = _recursion(deltas, critic_decay, steps.starts, following, steps.order) + steps.values
-    if config.credit is Credit.discounted:
-        advantage = advantage * np.repeat(policy_decay ** _actions_after(steps), counts)
-    return advantage, returns
 
+@njit(nogil=True)  # type: ignore[untyped-decorator,unused-ignore]
+def _walk(
+    begin: int,
+    end: int,
+    state: State,
+    end_reward: float,
+    rates: tuple[float, float, float, float],
+    arrays: tuple[Bool, Float32, Float32, Floats, Floats],
+) -> State:
+    """The recursion over the action tokens in [begin, end), last one first; writes both results.
 
-def whiten(advantage: Float64) -> Float64:
-    """Mean 0 and variance 1; zeros when all are equal."""
-    centred = advantage - advantage.mean()
-    scale = float(np.sqrt(np.mean(centred**2)))
-    return np.asarray(centred / scale if scale > 1e-8 else np.zeros_like(centred))
-
-
-def _recursion(deltas: Float64, decay: Float64, starts: Int64, following: Int64, order: list[int]) -> Float64:
-    """A_i = delta_i + decay_k * A_next(i): a first-order linear filter on reversed deltas.
-
-    deltas [I], decay [S], starts [S + 1], following [S]; `order` puts a sub-trace after the one that it needs.
-    Sub-traces that lie one after another and follow each other are filtered as one.
+    `state` is that of the step after them, `end_reward` comes on top of the last one's reward; returns the state
+    of the first. Compiled by numba at the first call of a process, which takes about a second.
     """
-    result = np.empty_like(deltas)
-    borders, after, decays = starts.tolist(), following.tolist(), decay.tolist()
-    begin, begins = 0, []  # begins[k]: first step of the run that sub-trace k belongs to
-    for k in range(len(after)):
-        begins.append(begin)
-        if after[k] != borders[k + 1]:
-            begin = borders[k + 1]
-    one = np.ones(1)
-    for k in order:
-        if after[k] == borders[k + 1]:
-            continue  # the run goes on: done with its last sub-trace
-        span = slice(begins[k], borders[k + 1])
-        carry = decays[k] * result[after[k]] if after[k] >= 0 else 0.0
-        filtered, _ = lfilter(one, np.array([1.0, -decays[k]]), deltas[span][::-1], zi=np.array([carry]))
-        result[span] = filtered[::-1]
-    return result
+    gamma, policy_decay, critic_decay, discount = rates
+    action_mask_T, rewards_T, values_T, advantages_T, returns_T = arrays
+    v_next, a_next, g_next = state
+    for t in range(end - 1, begin - 1, -1):
+        if action_mask_T[t]:
+            v = np.float64(values_T[t])
+            delta = rewards_T[t] + end_reward + gamma * v_next - v
+            a_next = delta + policy_decay * a_next
+            g_next = delta + critic_decay * g_next
+            advantages_T[t] = discount * a_next
+            returns_T[t] = g_next + v
+            v_next, end_reward = v, 0.0
+    return v_next, a_next, g_next
 
 
-def _policy_lambdas(counts: Int64, episode: Int64, config: AdvantageConfig) -> Float64:
-    """lambda_policy of each episode, [E]; length-adaptive ones are 1 - 1/(alpha * l), not below 0."""
-    lengths = np.bincount(episode, weights=counts)
+def whitened(sub_traces: Sequence[SubTrace], targets: Sequence[Targets]) -> list[Targets]:
+    """The same targets, their advantages whitened over all action tokens; 0 elsewhere, as they were."""
+    columns = _whiten([target.advantages for target in targets], [trace.action_mask for trace in sub_traces])
+    return [replace(target, advantages=column) for target, column in zip(targets, columns, strict=True)]
+
+
+def whiten(advantage: Floats) -> Floats:
+    """Mean 0 and (population) variance 1, [I]; zeros when all are equal.
+
+    Equal is what deviates, root of the mean square, by at most `EQUAL` times the largest absolute advantage: float32
+    rounds that much away, and there is nothing but its rounding to enlarge.
+    """
+    return _whiten([advantage], [np.ones(len(advantage), np.bool_)])[0]
+
+
+def _whiten(columns: Sequence[Floats], masks: Sequence[Bool]) -> list[Floats]:
+    """`whiten` over all columns at once, [T] each and 0 where its mask is False. Their order changes no bit."""
+    count = sum(int(np.count_nonzero(mask)) for mask in masks)
+    mean = math.fsum(float(column.sum(dtype=np.float64)) for column in columns) / max(count, 1)
+
+    def centred(column: Floats, mask: Bool) -> Float64:
+        return np.subtract(column, mean, out=np.zeros(len(column)), where=mask, dtype=np.float64)
+
+    pairs = list(zip(columns, masks, strict=True))
+    scale = math.sqrt(math.fsum(float(np.square(centred(*pair)).sum()) for pair in pairs) / max(count, 1))
+    largest = max((float(np.abs(column).max()) for column in columns), default=0.0)
+    if scale <= EQUAL * largest:
+        return [np.zeros_like(column) for column in columns]
+    return [(centred(*pair) / scale).astype(pair[0].dtype) for pair in pairs]
+
+
+def _policy_lambdas(links: Links, config: AdvantageConfig) -> list[float]:
+    """lambda_k of each sub-trace, [S]."""
     if config.lambda_alpha <= 0:
-        return np.full(len(lengths), config.lambda_policy)
-    return np.maximum(0.0, 1.0 - 1.0 / (config.lambda_alpha * lengths))
+        return [float(config.lambda_policy)] * len(links.order)
+    lengths = links.num_actions
+    if config.lambda_length is LambdaLength.episode:
+        whole = np.bincount(links.episode, weights=links.num_actions)
+        lengths = [int(whole[number]) for number in links.episode]
+    return [max(0.0, 1.0 - 1.0 / (config.lambda_alpha * length)) for length in lengths]
 
 
-def _actions_after(steps: Steps) -> Int64:
-    """Action tokens on the way from the end of each sub-trace to the end of its episode, [S]."""
-    after = np.zeros(len(steps.link), np.int64)
-    for k in steps.order:
-        follower = steps.link[k]
-        if follower >= 0:
-            after[k] = steps.starts[follower + 1] - steps.following[k] + after[follower]
-    return after
+def _discounts(links: Links, decays: Sequence[float], config: AdvantageConfig) -> list[float]:
+    """D_k of each sub-trace, [S]; 1 but for `credit: discounted`."""
+    factors = [1.0] * len(links.order)
+    if config.credit is Credit.discounted:
+        for k in links.order:
+            follower = links.follower[k]
+            if follower >= 0:
+                inner_steps = links.num_actions[follower] - links.action[k] - 1
+                factors[k] = decays[k] * decays[follower] ** inner_steps * factors[follower]
+    return factors
 
 
-def _action_places(sub_traces: Sequence[SubTrace]) -> tuple[Bool, Int64, Int64]:
-    """All masks in one, where each sub-trace begins in it [S + 1], and where the action tokens stand in it [I]."""
-    mask = np.concatenate([trace.action_mask for trace in sub_traces])
-    offsets = np.zeros(len(sub_traces) + 1, np.int64)
-    np.cumsum([len(trace.action_mask) for trace in sub_traces], out=offsets[1:])
-    return mask, offsets, np.flatnonzero(mask)
-
-
-def _lay_out(
-    sub_traces: Sequence[SubTrace], values: Sequence[Float32], offsets: Int64, where: Int64, end_values: Float64
-) -> Steps:
-    for trace, value in zip(sub_traces, values, strict=True):
-        if len(value) != len(trace.tokens):
-            raise ValueError(f"{_name(trace)}: {len(value)} values for {len(trace.tokens)} tokens: must be equal")
-    starts = np.searchsorted(where, offsets)
-    empty = np.flatnonzero(np.diff(starts) == 0)
-    if len(empty):
-        raise ValueError(f"{_name(sub_traces[empty[0]])} has no action token: leave it out, there is nothing to train")
-
-    def gather(arrays: Sequence[Float32], what: str) -> Float32:
-        flat = np.concatenate(arrays)[where]
-        if not np.isfinite(flat).all():
-            bad = where[np.flatnonzero(~np.isfinite(flat))[0]]
-            k = int(np.searchsorted(offsets, bad, side="right")) - 1
-            index = int(bad - offsets[k])
-            raise ValueError(f"{_name(sub_traces[k])}: {what} at index {index} is {arrays[k][index]}: must be finite")
-        return flat
-
-    gather([trace.logprobs for trace in sub_traces], "log-probability")
-    rewards = gather([trace.rewards for trace in sub_traces], "reward").astype(np.float64)
-    link, following, number, order = _links(sub_traces, starts)
-    final = np.array([trace.kind is SubTraceKind.FINAL for trace in sub_traces])
-    terminal = np.full(number.max() + 1, np.nan)
-    terminal[number[final]] = rewards[starts[1:][final] - 1]
-    return Steps(
-        values=gather(values, "value").astype(np.float64),
-        rewards=rewards,
-        starts=starts,
-        link=link,
-        following=following,
-        end_values=end_values,
-        order=order,
-        episode=number,
-        terminal=terminal,
-        final=final,
-    )
-
-
-def _links(sub_traces: Sequence[SubTrace], starts: Int64) -> tuple[list[int], Int64, Int64, list[int]]:
-    """Steps.link, .following, .episode and .order."""
-    numbers: dict[str, int] = {}
-    places: dict[tuple[str, int], int] = {}
-    for k, trace in enumerate(sub_traces):
-        numbers.setdefault(trace.episode_id, len(numbers))
-        if places.setdefault((trace.episode_id, trace.position), k) != k:
-            raise ValueError(f"{_name(trace)} is given twice")
-    link = [-1] * len(sub_traces)
-    following = np.full(len(sub_traces), -1, np.int64)
-    for k, trace in enumerate(sub_traces):
-        if trace.successor is None:
-            continue
-        follower = places.get((trace.episode_id, trace.successor.position))
-        if follower is None:
+def _end_rewards(sub_traces: Sequence[SubTrace], links: Links, config: AdvantageConfig) -> list[float]:
+    """What comes on top of the reward of each sub-trace's last action, [S]: R, unless chained or FINAL."""
+    if config.credit is Credit.chained:
+        return [0.0] * len(sub_traces)
+    terminal: dict[int, float] = {}
+    for number, trace in zip(links.episode, sub_traces, strict=True):
+        if trace.kind is SubTraceKind.FINAL:
+            if number in terminal:
+                raise ValueError(f"{_name(trace)} is the second FINAL one of its episode: there must be one")
+            terminal[number] = float(trace.rewards[np.flatnonzero(trace.action_mask)[-1]])
+    for number, trace in zip(links.episode, sub_traces, strict=True):
+        if number not in terminal:
             raise ValueError(
-                f"{_name(trace)}: its successor at position {trace.successor.position} is missing: "
-                "episodes must be whole here"
+                f"episode {trace.episode_id}: credit={config.credit.value} needs whole episodes: "
+                "a FINAL sub-trace is missing"
             )
-        if not 0 <= trace.successor.action < starts[follower + 1] - starts[follower]:
-            raise ValueError(f"{_name(trace)}: its successor has no action {trace.successor.action}")
-        link[k] = follower
-        following[k] = starts[follower] + trace.successor.action
-    episode = np.array([numbers[trace.episode_id] for trace in sub_traces], np.int64)
-    return link, following, episode, _followers_first(link, sub_traces)
-
-
-def _followers_first(link: list[int], sub_traces: Sequence[SubTrace]) -> list[int]:
-    """Sub-traces so that each stands after the one that follows it. ValueError: they go round in a circle."""
-    order: list[int] = []
-    placed = [False] * len(link)
-    for start in range(len(link)):
-        path: list[int] = []
-        k = start
-        while k >= 0 and not placed[k]:
-            path.append(k)
-            if len(path) > len(link):
-                raise ValueError(f"{_name(sub_traces[start])}: its successors go round in a circle")
-            k = link[k]
-        for k in reversed(path):
-            placed[k] = True
-            order.append(k)
-    return order
+    return [
+        0.0 if trace.kind is SubTraceKind.FINAL else terminal[number]
+        for number, trace in zip(links.episode, sub_traces, strict=True)
+    ]
 
 
 def _end_values(
     sub_traces: Sequence[SubTrace], config: AdvantageConfig, bootstrap_values: Sequence[float] | None
-) -> Float64:
+) -> list[float]:
     """Value of the state after each sub-trace's last action where nothing follows, [S]."""
-    end_values = np.zeros(len(sub_traces))
+    end_values = [0.0] * len(sub_traces)
     if config.truncation is Truncation.terminal:
         return end_values
     if bootstrap_values is not None and len(bootstrap_values) != len(sub_traces):
@@ -286,10 +260,112 @@ def _end_values(
             raise ValueError(
                 f"{_name(trace)} is truncated: truncation=bootstrap needs bootstrap_values, none are given"
             )
-        end_values[k] = bootstrap_values[k]
-        if not np.isfinite(end_values[k]):
+        end_values[k] = float(bootstrap_values[k])
+        if not math.isfinite(end_values[k]):
             raise ValueError(f"{_name(trace)}: bootstrap value is {end_values[k]}: must be finite")
     return end_values
+
+
+def _links(sub_traces: Sequence[SubTrace], num_actions: list[int]) -> Links:
+    numbers: dict[str, int] = {}
+    places: dict[tuple[str, int], int] = {}
+    for k, trace in enumerate(sub_traces):
+        numbers.setdefault(trace.episode_id, len(numbers))
+        if places.setdefault((trace.episode_id, trace.position), k) != k:
+            raise ValueError(f"{_name(trace)} is given twice")
+    nothing = [-1] * len(sub_traces)
+    follower, action, token = nothing.copy(), nothing.copy(), nothing.copy()
+    for k, trace in enumerate(sub_traces):
+        if trace.successor is None:
+            continue
+        found = places.get((trace.episode_id, trace.successor.position))
+        if found is None:
+            raise ValueError(
+                f"{_name(trace)}: its successor at position {trace.successor.position} is missing: "
+                "episodes must be whole here"
+            )
+        action[k] = trace.successor.action
+        if not 0 <= action[k] < num_actions[found]:
+            raise ValueError(f"{_name(trace)}: its successor has no action {action[k]}")
+        mask = sub_traces[found].action_mask
+        follower[k] = found
+        token[k] = int(np.argmax(mask) if action[k] == 0 else np.flatnonzero(mask)[action[k]])
+    episode = [numbers[trace.episode_id] for trace in sub_traces]
+    return Links(episode, num_actions, follower, action, token, _followers_first(follower, sub_traces))
+
+
+def _followers_first(follower: list[int], sub_traces: Sequence[SubTrace]) -> list[int]:
+    """Sub-traces so that each stands after the one that follows it. ValueError: they go round in a circle."""
+    order: list[int] = []
+    placed = [False] * len(follower)
+    for start in range(len(follower)):
+        path: list[int] = []
+        k = start
+        while k >= 0 and not placed[k]:
+            path.append(k)
+            if len(path) > len(follower):
+                raise ValueError(f"{_name(sub_traces[start])}: its successors go round in a circle")
+            k = follower[k]
+        for k in reversed(path):
+            placed[k] = True
+            order.append(k)
+    return order
+
+
+def _check_settings(config: AdvantageConfig) -> None:
+    for name in ("gamma", "lambda_policy", "lambda_critic"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise ValueError(f"advantage.{name}={getattr(config, name)}: must be in [0, 1]")
+    if not 0 <= config.lambda_alpha < math.inf:
+        raise ValueError(f"advantage.lambda_alpha={config.lambda_alpha}: must be finite and not below 0 (0: off)")
+
+
+def _check_arrays(sub_traces: Sequence[SubTrace], values: Sequence[Float32]) -> list[int]:
+    """Action tokens of each sub-trace, [S]. ValueError: arrays that the recursion can't read."""
+    if len(values) != len(sub_traces):
+        raise ValueError(f"values of {len(values)} sub-traces for {len(sub_traces)} sub-traces: must be equal")
+    counts = []
+    for trace, value in zip(sub_traces, values, strict=True):
+        columns = {"action_mask": trace.action_mask, "log-probability": trace.logprobs}
+        columns |= {"reward": trace.rewards, "value": value}
+        for what, array in columns.items():
+            if array.shape != trace.tokens.shape or array.ndim != 1:
+                raise ValueError(f"{_name(trace)}: {what} has shape {array.shape} for {len(trace.tokens)} tokens")
+        counts.append(int(np.count_nonzero(trace.action_mask)))
+        if not counts[-1]:
+            raise ValueError(f"{_name(trace)} has no action token: leave it out, there is nothing to train")
+        if trace.action_mask[0]:
+            raise ValueError(f"{_name(trace)}: action_mask is True at index 0, but no state comes before it")
+        t = _first_bad(trace.action_mask, trace.logprobs, trace.rewards, value)
+        if t >= 0 and not trace.action_mask[t]:
+            raise ValueError(
+                f"{_name(trace)}: reward at index {t} is {trace.rewards[t]}, but that token is no action and no "
+                "step: put it on an action token"
+            )
+        if t >= 0:
+            what = next(what for what, array in columns.items() if not np.isfinite(array[t]))
+            raise ValueError(f"{_name(trace)}: {what} at index {t} is {columns[what][t]}: must be finite")
+    return counts
+
+
+@njit(nogil=True)  # type: ignore[untyped-decorator,unused-ignore]
+def _first_bad(action_mask_T: Bool, logprobs_T: Float32, rewards_T: Float32, values_T: Float32) -> int:
+    """First action token with a number that is not finite, or other token with a reward; -1: none."""
+    for t in range(len(action_mask_T)):
+        if action_mask_T[t]:
+            if not np.isfinite(np.float64(logprobs_T[t]) + rewards_T[t] + values_T[t]):
+                return t
+        elif rewards_T[t] != 0:
+            return t
+    return -1
+
+
+def _require_finite(trace: SubTrace, result: tuple[Floats, Floats]) -> None:
+    for what, array in zip(("advantage", "return"), result, strict=True):
+        finite = np.isfinite(array)
+        if not finite.all():
+            t = int(np.argmin(finite))
+            raise ValueError(f"{_name(trace)}: {what} at index {t} is beyond {array.dtype}: scale the rewards down")
 
 
 def _name(trace: SubTrace) -> str:

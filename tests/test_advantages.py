@@ -2,138 +2,86 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+from advantage_reference import core, random_traces, random_values, reference, sub_trace
 from episodes import random_episode
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
 from buffer.trace import cut
-from buffer.types import Float32, Status, SubTrace, SubTraceKind, Successor
-from critic import advantages as module
-from critic.advantages import advantages, gae, whiten
-from critic.config import AdvantageConfig, Credit, Truncation
+from buffer.types import Status, SubTraceKind, Successor
+from critic.advantages import advantages
+from critic.config import AdvantageConfig, Credit, LambdaLength, Truncation
 
-Float64 = NDArray[np.float64]
-
-
-def sub_trace(mask: list[int], rewards: dict[int, float] | None = None, **changes: Any) -> SubTrace:
-    """A finished one-segment episode with the given action mask; `rewards` by token index."""
-    num_tokens = len(mask)
-    given_rewards = np.zeros(num_tokens, np.float32)
-    for index, reward in (rewards or {}).items():
-        given_rewards[index] = reward
-    action_mask = np.array(mask, bool)
-    plain = SubTrace(
-        tokens=np.zeros(num_tokens, np.int32),
-        action_mask=action_mask,
-        logprobs=np.where(action_mask, -1, 0).astype(np.float32),
-        rewards=given_rewards,
-        versions=np.where(action_mask, 0, -1).astype(np.int32),
-        summary_mask=np.zeros(num_tokens, bool),
-        episode_id="e",
-        position=0,
-        successor=None,
-        kind=SubTraceKind.FINAL,
-        status=Status.FINISHED,
-    )
-    return replace(plain, **changes)
-
-
-def core(
-    traces: list[SubTrace], values: list[Float32], config: AdvantageConfig, bootstrap: list[float] | None = None
-) -> tuple[Float64, Float64]:
-    """The float64 core on all action tokens."""
-    _, offsets, where = module._action_places(traces)
-    steps = module._lay_out(traces, values, offsets, where, module._end_values(traces, config, bootstrap))
-    return gae(steps, config)
-
-
-def reference(
-    traces: list[SubTrace], values: list[Float32], config: AdvantageConfig, bootstrap: list[float]
-) -> tuple[list[float], list[float]]:
-    """Every advantage as an explicit sum over the tokens that follow, in O(n^2) of plain Python."""
-    advantage, returns = [], []
-    for k, trace in enumerate(traces):
-        family = {other.position: j for j, other in enumerate(traces) if other.episode_id == trace.episode_id}
-        length = sum(int(traces[j].action_mask.sum()) for j in family.values())
-        final = next(traces[j] for j in family.values() if traces[j].kind is SubTraceKind.FINAL)
-        outcome = float(final.rewards[np.flatnonzero(final.action_mask)[-1]])
-        lam = config.lambda_policy
-        if config.lambda_alpha > 0:
-            lam = max(0.0, 1 - 1 / (config.lambda_alpha * length))
-
-        def path(start: int, follow: bool, k: int = k, family: dict[int, int] = family) -> list[tuple[int, int]]:
-            """(sub-trace, token index) of the action tokens from action `start` of sub-trace k on."""
-            steps, at, action = [], k, start
-            while True:
-                steps += [(at, int(index)) for index in np.flatnonzero(traces[at].action_mask)[action:]]
-                successor = traces[at].successor
-                if not follow or successor is None:
-                    return steps
-                at, action = family[successor.position], successor.action
-
-        def deltas(steps: list[tuple[int, int]], k: int = k, outcome: float = outcome) -> list[float]:
-            result = []
-            for place, (at, index) in enumerate(steps):
-                reward = float(traces[at].rewards[index])
-                if place + 1 < len(steps):
-                    after = float(values[steps[place + 1][0]][steps[place + 1][1]])
-                else:
-                    bootstrapped = config.truncation is Truncation.bootstrap and traces[at].status is Status.TRUNCATED
-                    after = bootstrap[at] if bootstrapped and traces[at].successor is None else 0.0
-                    if config.credit is not Credit.chained and traces[at].kind is not SubTraceKind.FINAL:
-                        reward += outcome
-                result.append(reward + config.gamma * after - float(values[at][index]))
-            return result
-
-        for action, index in enumerate(np.flatnonzero(trace.action_mask)):
-            delta = deltas(path(action, follow=config.credit is Credit.chained))
-            factor = 1.0
-            if config.credit is Credit.discounted:
-                own = int(trace.action_mask.sum()) - action
-                factor = (config.gamma * lam) ** (len(path(action, follow=True)) - own)
-            advantage.append(factor * sum((config.gamma * lam) ** j * d for j, d in enumerate(delta)))
-            monte_carlo = sum((config.gamma * config.lambda_critic) ** j * d for j, d in enumerate(delta))
-            returns.append(monte_carlo + float(values[k][index]))
-    return advantage, returns
-
-
-def random_values(traces: list[SubTrace], seed: int) -> list[Float32]:
-    """Values for whole sub-traces; NaN where nobody may read."""
-    rng = np.random.default_rng(seed)
-    values = [rng.normal(size=len(trace.tokens)).astype(np.float32) for trace in traces]
-    return [np.where(trace.action_mask, v, np.nan).astype(np.float32) for trace, v in zip(traces, values, strict=True)]
-
-
-@settings(max_examples=60, deadline=None)
-@given(
+MODES = [
+    {"credit": credit, "truncation": truncation, "lambda_length": length}
+    for credit, truncation, length in itertools.product(Credit, Truncation, LambdaLength)
+]
+every_mode = pytest.mark.parametrize("mode", MODES, ids=lambda mode: "-".join(choice.value for choice in mode.values()))
+numbers = given(
     seed=st.integers(0, 10**9),
-    credit=st.sampled_from(Credit),
-    truncation=st.sampled_from(Truncation),
-    gamma=st.sampled_from([1.0, 0.97]),
+    gamma=st.sampled_from([1.0, 0.97, 0.0]),
     lambda_policy=st.sampled_from([0.0, 0.9, 1.0]),
     lambda_critic=st.sampled_from([0.9, 1.0]),
-    lambda_alpha=st.sampled_from([0.0, 0.05, 1.5]),
+    lambda_alpha=st.sampled_from([0.0, 0.05, 0.4, 1.5]),
 )
-def test_core_agrees_with_the_quadratic_reference(seed: int, **settings_: Any) -> None:
-    config = AdvantageConfig(**settings_)
-    traces = [trace for j in range(2) for trace in cut(random_episode(seed + j, max_depth=2 - j))]
-    rng = np.random.default_rng(seed)
-    traces = [traces[k] for k in rng.permutation(len(traces))]  # any order, episodes mixed
-    traces = [  # rewards per turn as well
-        replace(trace, rewards=(trace.rewards + trace.action_mask * (rng.random(len(trace.tokens)) < 0.1)).astype("f4"))
-        for trace in traces
-    ]
+
+
+@every_mode
+@settings(max_examples=20, deadline=None)
+@numbers
+def test_core_agrees_with_the_quadratic_reference(mode: dict[str, Any], seed: int, **settings_: Any) -> None:
+    config = AdvantageConfig(**mode, **settings_)
+    traces = random_traces(seed)
     values = random_values(traces, seed)
-    bootstrap = rng.normal(size=len(traces)).tolist()
+    bootstrap = np.random.default_rng(seed).normal(size=len(traces)).tolist()
     expected = reference(traces, values, config, bootstrap)
     for mine, theirs in zip(core(traces, values, config, bootstrap), expected, strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-12)
+
+
+@every_mode
+@settings(max_examples=8, deadline=None)
+@numbers
+def test_tool_tokens_anywhere_change_no_bit(mode: dict[str, Any], seed: int, **settings_: Any) -> None:
+    config = AdvantageConfig(**mode, **settings_)
+    traces = random_traces(seed)
+    values = random_values(traces, seed)
+    rng = np.random.default_rng(seed)
+    bootstrap = rng.normal(size=len(traces)).tolist()
+    places = [rng.integers(0, len(trace.tokens) + 1, rng.integers(0, 30)) for trace in traces]
+    fillers = {"action_mask": False, "tokens": 3, "logprobs": 0, "rewards": 0, "versions": -1, "summary_mask": False}
+    longer = []
+    for trace, place in zip(traces, places, strict=True):
+        columns: dict[str, Any] = {name: np.insert(getattr(trace, name), place, x) for name, x in fillers.items()}
+        longer.append(replace(trace, **columns))
+    longer_values = [np.insert(value, p, np.nan) for value, p in zip(values, places, strict=True)]
+    for one, two in zip(
+        core(traces, values, config, bootstrap), core(longer, longer_values, config, bootstrap), strict=True
+    ):
+        assert np.array_equal(one, two)
+
+
+@every_mode
+@settings(max_examples=8, deadline=None)
+@numbers
+def test_order_of_sub_traces_changes_no_bit(mode: dict[str, Any], seed: int, **settings_: Any) -> None:
+    config = AdvantageConfig(**mode, **settings_, whiten=bool(seed % 2))
+    traces = random_traces(seed, num_episodes=3)
+    values = random_values(traces, seed)
+    rng = np.random.default_rng(seed)
+    bootstrap = rng.normal(size=len(traces))
+    order = rng.permutation(len(traces))
+    one = advantages(traces, values, config, bootstrap.tolist())
+    two = advantages([traces[k] for k in order], [values[k] for k in order], config, bootstrap[order].tolist())
+    for place, k in enumerate(order):
+        assert np.array_equal(one[k].advantages, two[place].advantages)
+        assert np.array_equal(one[k].returns, two[place].returns)
 
 
 @pytest.mark.parametrize("num_tool_tokens", [0, 1, 20, 500])
@@ -204,19 +152,19 @@ def test_cutting_an_episode_where_contexts_agree_changes_nothing(seed: int, wher
     rng = np.random.default_rng(seed)
     mask = rng.random(40) < 0.7
     mask[0], mask[5], mask[-1] = False, True, True
-    whole = sub_trace(mask.astype(int).tolist(), {39: 1.0})
+    whole = sub_trace(mask.astype(int).tolist(), {39: 1.0, 5: -0.25})
     value = rng.normal(size=40).astype(np.float32)
     seam = int(np.flatnonzero(mask)[min(where, mask.sum() - 1)])
     early = mask.copy()
     early[seam:] = False
     halves = [
-        replace(whole, action_mask=early, rewards=np.zeros(40, np.float32), successor=Successor(1, 0)),
-        replace(whole, action_mask=mask & ~early, position=1),
+        replace(whole, action_mask=early, rewards=whole.rewards * early, successor=Successor(1, 0)),
+        replace(whole, action_mask=mask & ~early, rewards=whole.rewards * ~early, position=1),
     ]
     halves[0] = replace(halves[0], kind=SubTraceKind.COMPACTED)
     config = AdvantageConfig(lambda_policy=0.9, gamma=0.99, lambda_alpha=alpha)
     for one, two in zip(core([whole], [value], config), core(halves, [value, value], config), strict=True):
-        np.testing.assert_allclose(one, two, rtol=0, atol=1e-12)
+        assert np.array_equal(one, two)
 
 
 def test_truncation_bootstraps_only_truncated_ends() -> None:
@@ -236,16 +184,88 @@ def test_truncation_bootstraps_only_truncated_ends() -> None:
         advantages([trace], [value], boot, [float("nan")])
 
 
+def test_bootstrap_in_each_credit_mode_by_hand() -> None:
+    """A compaction, then a cut-off: only the last sub-trace has a state after it, worth 2; gamma 1, lambda 1/2."""
+    traces = [
+        sub_trace([0, 1], successor=Successor(1, 0), kind=SubTraceKind.COMPACTED, status=Status.TRUNCATED),
+        sub_trace([0, 1], {1: 0.5}, position=1, status=Status.TRUNCATED),
+    ]
+    ones = [np.ones(2, np.float32)] * 2
+    expected = {  # last: .5 + 2 - 1; before it, chained: 1 - 1 + 1.5 / 2, else .5 - 1 (R is .5), then times 1 / 2
+        Credit.chained: [0.75, 1.5],
+        Credit.independent: [-0.5, 1.5],
+        Credit.discounted: [-0.25, 1.5],
+    }
+    for credit, wanted in expected.items():
+        config = AdvantageConfig(credit=credit, lambda_policy=0.5, truncation=Truncation.bootstrap)
+        targets = advantages(traces, ones, config, bootstrap_values=[float("nan"), 2.0])
+        assert [float(target.advantages[1]) for target in targets] == wanted
+
+
+def test_rewards_per_turn_by_hand() -> None:
+    """Rewards 1, 0 | 2, 4 on four actions, values 0, gamma 1/2, lambda 1/2: A_i = r_i + A_next / 4."""
+    traces = [
+        sub_trace([0, 1, 0, 1], {1: 1.0}, successor=Successor(1, 0), kind=SubTraceKind.COMPACTED),
+        sub_trace([0, 1, 0, 1], {1: 2.0, 3: 4.0}, position=1),
+    ]
+    zeros = [np.zeros(4, np.float32)] * 2
+    expected = {  # the terminal reward is 4, on the last action alone
+        Credit.chained: ([1 + 3 / 16, 3 / 4, 3, 4], [1 + 4 / 4, 2, 4, 4]),
+        Credit.independent: ([2, 4, 3, 4], [3, 4, 4, 4]),
+        Credit.discounted: ([2 / 16, 4 / 16, 3, 4], [3, 4, 4, 4]),
+    }
+    for credit, (wanted, returns) in expected.items():
+        config = AdvantageConfig(credit=credit, gamma=0.5, lambda_policy=0.5)
+        found = core(traces, zeros, config)
+        assert found[0].tolist() == wanted
+        assert found[1].tolist() == returns
+
+
 def test_length_adaptive_lambda_counts_the_episode() -> None:
-    """Four actions in two segments, alpha 1/2: lambda = 1 - 1/2 = 1/2 in both; alpha * l < 1 gives 0."""
+    """Four actions in two segments, alpha 1/2: lambda = 1 - 1/2 = 1/2 in both; alpha * l <= 1 gives lambda 0."""
     traces = [
         sub_trace([0, 1, 1], successor=Successor(1, 0), kind=SubTraceKind.COMPACTED),
         sub_trace([0, 1, 1], {2: 1.0}, position=1),
         sub_trace([0, 1, 1], {2: 1.0}, episode_id="short"),
+        sub_trace([0, 1], {1: 1.0}, episode_id="shortest"),
     ]
-    zeros = [np.zeros(3, np.float32)] * 3
+    zeros = [np.zeros(len(trace.tokens), np.float32) for trace in traces]
     targets = advantages(traces, zeros, AdvantageConfig(lambda_alpha=0.5))
-    assert [target.advantages.tolist() for target in targets] == [[0, 1 / 8, 1 / 4], [0, 1 / 2, 1], [0, 0, 1]]
+    wanted = [[0, 1 / 8, 1 / 4], [0, 1 / 2, 1], [0, 0, 1], [0, 1]]
+    assert [target.advantages.tolist() for target in targets] == wanted
+    one_step = advantages(traces, zeros, AdvantageConfig(lambda_policy=0.0))
+    for alpha in (1e-320, 0.01, 0.25):  # alpha * l from far below 1 to exactly 1
+        tiny = advantages(traces, zeros, AdvantageConfig(lambda_alpha=alpha))
+        assert all(np.array_equal(a.advantages, b.advantages) for a, b in zip(tiny, one_step, strict=True))
+
+
+@pytest.mark.parametrize("credit", [Credit.chained, Credit.discounted])
+def test_length_adaptive_lambda_of_each_sub_trace_by_hand(credit: Credit) -> None:
+    """Two and four actions, alpha 1: lambda 1/2 and 3/4. The step that crosses decays by 1/2, its own.
+
+    Values 0 and R = 1 at the end: chained 27/64 / 2; discounted 1 times D = 1/2 * (3/4)^3, three steps to the end.
+    """
+    traces = [
+        sub_trace([0, 1, 1], successor=Successor(1, 0), kind=SubTraceKind.COMPACTED),
+        sub_trace([0, 1, 1, 1, 1], {4: 1.0}, position=1),
+    ]
+    zeros = [np.zeros(len(trace.tokens), np.float32) for trace in traces]
+    config = AdvantageConfig(credit=credit, lambda_alpha=1.0, lambda_length=LambdaLength.sub_trace)
+    advantage, _ = core(traces, zeros, config)
+    assert advantage.tolist() == [27 / 256, 27 / 128, 27 / 64, 9 / 16, 3 / 4, 1]
+
+
+@settings(max_examples=20, deadline=None)
+@numbers
+def test_discounted_is_chained_where_only_the_end_is_known(seed: int, **settings_: Any) -> None:
+    """Values 0 and a terminal reward only: R's weight is the product of the decays on the way, in both modes."""
+    traces = [replace(trace, status=Status.FINISHED) for trace in cut(random_episode(seed, max_depth=0))]
+    zeros = [np.zeros(len(trace.tokens), np.float32) for trace in traces]
+    for length in LambdaLength:
+        chained = AdvantageConfig(lambda_length=length, **settings_)
+        one, _ = core(traces, zeros, chained)
+        two, _ = core(traces, zeros, replace(chained, credit=Credit.discounted))
+        np.testing.assert_allclose(one, two, rtol=1e-12, atol=0)
 
 
 def test_whitening_is_over_all_action_tokens_and_leaves_returns() -> None:
@@ -258,47 +278,3 @@ def test_whitening_is_over_all_action_tokens_and_leaves_returns() -> None:
     assert abs(flat.std() - 1) < 1e-6
     assert all(np.array_equal(a.returns, b.returns) for a, b in zip(plain, white, strict=True))
     assert not any(t.advantages[~s.action_mask].any() for s, t in zip(traces, white, strict=True))
-    assert whiten(np.full(3, 0.1)).tolist() == [0, 0, 0]
-
-
-@pytest.mark.parametrize("field", ["value", "log-probability", "reward"])
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_numbers_that_are_not_finite_are_named(field: str, bad: float) -> None:
-    traces = [sub_trace([0, 1, 1], episode_id="good"), sub_trace([0, 1, 0, 1], episode_id="bad")]
-    values = [np.zeros(3, np.float32), np.zeros(4, np.float32)]
-    broken = np.array([0, 0, bad, bad], np.float32)
-    if field == "value":
-        values[1] = broken
-    elif field == "log-probability":
-        traces[1] = replace(traces[1], logprobs=broken)
-    else:
-        traces[1] = replace(traces[1], rewards=broken)
-    with pytest.raises(ValueError, match=f"episode bad, sub-trace 0: {field} at index 3 is {bad}"):
-        advantages(traces, values, AdvantageConfig())
-
-
-def test_episodes_must_be_whole() -> None:
-    first = sub_trace([0, 1], successor=Successor(1, 0), kind=SubTraceKind.COMPACTED)
-    back = sub_trace([0, 1], position=1, successor=Successor(0, 0))
-    zeros = [np.zeros(2, np.float32)] * 2
-    for traces, message in [
-        ([first], "successor at position 1 is missing"),
-        ([first, sub_trace([0, 1], position=1, episode_id="other")], "successor at position 1 is missing"),
-        ([first, first], "given twice"),
-        ([first, back], "circle"),
-        ([replace(first, successor=Successor(1, 1)), sub_trace([0, 1], position=1)], "no action 1"),
-        ([sub_trace([0, 0])], "no action token"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            advantages(traces, zeros[: len(traces)], AdvantageConfig())
-    orphan = replace(first, successor=None)
-    with pytest.raises(ValueError, match="FINAL sub-trace is missing"):
-        advantages([orphan], zeros[:1], AdvantageConfig(credit=Credit.independent))
-    with pytest.raises(ValueError, match="2 values for 3 tokens"):
-        advantages([sub_trace([0, 1, 1])], zeros[:1], AdvantageConfig())
-
-
-def test_nothing_gives_nothing_and_types_hold() -> None:
-    assert advantages([], [], AdvantageConfig()) == []
-    (target,) = advantages([sub_trace([0, 1, 1])], [np.zeros(3, np.float32)], AdvantageConfig())
-    assert {target.advantages.dtype, target.returns.dtype, target.values.dtype} == {np.dtype(np.float32)}
