@@ -1,0 +1,55 @@
+"""Losses per token, one algorithm a file. Nothing is reduced here: a worker weighs, sums and divides.
+
+    L = 1/N sum_i [ w_i ( c_i l_i + kl_coef KL_i - entropy_coef H_i ) + u_i nll_i ]
+
+over the action tokens i of the optimizer step, N their number over all ranks and micro-batches. Prompts, tool output
+and copied context are in no sum. A token that a loss or a correction masks adds 0 and stays in N.
+
+    l_i    policy loss        ppo, decoupled (ppo.py), dis, cispo, gspo; all have the gradient -A on-policy
+    c_i    engine mismatch    correction.py: none, tis, icepop, mis
+    KL_i   to a reference     kl.py: k1, k2, k3; as a loss here or, on the driver, as a reward
+    w_i    what L averages    weights.py: tokens, episodes or sub-traces
+    u_i    positive examples  weights.py
+
+`value` (value.py) is the critic's l, `nll` the supervised one, `distill` one from a teacher: same sum, same N.
+
+With w_i of `token` or `episode` L does not depend on micro-batches, ranks, the order of tokens, or where an episode was
+cut; with `sub_trace`, or with gspo as l, the cut matters.
+
+Shapes: [T], one number a token, float32 or float64 in and out. Advantages A and all log-probabilities but those of
+pi_theta are constants. Results at and beyond the range of a float stand in each docstring; `require_finite` refuses
+what is left.
+"""
+
+from trainer.losses.cispo import cispo
+from trainer.losses.correction import correction_weights
+from trainer.losses.dis import dis
+from trainer.losses.distill import Divergence, distill, distill_advantages, with_tail
+from trainer.losses.gspo import gspo
+from trainer.losses.kl import kl, kl_reward
+from trainer.losses.ppo import decoupled, ppo
+from trainer.losses.token import TokenLoss, nll, require_finite
+from trainer.losses.value import ValueLoss, value
+from trainer.losses.weights import normaliser_weights, positive_weights
+
+__all__ = [
+    "Divergence",
+    "TokenLoss",
+    "ValueLoss",
+    "cispo",
+    "correction_weights",
+    "decoupled",
+    "dis",
+    "distill",
+    "distill_advantages",
+    "gspo",
+    "kl",
+    "kl_reward",
+    "nll",
+    "normaliser_weights",
+    "positive_weights",
+    "ppo",
+    "require_finite",
+    "value",
+    "with_tail",
+]

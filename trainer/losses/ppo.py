@@ -1,0 +1,81 @@
+"""Proximal policy optimisation and its decoupled form."""
+
+from __future__ import annotations
+
+import torch
+
+from trainer.losses.token import TokenLoss, clip_window, require_same_shape
+
+
+def ppo(
+    logprobs_T: torch.Tensor,
+    old_logprobs_T: torch.Tensor,
+    advantages_T: torch.Tensor,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float = 0.0,
+) -> TokenLoss:
+    """Clipped surrogate (Schulman et al. 2017, arXiv 1707.06347; asymmetric clip: DAPO, arXiv 2503.14476).
+
+        r = pi_theta / pi_old
+        l = -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)
+        l = min(l, -c A) where A < 0                             with c = dual_clip > 0 (arXiv 1912.09729)
+
+        dl/dlog pi = -r A, or 0 where the clip acted:
+            A > 0 and r > 1 + clip_high     A < 0 and r < 1 - clip_low     A < 0 and r > c > 0
+
+    On a bound the gradient is whole. All tensors [T]; advantages and old log-probabilities are constants.
+
+    exp(log-ratio) beyond the float's range (88 in float32): for A > 0 clipped as any large ratio, gradient 0; for A = 0
+    loss and gradient 0; for A < 0 an infinite loss (see `require_finite`), unless dual_clip bounds it.
+
+    ValueError: shapes differ; a negative clip; dual_clip neither 0 nor above 1 (it would silence tokens at ratio 1).
+    """
+    require_same_shape(logprobs=logprobs_T, old_logprobs=old_logprobs_T, advantages=advantages_T)
+    if dual_clip != 0 and not dual_clip > 1:
+        raise ValueError(f"dual_clip={dual_clip}: must be 0 (none) or above 1, e.g. 3")
+    window = clip_window(clip_low, clip_high)
+    return clipped_surrogate(logprobs_T - old_logprobs_T, advantages_T, *window, dual_clip)
+
+
+def decoupled(
+    logprobs_T: torch.Tensor,
+    old_logprobs_T: torch.Tensor,
+    engine_logprobs_T: torch.Tensor,
+    advantages_T: torch.Tensor,
+    clip_low: float,
+    clip_high: float,
+) -> TokenLoss:
+    """Decoupled PPO (AReaL, arXiv 2505.24298; Hilton et al., arXiv 2110.00641): stale samples, fresh trust region.
+
+        l = sg[pi_prox / mu] * PPO(pi_theta / pi_prox)
+
+    pi_prox = pi_old, the trainer's policy at the start of the step; mu = what the engine sampled with. The first factor
+    corrects for stale or different sampling weights and has no clip; the second keeps the step near pi_prox. Where mu =
+    pi_prox it is `ppo`. `ratio_T` is pi_theta / pi_prox. All tensors [T].
+
+    A first factor beyond the float's range is an infinite (A = 0: NaN) loss: see `require_finite`.
+    ValueError: shapes differ; a negative clip.
+    """
+    require_same_shape(engine_logprobs=engine_logprobs_T, logprobs=logprobs_T)
+    near = ppo(logprobs_T, old_logprobs_T, advantages_T, clip_low, clip_high)
+    return near._replace(loss_T=(old_logprobs_T - engine_logprobs_T).detach().exp() * near.loss_T)
+
+
+def clipped_surrogate(
+    log_ratio_T: torch.Tensor, advantages_T: torch.Tensor, low: float, high: float, dual_clip: float = 0.0
+) -> TokenLoss:
+    """`ppo`, from log r and the window itself."""
+    ratio_T = log_ratio_T.detach().exp()
+    plain_T = -ratio_T * advantages_T
+    bound_T = -ratio_T.clamp(low, high) * advantages_T
+    clipped_T = bound_T > plain_T
+    if dual_clip:
+        cap_T = -dual_clip * advantages_T
+        capped_T = (advantages_T < 0) & (plain_T > cap_T)
+        bound_T = torch.where(capped_T, cap_T, bound_T)
+        clipped_T = clipped_T | capped_T
+    # Without a gradient, exp must not see the ratio either: 0 * inf is NaN.
+    without_T = clipped_T | ((advantages_T == 0) & ratio_T.isinf())
+    moving_T = -torch.where(without_T, 0.0, log_ratio_T).exp() * advantages_T
+    return TokenLoss(torch.where(clipped_T, bound_T, moving_T), ratio_T, clipped_T)
