@@ -16,6 +16,23 @@ class Credit(str, Enum):
     independent = "independent"
 
 
+class Baseline(str, Enum):
+    """What a reward is compared with. All but `critic` give every token of an episode the same advantage."""
+
+    critic = "critic"  # generalised advantage estimation: critic/advantages.py
+    grpo = "grpo"  # group mean and standard deviation: critic/episode_baselines.py
+    grpo_no_std = "grpo_no_std"  # group mean
+    rloo = "rloo"  # mean of the others of the group
+    reinforce_pp = "reinforce_pp"  # mean and standard deviation of the step
+
+
+class LambdaLength(str, Enum):
+    """Whose action tokens the length-adaptive lambda counts."""
+
+    episode = "episode"
+    sub_trace = "sub_trace"
+
+
 class Truncation(str, Enum):
     """What follows the last action of a truncated episode."""
 
@@ -25,13 +42,15 @@ class Truncation(str, Enum):
 
 @dataclass
 class AdvantageConfig:
-    """Generalised advantage estimation over action tokens."""
+    """How rewards become advantages of action tokens. Without a critic only `baseline` and `whiten` matter."""
 
+    baseline: Baseline = Baseline.critic
     credit: Credit = Credit.chained
     gamma: float = 1.0
     lambda_policy: float = 0.99  # ignored when lambda_alpha > 0
     lambda_critic: float = 1.0
-    lambda_alpha: float = 0.0  # > 0: lambda_policy = 1 - 1/(alpha * action tokens of the episode)
+    lambda_alpha: float = 0.0  # > 0: lambda_policy = 1 - 1/(alpha * l), l the action tokens of ...
+    lambda_length: LambdaLength = LambdaLength.episode  # ... the episode or the sub-trace
     truncation: Truncation = Truncation.terminal
     whiten: bool = False  # zero mean, unit variance over the action tokens of the step
 
@@ -46,5 +65,16 @@ class CriticConfig:
     num_epochs: int = 2  # critic updates per policy update (K)
     warmup_episodes: int = 0  # episodes of the unmoved policy that pre-train the critic
     warmup_epochs: int = 2  # passes over them
+    warmup_explained_variance: float = 1.0  # pre-training ends early when unseen episodes are explained this well
     value_clip: float = 0.0  # 0: none
+    value_range: list[float] = field(default_factory=list)  # smallest, largest value the head can say; []: unbounded
     head_init_std: float = 0.0
+    freeze: list[str] = field(
+        default_factory=list
+    )  # patterns of parameters that never train, e.g. ['*self_attention*']
+
+    def __post_init__(self) -> None:
+        if self.value_range and not (len(self.value_range) == 2 and self.value_range[0] < self.value_range[1]):
+            raise ValueError(
+                f"critic.value_range={self.value_range}: must be [low, high] with low < high, or [] for no bounds"
+            )

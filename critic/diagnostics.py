@@ -1,72 +1,220 @@
-"""How good the critic's values are."""
+"""How good the critic's values are: said of the action tokens of a step, before the update that trains on them.
+
+Values v_i and returns ret_i are in units of reward; i runs over action tokens. Tables (`Bin` rows) say where a critic
+errs: early or late in an episode, in which turn, at which of its own values.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
-from buffer.types import SubTrace, Targets
+from buffer.types import Float32, Int32, SubTrace, Targets
+
+CALIBRATION_BINS = 10
+POSITION_BINS = 5
+TURN_BINS = 8
+
+
+class Bin(NamedTuple):
+    """A group of action tokens."""
+
+    start: float  # where the group begins: relative position, turn, or value
+    num_actions: int
+    mean_value: float  # NaN when there are none
+    mean_return: float  # NaN when there are none
+
+
+def critic_metrics(sub_traces: Sequence[SubTrace], targets: Sequence[Targets]) -> dict[str, float]:
+    """What the operator sees of the critic at every step; finite numbers only.
+
+        critic/explained_variance     `explained_variance`
+        critic/value_mean             mean of v_i
+        critic/calibration_error      `calibration_error`
+        critic/value_by_position/b    mean v_i of bin b = 0..4 of `by_position`; critic/return_by_position/b: mean ret_i
+        critic/value_by_turn/t        mean v_i of bin t = 0..7 of `by_turn`; critic/return_by_turn/t: mean ret_i
+
+    Keys of empty bins are left out; without any action token there are none. ValueError: values or returns that are
+    not finite.
+    """
+    actions = _actions(sub_traces, targets)
+    if not len(actions.values):
+        return {}
+    found = {
+        "critic/explained_variance": explained_variance(actions.values, actions.returns),
+        "critic/value_mean": float(actions.values.mean(dtype=np.float64)),
+        "critic/calibration_error": calibration_error(actions.values, actions.returns),
+    }
+    tables = {"position": _position_bins(actions, POSITION_BINS), "turn": _turn_bins(actions, TURN_BINS)}
+    for name, table in tables.items():
+        for number, row in enumerate(table):
+            if row.num_actions:
+                found[f"critic/value_by_{name}/{number}"] = row.mean_value
+                found[f"critic/return_by_{name}/{number}"] = row.mean_return
+    return found
+
+
+def check_returns(returns: ArrayLike, value_range: Sequence[float]) -> None:
+    """ValueError: a return that a head bounded to `value_range` = [low, high] can only approach from afar.
+
+    `returns` are those of action tokens; the bounds themselves are allowed, and so is the rounding of float32 (1e-6 of
+    the larger bound). [] is a head without bounds: every return is allowed.
+    """
+    ret = np.asarray(returns)
+    if not len(value_range) or not ret.size:
+        return
+    low, high = value_range
+    slack = 1e-6 * max(abs(low), abs(high))
+    smallest, largest = float(ret.min()), float(ret.max())
+    if smallest >= low - slack and largest <= high + slack:
+        return
+    worst = smallest if not smallest >= low - slack else largest
+    raise ValueError(
+        f"a return is {worst:g}, outside critic.value_range=[{low:g}, {high:g}]: the critic can't say it; widen the "
+        "range to all that an episode can return (rewards of turns and a KL penalty in the reward count, with "
+        "truncation=bootstrap or lambda_critic < 1 sums of rewards and values), or set [] for no bounds"
+    )
 
 
 def explained_variance(values: ArrayLike, returns: ArrayLike) -> float:
     """1 - Var(returns - values) / Var(returns): 1 is perfect, 0 no better than a constant, below 0 worse.
 
-    `values` and `returns` are of one shape, action tokens only. Constant returns have no variance to
-    explain: 1.0 when the values differ from them by a constant, else 0.0. ValueError: different sizes,
-    nothing given, or NaN.
+    `values` and `returns` are of one shape, action tokens only. An offset is no variance: see `calibration_error`.
+    Constant returns have no variance to explain: 0.0, whatever the values are (nothing has been shown).
+    ValueError: different sizes, nothing given, or NaN.
     """
+    v, ret = _checked(values, returns)
+    total = ret.var()
+    if total <= 1e-12 * float(np.square(ret).mean()):  # rounding is no variance
+        return 0.0
+    return float(1.0 - (ret - v).var() / total)
+
+
+def calibration_error(values: ArrayLike, returns: ArrayLike, num_bins: int = CALIBRATION_BINS) -> float:
+    """Expected calibration error: does the mean return of the tokens whose value is near x lie near x?
+
+        error = sum_{b=0}^{B-1} n_b / n * |mean value_b - mean return_b|        in units of reward, >= 0
+
+    over the bins of `calibration`. It is at least |mean value - mean return|, 0 for a constant that is the mean return,
+    and says nothing about how well good states are told from bad ones. ValueError: as `calibration`.
+    """
+    table = calibration(values, returns, num_bins)
+    total = sum(row.num_actions for row in table)
+    return math.fsum(row.num_actions / total * abs(row.mean_value - row.mean_return) for row in table)
+
+
+def calibration(values: ArrayLike, returns: ArrayLike, num_bins: int = CALIBRATION_BINS) -> list[Bin]:
+    """Mean value and mean return of tokens with like values, in bins of about equal count.
+
+    With w_0 <= ... <= w_(n-1) the values in order, the edges are w_floor(b n / B) for b = 1..B-1, and a token's bin is
+    the number of edges that its value reaches. Equal values share a bin, so the order of tokens does not matter; bins
+    that remain empty are left out. `start` is the smallest value of the bin. (Bins of equal width would put nearly all
+    tokens into one as soon as a single value is far off.)
+
+    ValueError: different sizes, nothing given, NaN, or num_bins < 1.
+    """
+    _check_bins(num_bins)
+    v, ret = _checked(values, returns)
+    ranks = [b * v.size // num_bins for b in range(num_bins)]
+    edges = np.partition(v, ranks)[ranks]  # the first one is the smallest value: every token reaches it
+    number = np.searchsorted(edges[1:], v, side="right")
+    return [row for row in _table(number, v, ret, edges) if row.num_actions]
+
+
+def by_position(sub_traces: Sequence[SubTrace], targets: Sequence[Targets], num_bins: int = 10) -> list[Bin]:
+    """Mean value and mean return by relative position of the action token in its episode.
+
+    Action token j of an episode's n, counted through its sub-traces by `position`, falls into bin
+    floor(j / n * num_bins); `start` is its smallest j / n. A critic that knows nothing early and everything late shows
+    it here. ValueError: num_bins < 1.
+    """
+    _check_bins(num_bins)
+    return _position_bins(_actions(sub_traces, targets), num_bins)
+
+
+def by_turn(sub_traces: Sequence[SubTrace], targets: Sequence[Targets], num_bins: int = TURN_BINS) -> list[Bin]:
+    """Mean value and mean return by turn number, from 0, of the action token in its episode.
+
+    A turn is a maximal run of action tokens in a sub-trace, counted through the episode's sub-traces by `position`;
+    a summary is one, too. Two turns with nothing between them (a tool that answered with no token at all) count as one.
+    The last bin holds turn num_bins - 1 and all later ones. ValueError: num_bins < 1.
+    """
+    _check_bins(num_bins)
+    return _turn_bins(_actions(sub_traces, targets), num_bins)
+
+
+class _Actions(NamedTuple):
+    """The N action tokens of a step, episode after episode, each in its order."""
+
+    values: Float32  # [N]
+    returns: Float32  # [N]
+    turn: Int32  # [N] number of the token's turn in its episode
+    num_actions: NDArray[np.int64]  # [E] of each episode
+
+
+def _actions(sub_traces: Sequence[SubTrace], targets: Sequence[Targets]) -> _Actions:
+    episodes: dict[str, list[tuple[SubTrace, Targets]]] = {}
+    for trace, target in zip(sub_traces, targets, strict=True):
+        episodes.setdefault(trace.episode_id, []).append((trace, target))
+    values, returns, turns, counts = [], [], [], []
+    for parts in episodes.values():
+        next_turn = count = 0
+        for trace, target in sorted(parts, key=lambda part: part[0].position):
+            places = np.flatnonzero(trace.action_mask)
+            if not len(places):
+                continue
+            turn = next_turn + np.concatenate([[0], np.cumsum(np.diff(places) > 1)])
+            next_turn, count = int(turn[-1]) + 1, count + len(places)
+            values.append(target.values[places])
+            returns.append(target.returns[places])
+            turns.append(turn.astype(np.int32))
+        counts.append(count)
+    return _Actions(
+        values=np.concatenate([np.zeros(0, np.float32), *values]),
+        returns=np.concatenate([np.zeros(0, np.float32), *returns]),
+        turn=np.concatenate([np.zeros(0, np.int32), *turns]),
+        num_actions=np.array(counts, np.int64),
+    )
+
+
+def _position_bins(actions: _Actions, num_bins: int) -> list[Bin]:
+    def numbers() -> Iterator[NDArray[np.int64]]:
+        for count in actions.num_actions.tolist():
+            yield np.arange(count) * num_bins // max(count, 1)
+
+    number = np.concatenate([np.zeros(0, np.int64), *numbers()])
+    return _table(number, actions.values, actions.returns, np.arange(num_bins) / num_bins)
+
+
+def _turn_bins(actions: _Actions, num_bins: int) -> list[Bin]:
+    return _table(np.minimum(actions.turn, num_bins - 1), actions.values, actions.returns, np.arange(num_bins))
+
+
+def _table(number: NDArray[np.signedinteger], values: ArrayLike, returns: ArrayLike, starts: NDArray) -> list[Bin]:
+    """Rows of the bins 0..len(starts) - 1; `number` is each token's bin."""
+    counts = np.bincount(number, minlength=len(starts))
+    with np.errstate(invalid="ignore"):  # 0 / 0 is NaN
+        means = [np.bincount(number, weights=of, minlength=len(starts)) / counts for of in (values, returns)]
+    rows = zip(starts.tolist(), counts.tolist(), means[0].tolist(), means[1].tolist(), strict=True)
+    return [Bin(float(start), count, value, ret) for start, count, value, ret in rows]
+
+
+def _checked(values: ArrayLike, returns: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     v = np.asarray(values, np.float64).ravel()
     ret = np.asarray(returns, np.float64).ravel()
     if v.size != ret.size or not v.size:
         raise ValueError(f"{v.size} values and {ret.size} returns: must be equally many, at least one")
-    if not (np.isfinite(v).all() and np.isfinite(ret).all()):
-        raise ValueError("values and returns must be finite")
-    total = ret.var()
-    residual = (ret - v).var()
-    floor = 1e-12 * float(np.square(ret).mean() + np.square(v).mean())  # rounding is no variance
-    if total <= floor:
-        return 1.0 if residual <= floor else 0.0
-    return float(1.0 - residual / total)
+    for name, numbers in (("value", v), ("return", ret)):
+        bad = np.flatnonzero(~np.isfinite(numbers))
+        if len(bad):
+            raise ValueError(f"{name} {bad[0]} is {numbers[bad[0]]} ({len(bad)} of {v.size}): all must be finite")
+    return v, ret
 
 
-class PositionBin(NamedTuple):
-    """Action tokens of one stretch of their episodes."""
-
-    start: float  # relative position in the episode, 0 to 1
-    num_actions: int
-    mean_value: float  # NaN when there are none
-    mean_return: float
-
-
-def by_position(sub_traces: Sequence[SubTrace], targets: Sequence[Targets], num_bins: int = 10) -> list[PositionBin]:
-    """Mean value and mean return by relative position of the action token in its episode.
-
-    Action token j of an episode's n, counted through its sub-traces by `position`, falls into bin
-    floor(j / n * num_bins). A critic that knows nothing early and everything late shows it here.
-    """
+def _check_bins(num_bins: int) -> None:
     if num_bins < 1:
         raise ValueError(f"num_bins={num_bins}: must be at least 1")
-    episodes: dict[str, list[tuple[SubTrace, Targets]]] = {}
-    for trace, target in zip(sub_traces, targets, strict=True):
-        episodes.setdefault(trace.episode_id, []).append((trace, target))
-    counts, value_sums, return_sums = np.zeros(num_bins, np.int64), np.zeros(num_bins), np.zeros(num_bins)
-    for parts in episodes.values():
-        parts.sort(key=lambda part: part[0].position)
-        v = np.concatenate([target.values[trace.action_mask] for trace, target in parts])
-        ret = np.concatenate([target.returns[trace.action_mask] for trace, target in parts])
-        bins = np.arange(len(v)) * num_bins // max(len(v), 1)
-        counts += np.bincount(bins, minlength=num_bins)
-        value_sums += np.bincount(bins, weights=v, minlength=num_bins)
-        return_sums += np.bincount(bins, weights=ret, minlength=num_bins)
-    return [
-        PositionBin(
-            start=k / num_bins,
-            num_actions=int(counts[k]),
-            mean_value=float(value_sums[k] / counts[k]) if counts[k] else float("nan"),
-            mean_return=float(return_sums[k] / counts[k]) if counts[k] else float("nan"),
-        )
-        for k in range(num_bins)
-    ]

@@ -19,9 +19,12 @@ class CriticGroup(WorkerGroup):
         super().__init__("critic", actors, config.layout, timeout_s)
         self.config = config
 
-    def values(self, batch: Batch) -> Pending[dict[int, Float32]]:
-        """Value of the state before each token of a batch."""
-        return self.predict("values", batch)
+    def values(self, batch: Batch, beyond: bool = False) -> Pending[dict[int, Float32]]:
+        """Value of the state before each token, float32 [T] of each sub-trace of a batch by its index.
+
+        With `beyond` [T + 1]: the last entry is the value of the state after the last token.
+        """
+        return self.predict("values_and_end" if beyond else "values", batch)
 
     def update(
         self, batch: Batch, targets: Sequence[Targets], rng: np.random.Generator, num_epochs: int | None = None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from difflib import SequenceMatcher
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -52,14 +54,16 @@ class GroupStepAdam(torch.optim.Optimizer):
             for p in parameters:
                 if not self.state[p]:
                     self.state[p].update(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+            device = parameters[0].device
             self._rule(
                 parameters,
                 [p.grad for p in parameters],
                 [self.state[p]["exp_avg"] for p in parameters],
                 [self.state[p]["exp_avg_sq"] for p in parameters],
                 [],
-                [torch.tensor(float(done)) for _ in parameters],
-                foreach=True,
+                [torch.tensor(float(done), device=device) for _ in parameters],
+                foreach=device.type == "cpu",
+                fused=device.type == "cuda",  # one pass over state and gradient, no temporaries of their size
                 amsgrad=False,
                 beta1=group["betas"][0],
                 beta2=group["betas"][1],
@@ -80,6 +84,42 @@ def _use_group_step_adam() -> None:
     distrib_optimizer.Adam = GroupStepAdam
     distrib_optimizer.HAVE_APEX_OR_TE = True
     distrib_optimizer.USING_APEX_OPTIMIZER = True
+
+
+def freeze(model: Any, patterns: Sequence[str]) -> None:
+    """Parameters of a GPT whose name matches one of the patterns get no gradient: call it before `wrap_ddp`.
+
+    ValueError: see `frozen_names`.
+    """
+    parameters = dict(model.named_parameters())
+    for name in frozen_names(list(parameters), patterns):
+        parameters[name].requires_grad_(False)
+    if patterns and not any(p.requires_grad for p in model.embedding.parameters()):
+        # A recomputed layer passes no gradient to its own weights unless its input asks for one.
+        model.embedding.register_forward_hook(lambda module, args, out: out.requires_grad_())
+
+
+def frozen_names(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
+    """The names that match at least one pattern (`*`, `?`, `[...]`; of the whole name, case counts).
+
+    ValueError: a pattern that matches none, with the names that come nearest; nothing left to train.
+    """
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            nearest = sorted(names, key=lambda name: -_likeness(name, pattern))[:3]
+            raise ValueError(
+                f"freeze pattern {pattern!r} matches none of the {len(names)} parameters; nearest: {', '.join(nearest)}"
+            )
+    found = [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    if len(found) == len(names):
+        raise ValueError(f"freeze={list(patterns)} matches all {len(names)} parameters: leave some to train")
+    return found
+
+
+def _likeness(name: str, pattern: str) -> float:
+    """0 to 1, of the pattern without its wildcards to the name or one of its parts."""
+    wanted = pattern.strip("*.")
+    return max(SequenceMatcher(None, wanted, part).ratio() for part in (name, *name.split(".")))
 
 
 def wrap_ddp(model: Any) -> DistributedDataParallel:
