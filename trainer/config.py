@@ -7,10 +7,13 @@ from enum import Enum
 
 
 class Loss(str, Enum):
-    """Policy loss; formulas in trainer/losses.py."""
+    """Policy loss; formulas in trainer/losses/."""
 
     ppo = "ppo"
     dis = "dis"
+    cispo = "cispo"
+    gspo = "gspo"
+    decoupled = "decoupled"
 
 
 class LossNorm(str, Enum):
@@ -18,11 +21,52 @@ class LossNorm(str, Enum):
 
     token = "token"  # all action tokens of the optimizer step
     episode = "episode"  # mean over each episode's action tokens, then over episodes
+    sub_trace = "sub_trace"  # mean over each sub-trace's action tokens, then over sub-traces
+
+
+class Correction(str, Enum):
+    """What makes up for the engine's mu differing from the trainer's pi_old; trainer/losses/correction.py."""
+
+    none = "none"
+    tis = "tis"  # weight min(rho, high), rho = pi_old / mu of the token
+    icepop = "icepop"  # weight rho inside [low, high], else 0
+    mis = "mis"  # weight 0 for episodes whose geometric mean of rho leaves [low, high], or with a token of tiny rho
+
+
+class KL(str, Enum):
+    """Estimator of KL(pi_theta || reference) from sampled tokens; trainer/losses/kl.py."""
+
+    k1 = "k1"
+    k2 = "k2"
+    k3 = "k3"
+
+
+class KLPlace(str, Enum):
+    """Where the KL penalty enters."""
+
+    loss = "loss"  # added to every token's loss
+    reward = "reward"  # subtracted from every token's reward: the critic's returns contain it, too
+
+
+_CORRECTION_BOUNDS = {
+    Correction.none: (0.0, float("inf")),
+    Correction.tis: (0.0, 2.0),
+    Correction.icepop: (0.5, 2.0),
+    Correction.mis: (0.99, 1.01),
+}
 
 
 class Precision(str, Enum):
     fp32 = "fp32"
     bf16 = "bf16"
+
+
+class Recompute(str, Enum):
+    """What the backward pass computes again instead of keeping it; the arithmetic of docs/gpu.md."""
+
+    none = "none"
+    mlp = "mlp"  # the MLP: about half of the activations, for about a quarter of the forward pass
+    layer = "layer"  # every layer from its input: least memory, for the whole forward pass
 
 
 @dataclass
@@ -34,6 +78,7 @@ class LayoutConfig:
     sequence_parallel: bool = False
     precision: Precision = Precision.fp32
     max_tokens_per_micro_batch: int = 8192
+    recompute: Recompute = Recompute.none
 
     def __post_init__(self) -> None:
         if self.num_processes < 1 or self.tensor_parallel < 1:
@@ -78,6 +123,30 @@ class PolicyConfig:
     loss_norm: LossNorm = LossNorm.token
     clip_low: float = 0.2
     clip_high: float = 0.28
+    dual_clip: float = 0.0  # ppo: bound of the ratio where the advantage is negative, e.g. 3; 0: none
+    correction: Correction = Correction.none
+    correction_bounds: list[float] = field(default_factory=list)  # low, high; []: the correction's usual ones
+    kl_coef: float = 0.0  # of KL to the starting model; 0: none, and no reference model is loaded
+    kl: KL = KL.k3
+    kl_in: KLPlace = KLPlace.loss
+    entropy_coef: float = 0.0  # bonus for the entropy of the next token's distribution
+    nll_coef: float = 0.0  # of the negative log-likelihood of episodes with positive reward
+    train_summaries: bool = True  # False: summary tokens are no part of the policy's loss
     num_minibatches: int = 1  # optimizer steps per epoch over the step's batch
     num_epochs: int = 1
     max_logprob_diff: float = 1.0  # engine against trainer, tokens of the current version; above: an error
+
+    def __post_init__(self) -> None:
+        if self.correction_bounds and not (
+            len(self.correction_bounds) == 2 and 0 <= self.correction_bounds[0] < self.correction_bounds[1]
+        ):
+            raise ValueError(
+                f"policy.correction_bounds={self.correction_bounds}: must be [low, high] with 0 <= low < high, "
+                "or [] for the correction's usual ones"
+            )
+
+    @property
+    def correction_window(self) -> tuple[float, float]:
+        """Low and high bound of the correction's ratio."""
+        low, high = self.correction_bounds or _CORRECTION_BOUNDS[self.correction]
+        return low, high

@@ -5,6 +5,7 @@ megatron-core's own choices need Transformer Engine or Apex; these need only PyT
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -21,6 +22,10 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch.nn import functional as F
+from torch.nn.attention.varlen import varlen_attn
+
+# torch 2.11 takes fewer key and value heads than queries as they are; later versions want it said.
+_VARLEN_ASKS_FOR_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 class RMSNorm(torch.nn.Module):
@@ -92,8 +97,6 @@ class PackedAttention(MegatronModule):
         p = packed_seq_params
         grouped = query.shape[1] != key.shape[1]
         if query.is_cuda:
-            from torch.nn.attention.varlen import varlen_attn
-
             return varlen_attn(
                 query,
                 key,
@@ -104,7 +107,7 @@ class PackedAttention(MegatronModule):
                 p.max_seqlen_kv,
                 scale=self.scale,
                 window_size=(-1, 0),
-                enable_gqa=grouped,
+                **({"enable_gqa": grouped} if _VARLEN_ASKS_FOR_GQA else {}),
             ).flatten(1)
         shape = (p.num_sequences, p.max_seqlen_q)
         q, k, v = (_pad(x, p.slot_T, shape) for x in (query, key, value))

@@ -1,0 +1,136 @@
+"""Log-probabilities and entropies of a vocabulary projection that is never held whole.
+
+The logits of 32,768 tokens over 151,936 ids are 20 GB in float32, and their backward pass needs them several
+times. So the projection, the softmax and what is read off it are done for a slice of the tokens at a time, and
+once more in the backward pass:
+
+    z = h W^T,  log p_v = z_v - log sum_u e^{z_u}        score_0 = log p_y,  score_1 = H = -sum_v p_v log p_v
+    d score_0 / d z_v = [v = y] - p_v                    d score_1 / d z_v = -p_v (log p_v + H)
+
+P = predictions of a micro-batch, V = this rank's rows of the (padded) vocabulary, H = hidden size, C = tokens of a
+slice. Sums over v run over all tensor-parallel ranks' rows; rows that pad the vocabulary are no tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import distributed as dist
+from torch.nn import functional as F
+
+SLICE_BYTES = 1 << 30  # of float32 logits, the largest single tensor here
+SMALLEST = torch.finfo(torch.float32).min
+
+
+def slice_tokens(rows: int) -> int:
+    """Tokens whose float32 logits over `rows` ids take `SLICE_BYTES`, a multiple of 128."""
+    return max(128, SLICE_BYTES // (4 * rows) // 128 * 128)
+
+
+def fused(function: Callable[..., Any]) -> Callable[..., Any]:
+    """On GPUs, `function` as one generated kernel or few; on CPUs, where that needs a compiler, as it is."""
+    return torch.compile(function, dynamic=True) if torch.cuda.is_available() else function
+
+
+def _real(z_CV: torch.Tensor, num_real: int) -> torch.Tensor:
+    """float32, with the rows from `num_real` on at the smallest number."""
+    z_CV = z_CV.float()
+    if num_real == z_CV.shape[1]:
+        return z_CV
+    return z_CV.masked_fill(torch.arange(z_CV.shape[1], device=z_CV.device) >= num_real, SMALLEST)
+
+
+@fused
+def _largest(z_CV: torch.Tensor, num_real: int) -> torch.Tensor:
+    return _real(z_CV, num_real).amax(1)
+
+
+@fused
+def _sums(z_CV: torch.Tensor, largest_C: torch.Tensor, labels_C: torch.Tensor, num_real: int) -> torch.Tensor:
+    """[3, C]: sum e^x, sum x e^x and x_y, with x = z - largest; a label of another rank's row adds 0."""
+    x_CV = _real(z_CV, num_real) - largest_C[:, None]
+    e_CV = x_CV.exp()
+    own_C = (labels_C >= 0) & (labels_C < num_real)
+    x_y_C = x_CV.gather(1, labels_C.clamp(0, num_real - 1)[:, None])[:, 0]
+    weighted_C = torch.where(e_CV > 0, e_CV * x_CV, 0.0).sum(1)
+    return torch.stack([e_CV.sum(1), weighted_C, torch.where(own_C, x_y_C, 0.0)])
+
+
+@fused
+def _slope(
+    z_CV: torch.Tensor,
+    log_total_C: torch.Tensor,
+    entropy_C: torch.Tensor,
+    labels_C: torch.Tensor,
+    grad_2C: torch.Tensor,
+    num_real: int,
+) -> torch.Tensor:
+    """Gradient with respect to the logits, in their dtype."""
+    log_p_CV = _real(z_CV, num_real) - log_total_C[:, None]
+    p_CV = log_p_CV.exp()
+    at_label_CV = torch.arange(z_CV.shape[1], device=z_CV.device) == labels_C[:, None]
+    slope_CV = grad_2C[0][:, None] * (at_label_CV.float() - p_CV)
+    slope_CV = slope_CV - torch.where(p_CV > 0, grad_2C[1][:, None] * p_CV * (log_p_CV + entropy_C[:, None]), 0.0)
+    return slope_CV.to(z_CV.dtype)
+
+
+class _Scores(torch.autograd.Function):
+    """See the module's docstring. Hidden [P, H], weight [V, H], labels int64 [P] counted from this rank's first row."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_PH: torch.Tensor, weight_VH: torch.Tensor, labels_P: torch.Tensor, num_real: int, group: Any
+    ) -> torch.Tensor:
+        scores, totals = [], []
+        size = slice_tokens(weight_VH.shape[0])
+        for hidden_CH, labels_C in zip(hidden_PH.split(size), labels_P.split(size), strict=True):
+            z_CV = F.linear(hidden_CH, weight_VH)
+            largest_C = _largest(z_CV, num_real)
+            if group.size() > 1:
+                dist.all_reduce(largest_C, op=dist.ReduceOp.MAX, group=group)
+            sums_3C = _sums(z_CV, largest_C, labels_C, num_real)
+            if group.size() > 1:
+                dist.all_reduce(sums_3C, group=group)
+            log_total_C = sums_3C[0].log()
+            scores.append(torch.stack([sums_3C[2] - log_total_C, log_total_C - sums_3C[1] / sums_3C[0]]))
+            totals.append(largest_C + log_total_C)
+        scores_2P = torch.cat(scores, 1)
+        ctx.save_for_backward(hidden_PH, weight_VH, labels_P, torch.cat(totals), scores_2P[1].contiguous())
+        ctx.num_real = num_real
+        return scores_2P
+
+    @staticmethod
+    def backward(ctx: Any, grad_2P: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None, None]:
+        hidden_PH, weight_VH, labels_P, log_total_P, entropy_P = ctx.saved_tensors
+        size = slice_tokens(weight_VH.shape[0])
+        grad_hidden_PH = torch.empty_like(hidden_PH)
+        grad_weight_VH = torch.zeros_like(weight_VH, dtype=torch.float32)  # the slices' parts are summed in float32
+        for start in range(0, len(hidden_PH), size):
+            part = slice(start, start + size)
+            hidden_CH = hidden_PH[part]
+            z_CV = F.linear(hidden_CH, weight_VH)
+            slope_CV = _slope(
+                z_CV, log_total_P[part], entropy_P[part], labels_P[part], grad_2P[:, part].contiguous(), ctx.num_real
+            )
+            del z_CV
+            grad_hidden_PH[part] = slope_CV @ weight_VH
+            grad_weight_VH += slope_CV.t() @ hidden_CH
+        return grad_hidden_PH, grad_weight_VH.to(weight_VH.dtype), None, None, None
+
+
+def scores(
+    hidden_PH: torch.Tensor, weight_VH: torch.Tensor, labels_P: torch.Tensor, vocab: int, group: Any
+) -> torch.Tensor:
+    """float32 [2, P]: log-probability of each label, and entropy in nats of the distribution it is drawn from.
+
+    `weight_VH` is the slice of the rank's place in the tensor-parallel `group`; `vocab` counts the real ids, all
+    ranks together. The gradient with respect to `hidden_PH` is this rank's part of a sum over `group`.
+    """
+    rows = weight_VH.shape[0]
+    first = group.rank() * rows
+    num_real = max(1, min(rows, vocab - first))
+    assert vocab > first, "a rank holds padding only"
+    result: torch.Tensor = _Scores.apply(hidden_PH, weight_VH, labels_P - first, num_real, group)
+    return result
