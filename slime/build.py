@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import ray
 
 from buffer.actor import BufferActor
-from critic.config import CriticConfig
+from critic.config import Baseline, CriticConfig
+from critic.estimators import CriticEstimator, EpisodeEstimator, Estimator
 from critic.group import CriticGroup
 from critic.worker import CriticWorker
 from rollout.engine import EngineServer
@@ -17,9 +19,9 @@ from rollout.group import EngineGroup, RolloutGroup
 from rollout.worker import RolloutSettings, RolloutWorker
 from slime.prepare import Prepared
 from slime.schema import Config
-from slime.weights import Weights
+from slime.weights import SharedGpuWeights, Weights
 from trainer.config import PolicyConfig
-from trainer.group import PolicyGroup
+from trainer.group import NoReference, PolicyGroup, WorkerGroup
 from trainer.policy import PolicyWorker
 from trainer.worker import WorkerSettings
 
@@ -34,9 +36,15 @@ class Parts:
     rollout: RolloutGroup
     engines: EngineGroup
     policy: PolicyGroup
-    critic: CriticGroup
+    reference: PolicyGroup | NoReference
+    estimator: Estimator
     weights: Weights
     servers: list[Any]
+
+    @property
+    def roles(self) -> list[WorkerGroup]:
+        """Groups of processes that train: what a checkpoint holds."""
+        return [self.policy, *self.estimator.roles]
 
     def stop(self) -> None:
         """Ends engines and sandboxes; Ray's own end takes the rest."""
@@ -44,17 +52,24 @@ class Parts:
         ray.get([server.stop.remote() for server in self.servers], timeout=60)
 
 
-def _gpus(config: Config, each: int = 1) -> int:
+SHARE = 0.2  # of the one GPU that engine, policy, reference and critic share: a bookkeeping number of Ray's
+
+
+def _gpus(config: Config, each: int = 1) -> float:
+    if config.cluster.share_gpu:
+        return SHARE
     return each if config.cluster.gpus_per_node else 0
 
 
-def _ranks(config: Config, worker: type, role: PolicyConfig | CriticConfig, folder: Path) -> list[Any]:
+def _ranks(
+    config: Config, worker: type, role: PolicyConfig | CriticConfig, folder: Path, frozen: bool = False
+) -> list[Any]:
     """One actor for each process of a training role, not started."""
     cls = ray.remote(worker).options(num_cpus=0, num_gpus=_gpus(config))
     threads, timeout_s = config.cluster.threads_per_process, config.cluster.start_timeout_s
 
     def settings(rank: int) -> WorkerSettings:
-        return WorkerSettings(rank, role.layout, role.optimizer, str(folder), config.seed, threads, timeout_s)
+        return WorkerSettings(rank, role.layout, role.optimizer, str(folder), config.seed, threads, timeout_s, frozen)
 
     return [cls.remote(settings(rank), role) for rank in range(role.layout.num_processes)]
 
@@ -65,10 +80,20 @@ def build_policy(config: Config, folder: Path) -> PolicyGroup:
     return PolicyGroup(ranks, config.policy, config.cluster.start_timeout_s)
 
 
-def build_critic(config: Config, folder: Path) -> CriticGroup:
-    """The critic's ranks, not started."""
+def build_reference(config: Config, folder: Path) -> PolicyGroup | NoReference:
+    """The starting model, frozen, in the policy's layout, not started; nothing where no KL is asked for."""
+    if not config.policy.kl_coef:
+        return NoReference()
+    ranks = _ranks(config, PolicyWorker, config.policy, folder, frozen=True)
+    return PolicyGroup(ranks, config.policy, config.cluster.start_timeout_s, "reference")
+
+
+def build_estimator(config: Config, folder: Path) -> Estimator:
+    """The critic's ranks, not started, or a baseline that needs none."""
+    if config.advantage.baseline is not Baseline.critic:
+        return EpisodeEstimator(config.advantage)
     ranks = _ranks(config, CriticWorker, config.critic, folder)
-    return CriticGroup(ranks, config.critic, config.cluster.start_timeout_s)
+    return CriticEstimator(CriticGroup(ranks, config.critic, config.cluster.start_timeout_s), config.advantage)
 
 
 def build_servers(config: Config, folder: Path, run_dir: Path) -> list[Any]:
@@ -84,6 +109,7 @@ def build_servers(config: Config, folder: Path, run_dir: Path) -> list[Any]:
             cpu=config.cluster.gpus_per_node == 0,
             threads=config.cluster.threads_per_process,
             seed=config.seed + number,
+            yields_memory=config.cluster.share_gpu,
         )
         for number in range(engine.num_engines)
     ]
@@ -112,13 +138,25 @@ def build_rollout(config: Config, inputs: Prepared, engine_urls: list[str]) -> R
     return RolloutGroup(workers, config.rollout.engine.request_timeout_s)
 
 
+def build_weights(
+    config: Config, policy: PolicyGroup, engines: EngineGroup, trainers: Sequence[WorkerGroup]
+) -> Weights:
+    """The path from the policy to the engines, not connected."""
+    limit_s = config.cluster.start_timeout_s
+    if config.cluster.share_gpu:
+        return SharedGpuWeights(policy, engines, limit_s, trainers)
+    return Weights(policy, engines, "nccl" if config.cluster.gpus_per_node else "gloo", limit_s)
+
+
 def build(config: Config, inputs: Prepared, run_dir: Path) -> Parts:
     """Starts everything side by side and waits until all of it answers."""
     limit_s = config.cluster.start_timeout_s
     servers = build_servers(config, inputs.model_folder, run_dir)
     policy = build_policy(config, inputs.model_folder)
-    critic = build_critic(config, inputs.model_folder)
-    starting = [policy.start(limit_s), critic.start(limit_s)]
+    reference = build_reference(config, inputs.model_folder)
+    estimator = build_estimator(config, inputs.model_folder)
+    frozen = [reference] if isinstance(reference, PolicyGroup) else []
+    starting = [role.start(limit_s) for role in (policy, *frozen, *estimator.roles)]
     buffer_class = ray.remote(BufferActor).options(num_cpus=0, max_concurrency=ASYNC_CALLS)
     buffer = buffer_class.remote(config.buffer, len(inputs.train_rows), config.seed)
     urls = ray.get([server.start.remote() for server in servers], timeout=limit_s)
@@ -128,6 +166,6 @@ def build(config: Config, inputs: Prepared, run_dir: Path) -> Parts:
         pending.result(limit_s)
     ray.get(ready, timeout=limit_s)
     engines = EngineGroup(urls, inputs.vocab_size, config.rollout.compaction.context_tokens, config.rollout.engine)
-    weights = Weights(policy, engines, config.cluster.gpus_per_node > 0, limit_s)
+    weights = build_weights(config, policy, engines, [policy, *frozen, *estimator.roles])
     weights.connect()
-    return Parts(buffer, rollout, engines, policy, critic, weights, servers)
+    return Parts(buffer, rollout, engines, policy, reference, estimator, weights, servers)

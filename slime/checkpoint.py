@@ -1,7 +1,7 @@
 """Checkpoints of a whole run: policy, critic, optimizers, step, prompts. Complete or not there at all.
 
     runs/<name>/checkpoints/step_000010/
-        policy/  critic/     Megatron distributed checkpoints
+        policy/  critic/     Megatron distributed checkpoints (no critic/ in runs without one)
         state.json           step and the buffer's open tickets
 
 A checkpoint is written beside its place and renamed when everything is on disk.
@@ -36,7 +36,7 @@ def save(run_dir: Path, step: int, parts: Parts, keep: int) -> Path:
     part = folder.with_suffix(".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    saving = [role.submit("save", str((part / role.name).resolve())) for role in (parts.policy, parts.critic)]
+    saving = [role.submit("save", str((part / role.name).resolve())) for role in parts.roles]
     for pending in saving:
         pending.result()
     state = {"step": step, "buffer": ray.get(parts.buffer.state_dict.remote(), timeout=60)}
@@ -57,7 +57,7 @@ def load(run_dir: Path, parts: Parts) -> int:
         return 0
     folder = _folder(run_dir, found[-1])
     state: dict[str, Any] = json.loads((folder / "state.json").read_text())
-    loading = [role.submit("load", str((folder / role.name).resolve())) for role in (parts.policy, parts.critic)]
+    loading = [role.submit("load", str((folder / role.name).resolve())) for role in parts.roles]
     for pending in loading:
         pending.result()
     ray.get(parts.buffer.load_state_dict.remote(state["buffer"]), timeout=60)

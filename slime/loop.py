@@ -1,7 +1,7 @@
 """The loop.
 
     batch    whole episodes, packed for the data-parallel ranks          buffer
-    values   forward only, beside the policy's own log-probabilities     critic, policy
+    ask      forward only, side by side: values, log-probabilities       critic, policy, reference
     targets  advantages and returns, once, where episodes are whole      here
     update   critic and policy side by side                              critic, policy
     publish  new weights, device to device, into the running engines     policy -> engines
@@ -16,18 +16,23 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import ray
 
-from buffer.types import Batch, Float32, SubTrace
-from critic.advantages import advantages
-from critic.diagnostics import explained_variance
+from buffer.types import Batch, Float32, SubTrace, Targets
+from critic.estimators import Judged
 from slime.build import Parts
+from slime.observe import metrics as observed
 from slime.observe.watch import Watch
 from slime.schema import Config
+from trainer.config import KLPlace, PolicyConfig
+from trainer.losses.correction import correction_weights
+from trainer.losses.kl import kl_reward
 
 VALUE_BATCHES_SEED = 7919  # keeps the critic's shuffles apart from the policy's
+EXPLAINED = "critic/explained_variance"
 
 
 class Clock:
@@ -62,16 +67,6 @@ def take(config: Config, parts: Parts, watch: Watch) -> tuple[Batch, list[SubTra
     return batch, ray.get([item.ref for item in batch.items], timeout=config.cluster.start_timeout_s)
 
 
-def logprob_difference(sub_traces: Sequence[SubTrace], logprobs: Mapping[int, Float32], version: int) -> float:
-    """Largest difference of engine and trainer log-probabilities, over tokens sampled at `version`; 0 if none were."""
-    worst = 0.0
-    for i, trace in enumerate(sub_traces):
-        mask = trace.action_mask & (trace.versions == version)
-        if mask.any():
-            worst = max(worst, float(np.abs(trace.logprobs[mask] - logprobs[i][mask]).max()))
-    return worst
-
-
 def train_step(config: Config, parts: Parts, watch: Watch, step: int, evaluating: bool) -> dict[str, float]:
     """One pass of the loop; returns its metrics, those of an evaluation of the new weights among them."""
     clock = Clock(watch)
@@ -80,42 +75,29 @@ def train_step(config: Config, parts: Parts, watch: Watch, step: int, evaluating
     with clock.phase("rollout"):
         batch, sub_traces = take(config, parts, watch)
     with clock.phase("values"):
-        pending = parts.critic.values(batch), parts.policy.logprobs(batch)
-        values, logprobs = pending[0].result(), pending[1].result()
-    targets = advantages(sub_traces, [values[i] for i in range(len(sub_traces))], config.advantage)
-    difference = logprob_difference(sub_traces, logprobs, parts.weights.version)
-    if difference > config.policy.max_logprob_diff:
-        raise RuntimeError(
-            f"step {step}: engine and trainer differ by {difference:.3g} in log-probability, "
-            f"policy.max_logprob_diff is {config.policy.max_logprob_diff:g}: the engine does not run these weights"
-        )
+        parts.weights.lend_memory()
+        asked = parts.estimator.ask(batch), parts.policy.logprobs(batch), parts.reference.logprobs(batch)
+        values, old, reference = asked[0].result(), asked[1].result(), asked[2].result()
+    metrics = observed.rollout_metrics(batch)
+    metrics |= observed.staleness_metrics(sub_traces, parts.weights.version)
+    metrics |= observed.engine_metrics(sub_traces, old, parts.weights.version)
+    metrics |= observed.reference_metrics(sub_traces, old, reference)
+    refuse_other_weights(config, step, metrics)
+    corrections = correct(config.policy, sub_traces, old)
+    judged = parts.estimator.targets(batch, penalised(config.policy, sub_traces, old, reference), values)
+    metrics |= judged.metrics | observed.advantage_metrics(sub_traces, judged.targets)
+    metrics |= observed.correction_metrics(sub_traces, corrections)
     with clock.phase("update"):
         updating = (
-            parts.critic.update(batch, targets, value_rng),
-            parts.policy.update(batch, sub_traces, targets, logprobs, rng),
+            parts.estimator.update(batch, judged.targets, value_rng),
+            parts.policy.update(batch, sub_traces, judged.targets, old, reference, corrections, rng),
         )
-        critic_metrics, policy_metrics = updating[0].result(), updating[1].result()
-    lag = parts.weights.version - min((item.oldest_version for item in batch.items), default=parts.weights.version)
+        metrics |= {f"critic/{name}": number for name, number in updating[0].result().items()}
+        metrics |= {f"policy/{name}": number for name, number in updating[1].result().items()}
     with clock.phase("publish"):
         parts.weights.publish(step)
-    watch.sample(step, "train", batch, sub_traces, targets)
-    metrics = rollout_metrics(batch)
-    metrics |= {f"policy/{name}": number for name, number in policy_metrics.items() if name != "clipped"}
-    metrics |= {f"critic/{name}": number for name, number in critic_metrics.items()}
-    masks = [trace.action_mask for trace in sub_traces]
-    flat = {
-        name: np.concatenate([getattr(t, name)[m] for t, m in zip(targets, masks, strict=True)])
-        for name in ("values", "returns", "advantages")
-    }
-    metrics |= {
-        "policy/clip_fraction": policy_metrics["clipped"],
-        "policy/engine_logprob_diff_max": difference,
-        "policy/advantage_std": float(flat["advantages"].std()),
-        "critic/explained_variance": explained_variance(flat["values"], flat["returns"]),
-        "critic/value_mean": float(flat["values"].mean()),
-        "weights/version": float(parts.weights.version),
-        "weights/lag_max": float(lag),
-    }
+    metrics["weights/version"] = float(parts.weights.version)
+    watch.sample(step, "train", batch, sub_traces, judged.targets)
     if evaluating:  # before the release: synchronous engines then serve the evaluation alone
         with clock.phase("eval"):
             metrics |= evaluate(config, parts, watch, step)
@@ -123,24 +105,41 @@ def train_step(config: Config, parts: Parts, watch: Watch, step: int, evaluating
     return metrics | clock.metrics()
 
 
-def rollout_metrics(batch: Batch) -> dict[str, float]:
-    """Numbers of a batch's episodes."""
+def refuse_other_weights(config: Config, step: int, metrics: Mapping[str, float]) -> None:
+    """RuntimeError: engine and trainer disagree on tokens of the present weights."""
+    difference = metrics["policy/engine_logprob_diff_max"]
+    if difference > config.policy.max_logprob_diff:
+        raise RuntimeError(
+            f"step {step}: engine and trainer differ by {difference:.3g} in log-probability, "
+            f"policy.max_logprob_diff is {config.policy.max_logprob_diff:g}: the engine does not run these weights"
+        )
 
-    def mean(name: str) -> float:
-        return float(np.mean([stats[name] for stats in batch.episodes]))
 
-    return {
-        "rollout/reward_mean": mean("reward"),
-        "rollout/num_episodes": float(len(batch.episodes)),
-        "rollout/num_sub_traces": float(len(batch.items)),
-        "rollout/compactions_per_episode": mean("compactions"),
-        "rollout/compacted_fraction": mean("compacted"),
-        "rollout/turns_per_episode": mean("turns"),
-        "rollout/truncated_fraction": mean("truncated"),
-        "rollout/tokens_generated": float(sum(stats["tokens_generated"] for stats in batch.episodes)),
-        "rollout/tokens_trained": float(batch.num_tokens),
-        "rollout/engine_time_fraction": mean("engine_seconds") / mean("seconds"),
-    }
+def correct(config: PolicyConfig, sub_traces: Sequence[SubTrace], old: Mapping[int, Float32]) -> list[Float32]:
+    """Weight of every token's policy loss that makes up for the engine's probabilities."""
+    trainers = [old[i] for i in range(len(sub_traces))]
+    return correction_weights(sub_traces, trainers, config.correction, *config.correction_window)
+
+
+def penalised(
+    config: PolicyConfig,
+    sub_traces: Sequence[SubTrace],
+    old: Mapping[int, Float32],
+    reference: Mapping[int, Float32],
+) -> Sequence[SubTrace]:
+    """Rewards less the KL to the reference, token by token, where the penalty is part of the reward.
+
+    r_i - kl_coef k(i), k the estimator of KL(pi_old || reference) at action token i: advantages and the critic's
+    returns contain the same penalty.
+    """
+    if not reference or config.kl_in is not KLPlace.reward:
+        return sub_traces
+    found = []
+    for i, trace in enumerate(sub_traces):
+        penalty = config.kl_coef * kl_reward(old[i], reference[i], config.kl)
+        rewards = np.where(trace.action_mask, trace.rewards - penalty, 0).astype(np.float32)
+        found.append(replace(trace, rewards=rewards))
+    return found
 
 
 def evaluate(config: Config, parts: Parts, watch: Watch, step: int) -> dict[str, float]:
@@ -158,24 +157,36 @@ def evaluate(config: Config, parts: Parts, watch: Watch, step: int) -> dict[str,
 def warm_up_critic(config: Config, parts: Parts, watch: Watch) -> dict[str, float]:
     """Value pre-training: returns of the unmoved policy, before the first policy update.
 
-    The last batch is held out; its explained variance is what the metrics say.
+    Each new batch first says how well the critic explains episodes that it has not seen. If well enough, training
+    stops there; else it trains on the batch, until `warmup_episodes` have been used. Then it goes over them again.
+    The last batch is never trained on: what the metrics say is measured on it. The policy is still its own
+    reference here, so that no KL is missing in the rewards.
     """
-    size = config.buffer.episodes_per_step
-    batches = []
-    for done in range(0, config.critic.warmup_episodes, size):
-        watch.phase(f"value pre-training: episodes {done}/{config.critic.warmup_episodes}")
-        batch, sub_traces = take(config, parts, watch)
-        values = parts.critic.values(batch).result()
-        targets = advantages(sub_traces, [values[i] for i in range(len(sub_traces))], config.advantage)
-        batches.append((batch, sub_traces, targets))
-        ray.get(parts.buffer.release.remote(batch.step), timeout=60)
+    size, goal = config.buffer.episodes_per_step, config.critic.warmup_explained_variance
     rng = np.random.default_rng([config.seed, VALUE_BATCHES_SEED])
-    for epoch in range(config.critic.warmup_epochs):
-        watch.phase(f"value pre-training: pass {epoch + 1}/{config.critic.warmup_epochs}")
-        for batch, _, targets in batches[:-1] or batches:
-            parts.critic.update(batch, targets, rng, num_epochs=1).result()
-    batch, sub_traces, targets = batches[-1]
-    values = parts.critic.values(batch).result()
-    found = np.concatenate([values[i][trace.action_mask] for i, trace in enumerate(sub_traces)])
-    wanted = np.concatenate([t.returns[trace.action_mask] for t, trace in zip(targets, sub_traces, strict=True)])
-    return {"critic/warmup_explained_variance": explained_variance(found, wanted)}
+    trained: list[tuple[Batch, list[Targets]]] = []
+    while True:
+        watch.phase(f"value pre-training: episodes {len(trained) * size}/{config.critic.warmup_episodes}")
+        batch, sub_traces = take(config, parts, watch)
+        judged = judge(parts, batch, sub_traces)
+        ray.get(parts.buffer.release.remote(batch.step), timeout=60)
+        if judged.metrics.get(EXPLAINED, 0.0) >= goal or len(trained) * size >= config.critic.warmup_episodes:
+            break
+        parts.estimator.update(batch, judged.targets, rng, num_epochs=1).result()
+        trained.append((batch, judged.targets))
+    if judged.metrics.get(EXPLAINED, 0.0) < goal:
+        for epoch in range(1, config.critic.warmup_epochs):
+            watch.phase(f"value pre-training: pass {epoch + 1}/{config.critic.warmup_epochs}")
+            for seen, targets in trained:
+                parts.estimator.update(seen, targets, rng, num_epochs=1).result()
+        judged = judge(parts, batch, sub_traces)
+    return {
+        "critic/warmup_explained_variance": judged.metrics.get(EXPLAINED, 0.0),
+        "critic/warmup_episodes": float(len(trained) * size),
+        "rollout/tokens_generated": float(sum(b.num_actions for b in (*(b for b, _ in trained), batch))),
+    }
+
+
+def judge(parts: Parts, batch: Batch, sub_traces: Sequence[SubTrace]) -> Judged:
+    """A batch's targets under the estimator as it is now."""
+    return parts.estimator.targets(batch, sub_traces, parts.estimator.ask(batch).result())

@@ -116,7 +116,7 @@ def train(config: Config, parts: Parts, watch: Watch, run_dir: Path, step: int) 
     parts.rollout.run(parts.buffer)
     if step == 0:
         first: dict[str, float] = {"weights/version": 0.0}
-        if config.critic.warmup_episodes:
+        if parts.estimator.roles and config.critic.warmup_episodes:
             first |= loop.warm_up_critic(config, parts, watch)
         watch.phase("eval")
         watch.step(0, first | loop.evaluate(config, parts, watch, 0))

@@ -118,7 +118,8 @@ def test_the_nearest_number_named_does_work() -> None:
 def test_ranges_name_every_number_of_the_schema() -> None:
     """A new number needs a range, or a place in this list with the check that covers it."""
     elsewhere = {
-        *(f"buffer.{key}" for key in ("episodes_per_step", "slots", "window")),  # BufferConfig.__post_init__
+        # BufferConfig.__post_init__
+        *(f"buffer.{key}" for key in ("episodes_per_step", "episodes_per_prompt", "slots", "window")),
         "rollout.compaction.context_tokens",  # CompactionConfig.__post_init__
         *(f"{role}.layout.{key}" for role in ("policy", "critic") for key in ("num_processes", "tensor_parallel")),
         *(f"{role}.layout.max_tokens_per_micro_batch" for role in ("policy", "critic")),  # at least the window
@@ -130,6 +131,41 @@ def test_ranges_name_every_number_of_the_schema() -> None:
     }
     assert numbers - set(RANGES) == elsewhere
     assert set(RANGES) <= numbers
+
+
+# ----------------------------------------------------------- baselines of episodes
+
+
+@pytest.mark.parametrize("baseline", ["grpo", "grpo_no_std", "rloo"])
+def test_a_group_of_one_has_no_baseline(baseline: str) -> None:
+    message = refusal(*PINNED, f"advantage.baseline={baseline}")
+    assert f"advantage.baseline={baseline}" in message
+    assert "buffer.episodes_per_prompt=1: use at least 2" in message
+    load([*PINNED, f"advantage.baseline={baseline}", "buffer.episodes_per_prompt=2"])
+    load([*PINNED, "advantage.baseline=reinforce_pp"])
+
+
+@pytest.mark.parametrize(
+    ("argument", "parts"),
+    [
+        ("buffer.episodes_per_prompt=0", ["buffer.episodes_per_prompt=0", "at least 1"]),
+        ("buffer.episodes_per_prompt=12", ["buffer.episodes_per_step=128", "episodes_per_prompt=12", "works is 132"]),
+        ("buffer.episodes_per_prompt=8 buffer.slots=133", ["buffer.slots=133", "nearest that works is 136"]),
+        ("buffer.episodes_per_prompt=8 buffer.slots=144 buffer.window=130", ["buffer.window=130", "works is 128"]),
+        ("buffer.episodes_per_prompt=8 advantage.credit=discounted", ["advantage.credit=discounted", "=chained"]),
+        ("buffer.episodes_per_prompt=8 advantage.gamma=0.99", ["advantage.gamma=0.99", "use advantage.gamma=1"]),
+    ],
+)
+def test_groups_that_can_not_work(argument: str, parts: list[str]) -> None:
+    message = refusal(*PINNED, "advantage.baseline=grpo", *argument.split(" "))
+    for part in parts:
+        assert part in message
+
+
+def test_without_a_critic_its_numbers_are_not_looked_at() -> None:
+    wrong = "critic.num_minibatches=129"
+    assert wrong in refusal(*PINNED, wrong)
+    load([*PINNED, wrong, "advantage.baseline=rloo", "buffer.episodes_per_prompt=8"])
 
 
 # ------------------------------------------------------------- GPUs and the model

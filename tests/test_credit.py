@@ -196,7 +196,8 @@ class Lab:
         """One optimizer step on whole episodes. Returns loss and gradient norm, and the weights after it."""
         from buffer.packing import pack
         from trainer.config import Loss, LossNorm
-        from trainer.group import loss_weights, reduced
+        from trainer.fields import loss_weights, parts_of
+        from trainer.group import reduced
 
         self.reset()
         self.worker.config = replace(self.worker.config, loss=Loss(loss), loss_norm=LossNorm(norm))
@@ -212,6 +213,7 @@ class Lab:
             "weights": loss_weights(Batch(0, tuple(items), ()), traces, [grid], LossNorm(norm)),
             "old_logprobs": moved,
             "engine_logprobs": moved,
+            "part": {i: parts_of(trace) for i, trace in enumerate(traces)},
         }
         metrics = reduced([self.worker.update(traces, fields, [grid])])
         return metrics, self.parameters()
@@ -234,8 +236,8 @@ def test_a_cut_changes_no_gradient_and_no_weight(lab: Lab, loss: str, norm: str)
     uncut, uncut_weights = lab.update(p.whole, p.whole_values, loss, norm, two_rows=False)
     was_cut, cut_weights = lab.update(p.parts, p.parts_values, loss, norm, two_rows=True)
     assert uncut["grad_norm"] > 0.1
-    assert 0.05 < uncut["clipped"] < 0.95
-    for name in ("loss", "grad_norm", "clipped", "kl"):
+    assert 0.05 < uncut["clip_fraction"] < 0.95
+    for name in ("loss", "grad_norm", "clip_fraction", "kl"):
         assert was_cut[name] == pytest.approx(uncut[name], rel=1e-5, abs=1e-6), name
     step = max(np.abs(uncut_weights[name] - before).max() for name, before in lab.first.items())
     assert step > 1e-3

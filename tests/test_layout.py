@@ -111,14 +111,22 @@ def _catches_everything(caught: ast.expr | None) -> bool:
     return bool(names & {"Exception", "BaseException"})
 
 
-def count_settings(config: type) -> int:
-    """Settings that a user can write, counted through nested dataclasses; a group is not a setting itself."""
+def count_settings(config: type, known: set[type] | None = None) -> int:
+    """Settings that a user has to learn, counted through nested dataclasses; a group is not a setting itself.
+
+    A group that stands in several places (the layout of policy and of critic) is learned once.
+    """
+    known = set() if known is None else known
+    known.add(config)
     hints = typing.get_type_hints(config)
     total = 0
     for field in dataclasses.fields(config):
         kinds = [kind for kind in (hints[field.name], *typing.get_args(hints[field.name])) if isinstance(kind, type)]
         nested = next((kind for kind in kinds if dataclasses.is_dataclass(kind)), None)
-        total += count_settings(nested) if nested else 1
+        if nested is None:
+            total += 1
+        elif nested not in known:
+            total += count_settings(nested, known)
     return total
 
 
@@ -137,11 +145,15 @@ def test_settings_are_counted_through_groups() -> None:
         a: int = 0
         b: str = ""
 
-    outer = dataclasses.make_dataclass(
-        "Outer", [("x", int), ("one", Inner), ("two", Inner | None), ("three", list[Inner])]
-    )
+    @dataclasses.dataclass
+    class Other:
+        c: bool = False
+
+    outer = dataclasses.make_dataclass("Outer", [("x", int), ("one", Inner | None), ("three", list[Other])])
+    twice = dataclasses.make_dataclass("Twice", [("x", int), ("one", Inner), ("two", Inner), ("deep", outer)])
     assert count_settings(Inner) == 2
-    assert count_settings(outer) == 1 + 2 + 2 + 2
+    assert count_settings(outer) == 1 + 2 + 1
+    assert count_settings(twice) == 1 + 2 + (1 + 1)
 
 
 @pytest.mark.parametrize(

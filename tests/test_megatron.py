@@ -107,7 +107,7 @@ def running(group_class: type, worker: type, folder: Path, layout: LayoutConfig,
 
 
 def policy(folder: Path, layout: LayoutConfig, norm: LossNorm = LossNorm.token) -> Any:
-    config = PolicyConfig(loss_norm=norm, num_minibatches=2, num_epochs=2)
+    config = PolicyConfig(loss_norm=norm, num_minibatches=2, num_epochs=2, entropy_coef=0.01, kl_coef=0.1)
     return running(PolicyGroup, PolicyWorker, folder, layout, config)
 
 
@@ -115,7 +115,9 @@ def train_policy(group: Any, traces: list[SubTrace]) -> tuple[dict[int, Any], di
     """Log-probabilities, metrics of four optimizer steps, log-probabilities after them."""
     batch = batch_of(traces)
     before = group.logprobs(batch).result()
-    metrics = group.update(batch, traces, targets_of(traces), before, np.random.default_rng(3)).result()
+    ones = [np.ones(len(trace.tokens), np.float32) for trace in traces]
+    rng = np.random.default_rng(3)
+    metrics = group.update(batch, traces, targets_of(traces), before, before, ones, rng).result()
     return before, metrics, group.logprobs(batch).result()
 
 
@@ -149,7 +151,7 @@ def test_layout_changes_nothing(name: str, reference: Any, folder: Path, traces:
     with policy(folder, LAYOUTS[name]) as group:
         before, metrics, after = train_policy(group, traces)
     assert_close(before, reference[0], 5e-6)
-    for key in ("loss", "grad_norm", "kl", "clipped"):
+    for key in ("loss", "grad_norm", "kl", "clip_fraction", "ratio_max", "entropy", "gradient_share/final"):
         assert metrics[key] == pytest.approx(reference[1][key], rel=1e-4, abs=1e-6), key
     assert_close(after, reference[2], 2e-4)  # after four Adam steps of lr 1e-2
     moved = max(float(np.abs(after[i] - before[i]).max()) for i in after)

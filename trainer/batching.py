@@ -27,10 +27,24 @@ class MicroBatch:
     packing: Packing
     indices: tuple[int, ...]  # which sub-traces, in order; empty for a padding micro-batch
     lengths: tuple[int, ...]  # predictions of each sequence, padding sequence included
+    names: tuple[str, ...]  # of the sequences, for people
 
     @property
     def num_actions(self) -> int:
         return int(self.action_P.sum())
+
+    @property
+    def sequence_P(self) -> torch.Tensor:
+        """Number of the sequence that each prediction belongs to, int64."""
+        lengths_N = torch.tensor(self.lengths, device=self.action_P.device)
+        return torch.repeat_interleave(torch.arange(len(self.lengths), device=lengths_N.device), lengths_N)
+
+    def name_of(self, prediction: int) -> str:
+        """Which token a prediction is: episode, sub-trace, index."""
+        ends = np.cumsum(self.lengths)
+        k = int(np.searchsorted(ends, prediction, side="right"))
+        start = int(ends[k - 1]) if k else 0
+        return f"{self.names[k]}, index {prediction - start + 1}"
 
 
 def micro_batch(
@@ -63,6 +77,7 @@ def micro_batch(
         packing=Packing(lengths, device),
         indices=tuple(indices),
         lengths=tuple(lengths),
+        names=tuple(f"episode {s.episode_id}, sub-trace {s.position}" for s in chosen),
     )
 
 

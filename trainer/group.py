@@ -2,17 +2,37 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import ray
 
 from buffer.packing import pack, split
-from buffer.types import Batch, Float32, Grid, LossWeights, SubTrace, Targets
-from trainer.config import LayoutConfig, Loss, LossNorm, PolicyConfig
+from buffer.types import Batch, Float32, Grid, SubTrace, Targets
+from trainer.config import LayoutConfig, PolicyConfig
+from trainer.fields import policy_fields
 
 T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Answer(Protocol[T_co]):
+    """What was asked of a role."""
+
+    def result(self, timeout_s: float | None = None) -> T_co:
+        """Waits for it."""
+
+
+class Ready(Generic[T]):
+    """An answer that took no work."""
+
+    def __init__(self, value: T) -> None:
+        self._value = value
+
+    def result(self, timeout_s: float | None = None) -> T:
+        return self._value
 
 
 class Pending(Generic[T]):
@@ -21,18 +41,18 @@ class Pending(Generic[T]):
     def __init__(self, group: WorkerGroup, method: str, refs: Sequence[Any], finish: Callable[[list[Any]], T]) -> None:
         self._group = group
         self._method = method
-        self._refs = list(refs)
+        self.refs = list(refs)
         self._finish = finish
 
     def result(self, timeout_s: float | None = None) -> T:
         """Waits. TimeoutError names the ranks that are missing; a rank's own error passes through."""
         limit = timeout_s or self._group.timeout_s
-        done, late = ray.wait(self._refs, num_returns=len(self._refs), timeout=limit)
+        done, late = ray.wait(self.refs, num_returns=len(self.refs), timeout=limit)
         ray.get(done, timeout=60)  # a rank that failed explains why the others wait
         if late:
-            ranks = sorted({self._refs.index(ref) % len(self._group.actors) for ref in late})
+            ranks = sorted({self.refs.index(ref) % len(self._group.actors) for ref in late})
             raise TimeoutError(f"{self._group.name}.{self._method}: no answer from ranks {ranks} in {limit:.0f} s")
-        return self._finish(ray.get(self._refs, timeout=60))
+        return self._finish(ray.get(self.refs, timeout=60))
 
 
 class WorkerGroup:
@@ -84,8 +104,8 @@ class WorkerGroup:
 class PolicyGroup(WorkerGroup):
     """The policy's ranks."""
 
-    def __init__(self, actors: Sequence[Any], config: PolicyConfig, timeout_s: float) -> None:
-        super().__init__("policy", actors, config.layout, timeout_s)
+    def __init__(self, actors: Sequence[Any], config: PolicyConfig, timeout_s: float, name: str = "policy") -> None:
+        super().__init__(name, actors, config.layout, timeout_s)
         self.config = config
 
     def logprobs(self, batch: Batch) -> Pending[dict[int, Float32]]:
@@ -103,50 +123,56 @@ class PolicyGroup(WorkerGroup):
         sub_traces: Sequence[SubTrace],
         targets: Sequence[Targets],
         logprobs: Mapping[int, Float32],
+        reference_logprobs: Mapping[int, Float32],
+        corrections: Sequence[Float32],
         rng: np.random.Generator,
     ) -> Pending[dict[str, float]]:
-        """The policy's optimizer steps of one training step. `logprobs`: what `logprobs` answered before it."""
+        """The policy's optimizer steps of one training step.
+
+        `logprobs`: what `logprobs` answered before it. `reference_logprobs`: those of the reference model, empty
+        when there is none. `corrections`: weight of every token's policy loss (trainer/losses/correction.py).
+        """
         epochs = []
         for _ in range(self.config.num_epochs):
             grids = self.minibatch_grids(batch, self.config.num_minibatches, rng)
-            fields: dict[str, Any] = {
-                "advantages": {i: target.advantages for i, target in enumerate(targets)},
-                "weights": loss_weights(batch, sub_traces, grids, self.config.loss_norm),
-            }
-            if self.config.loss is Loss.ppo:
-                fields["old_logprobs"] = dict(logprobs)
-            else:
-                fields["engine_logprobs"] = {i: trace.logprobs for i, trace in enumerate(sub_traces)}
+            fields = policy_fields(
+                self.config, batch, sub_traces, targets, logprobs, reference_logprobs, corrections, grids
+            )
             epochs.append((fields, grids))
         return self.train(batch, epochs)
 
 
-def loss_weights(batch: Batch, sub_traces: Sequence[SubTrace], grids: Sequence[Grid], norm: LossNorm) -> LossWeights:
-    """Weight of every token in its optimizer step's loss, float32 [T] by index; see trainer/losses.py."""
-    weights: LossWeights = {}
-    for grid in grids:
-        indices = [i for row in grid for micro in row for i in micro]
-        per_episode: dict[str, int] = {}
-        for i in indices:
-            item = batch.items[i]
-            per_episode[item.episode_id] = per_episode.get(item.episode_id, 0) + item.num_actions
-        total = sum(per_episode.values())
-        for i in indices:
-            mine = per_episode[batch.items[i].episode_id]
-            weight = 1.0 if norm is LossNorm.token else total / (len(per_episode) * mine)
-            weights[i] = np.full(len(sub_traces[i].tokens), weight, np.float32)
-    return weights
+class NoReference:
+    """Stands where the frozen starting model would, when nothing is compared with it."""
+
+    def logprobs(self, batch: Batch) -> Ready[dict[int, Float32]]:
+        return Ready({})
 
 
 def reduced(parts: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Answers of updates from all ranks: per-token means, and means over the optimizer steps."""
+    """Answers of updates from all ranks: per-token means, maxima, and means over the optimizer steps.
+
+    A number beyond the range of a float (a ratio that `dis` masks may be) is left out: metrics are finite.
+    """
     sums: dict[str, float] = {}
+    maxima: dict[str, float] = {}
     steps: dict[str, list[float]] = {}
     for part in parts:
         for name, number in part["sums"].items():
             sums[name] = sums.get(name, 0.0) + number
+        for name, number in part["maxima"].items():
+            maxima[name] = max(maxima.get(name, number), number)
         for name, numbers in part["steps"].items():
             steps.setdefault(name, []).extend(numbers)
     tokens = max(1.0, sums.pop("tokens"))
     means = {name: number / tokens for name, number in sums.items()}
-    return means | {name: sum(numbers) / len(numbers) for name, numbers in steps.items()}
+    means |= maxima | {name: sum(numbers) / len(numbers) for name, numbers in steps.items()}
+    return gradient_shares({name: number for name, number in means.items() if math.isfinite(number)})
+
+
+def gradient_shares(metrics: dict[str, float]) -> dict[str, float]:
+    """`gradient/<part>` sums of |d loss / d log pi| as shares of all of it: `gradient_share/<part>`."""
+    sizes = {name.removeprefix("gradient/"): size for name, size in metrics.items() if name.startswith("gradient/")}
+    total = sum(sizes.values())
+    rest = {name: number for name, number in metrics.items() if not name.startswith("gradient/")}
+    return rest | {f"gradient_share/{part}": size / total if total else 0.0 for part, size in sizes.items()}

@@ -14,27 +14,12 @@ from trainer import losses
 from trainer.batching import MicroBatch
 from trainer.broadcast import broadcast, join_update_group
 from trainer.config import Loss, PolicyConfig
-from trainer.megatron import cpu, hf
-from trainer.worker import Fields, LossFunction, MegatronWorker, WorkerSettings
+from trainer.fields import PARTS
+from trainer.losses import TokenLoss
+from trainer.megatron import hf
+from trainer.worker import Fields, MegatronWorker, WorkerSettings
 
-cpu.enable()
-
-from megatron.core import parallel_state  # noqa: E402
-from megatron.core.tensor_parallel import vocab_parallel_cross_entropy  # noqa: E402
-
-
-def vocab_logprobs(logits_PV: torch.Tensor, labels_P: torch.Tensor, vocab: int) -> torch.Tensor:
-    """log softmax at the labels, float32 [P], from logits split over tensor-parallel ranks.
-
-    Rows that pad the vocabulary to a multiple of the ranks are no tokens: they get no probability.
-    """
-    width = logits_PV.shape[1]
-    padding = (parallel_state.get_tensor_model_parallel_rank() + 1) * width - vocab
-    logits_PV = logits_PV.float()
-    if padding > 0:
-        real_V = torch.arange(width, device=logits_PV.device) < width - padding
-        logits_PV = logits_PV.masked_fill(~real_V, torch.finfo(torch.float32).min)
-    return -vocab_parallel_cross_entropy(logits_PV, labels_P)
+Sums = dict[str, torch.Tensor]
 
 
 class PolicyWorker(MegatronWorker):
@@ -46,44 +31,73 @@ class PolicyWorker(MegatronWorker):
         self.update_group: Any = None
 
     def _forward(self, batch: MicroBatch, gpt: Any) -> torch.Tensor:
-        """Log-probability of each predicted token, at temperature 1."""
-        logits_1PV = gpt(
-            batch.tokens_1P, batch.packing.position_T[None], None, packed_seq_params=batch.packing
-        )  # this rank's slice of the vocabulary
-        return vocab_logprobs(logits_1PV[0], batch.labels_1P[0], self.shape.vocab)
+        """[2, P]: log-probability of each predicted token at temperature 1, and entropy of what it was drawn from."""
+        found_2P: torch.Tensor = gpt(
+            batch.tokens_1P,
+            batch.packing.position_T[None],
+            None,
+            labels=batch.labels_1P,
+            packed_seq_params=batch.packing,
+        )
+        return found_2P
 
     def logprobs(self, refs: Sequence[Any], grid: Grid) -> dict[int, Any]:
         """Log-probabilities under the present weights, float32 [T] a sub-trace."""
         return self.predict(refs, grid)
 
-    def _policy_loss(self, out_P: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        c, f, mask_P = self.config, batch.fields, batch.action_P
-        if c.loss is Loss.ppo:
-            parts = losses.ppo(out_P, f["old_logprobs"], f["advantages"], c.clip_low, c.clip_high)
-        else:
-            parts = losses.dis(out_P, f["engine_logprobs"], f["advantages"], c.clip_low, c.clip_high)
-        zero = torch.zeros_like(out_P)
-        loss = torch.where(mask_P, parts.loss_T * f["weights"], zero).sum()
-        log_ratio_P = torch.where(mask_P, parts.ratio_T.log(), zero)
+    def _policy_loss(self, out_2P: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, Sums, Sums]:
+        logprobs_P, entropy_P = out_2P
+        f, mask_P = batch.fields, batch.action_P
+        loss_P, _, _ = self._objective(logprobs_P, entropy_P, batch)
+        losses.require_finite(loss_P, mask_P, batch.name_of)
+        loss = loss_P.sum()
+        # The same once more from a leaf: its gradient says how hard each token is pushed.
+        leaf_P = logprobs_P.detach().requires_grad_()
+        again_P, parts, extra = self._objective(leaf_P, entropy_P.detach(), batch)
+        (push_P,) = torch.autograd.grad(again_P.sum(), leaf_P)
+        zero = torch.zeros_like(push_P)
+        moved_P = torch.where(mask_P, logprobs_P.detach() - f["old_logprobs"], zero)
         sums = {
             "loss": loss.detach(),
-            "clipped": (parts.clipped_T & mask_P).sum(),
-            "kl": (log_ratio_P.exp() - 1 - log_ratio_P).sum(),  # k3 estimator (Schulman 2020)
+            "clip_fraction": (parts.clipped_T & mask_P).sum(),
+            "ratio_mean": torch.where(mask_P, parts.ratio_T, zero).sum(),
+            "kl": (torch.expm1(moved_P) - moved_P).sum(),  # k3 estimator of KL(pi_old || pi_theta), Schulman 2020
+            "entropy": torch.where(mask_P, entropy_P.detach(), zero).sum(),
             "tokens": mask_P.sum(),
+            **{name: number.detach() for name, number in extra.items()},
         }
-        return loss, sums
+        for number, name in enumerate(PARTS):
+            sums[f"gradient/{name}"] = torch.where(mask_P & (f["part"] == number), push_P.abs(), zero).sum()
+        maxima = {"ratio_max": torch.where(mask_P, parts.ratio_T, zero).max()}
+        return loss, sums, maxima
 
-    def _sft_loss(self, out_P: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        loss = torch.where(batch.action_P, losses.nll(out_P), torch.zeros_like(out_P)).sum()
-        return loss, {"loss": loss.detach(), "tokens": batch.action_P.sum()}
+    def _objective(
+        self, logprobs_P: torch.Tensor, entropy_P: torch.Tensor, batch: MicroBatch
+    ) -> tuple[torch.Tensor, TokenLoss, Sums]:
+        """Weighted loss [P], 0 where nothing was sampled; its policy part; sums of its other parts for the metrics."""
+        c, f, mask_P = self.config, batch.fields, batch.action_P
+        logprobs_P = torch.where(mask_P, logprobs_P, 0.0)  # what was not sampled is in no sum and no gradient
+        parts = token_loss(c, logprobs_P, batch)
+        each_P = parts.loss_T * f["corrections"] if "corrections" in f else parts.loss_T
+        extra: Sums = {}
+        if "reference_logprobs" in f:
+            each_P = each_P + c.kl_coef * losses.kl(logprobs_P, f["reference_logprobs"], c.kl)
+        if c.entropy_coef:
+            each_P = each_P - c.entropy_coef * entropy_P
+        weighted_P = f["weights"] * each_P
+        if "nll_weights" in f:
+            nll_P = f["nll_weights"] * losses.nll(logprobs_P)
+            weighted_P = weighted_P + nll_P
+            extra["nll"] = torch.where(mask_P, nll_P, 0.0).sum()
+        return torch.where(mask_P, weighted_P, 0.0), parts, extra
+
+    def _sft_loss(self, out_2P: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, Sums, Sums]:
+        loss = torch.where(batch.action_P, losses.nll(out_2P[0]), 0.0).sum()
+        return loss, {"loss": loss.detach(), "tokens": batch.action_P.sum()}, {}
 
     def update(self, refs: Sequence[Any], fields: Fields, grids: Sequence[Grid]) -> dict[str, Any]:
-        """Policy-gradient steps, one for each grid.
-
-        `fields`: advantages, weights, and old_logprobs (ppo) or engine_logprobs (dis), by sub-trace index.
-        """
-        loss: LossFunction = self._policy_loss
-        return self._update(refs, fields, grids, loss)
+        """Policy-gradient steps, one for each grid. `fields`: see trainer/fields.py."""
+        return self._update(refs, fields, grids, self._policy_loss)
 
     def imitate(self, refs: Sequence[Any], grids: Sequence[Grid]) -> dict[str, Any]:
         """Supervised steps on the action tokens, one for each grid."""
@@ -94,10 +108,9 @@ class PolicyWorker(MegatronWorker):
         dtype = str(next(self.ddp.parameters()).dtype).removeprefix("torch.")
         return hf.weight_shapes(self.shape, dtype)
 
-    def join_engines(self, host: str, port: int, world_size: int, name: str, timeout_s: float) -> None:
+    def join_engines(self, host: str, port: int, world_size: int, name: str, backend: str, timeout_s: float) -> None:
         """Rank 0 joins the group over which weights go to the engines; it is rank 0 there."""
         if dist.get_rank() == 0:
-            backend = "nccl" if self.device.type == "cuda" else "gloo"
             self.update_group = join_update_group(host, port, 0, world_size, name, backend, timeout_s)
 
     def send_weights(self) -> int:
@@ -115,3 +128,18 @@ class PolicyWorker(MegatronWorker):
         if dist.get_rank() == 0:
             hf.save(weights, Path(self.settings.model_folder), Path(folder))
         dist.barrier()
+
+
+def token_loss(config: PolicyConfig, logprobs_P: torch.Tensor, batch: MicroBatch) -> TokenLoss:
+    """The configured policy loss of every token; formulas in trainer/losses/."""
+    c, f = config, batch.fields
+    clip = c.clip_low, c.clip_high
+    if c.loss is Loss.ppo:
+        return losses.ppo(logprobs_P, f["old_logprobs"], f["advantages"], *clip, c.dual_clip)
+    if c.loss is Loss.gspo:
+        sequences = batch.sequence_P, batch.action_P, len(batch.lengths)
+        return losses.gspo(logprobs_P, f["old_logprobs"], f["advantages"], *sequences, *clip)
+    if c.loss is Loss.decoupled:
+        return losses.decoupled(logprobs_P, f["old_logprobs"], f["engine_logprobs"], f["advantages"], *clip)
+    from_engine = {Loss.dis: losses.dis, Loss.cispo: losses.cispo}[c.loss]
+    return from_engine(logprobs_P, f["engine_logprobs"], f["advantages"], *clip)

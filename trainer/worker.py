@@ -34,8 +34,10 @@ from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E
 from trainer.megatron import checkpoint, hf, model, optimizer  # noqa: E402
 
 Fields = dict[str, dict[int, Float32]]
-# output of the model [P] and its micro-batch -> summed loss, sums for the metrics
-LossFunction = Callable[[torch.Tensor, MicroBatch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+# output of the model [C, P] and its micro-batch -> summed loss, sums and maxima for the metrics
+LossFunction = Callable[
+    [torch.Tensor, MicroBatch], tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]
+]
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,14 @@ class WorkerSettings:
     seed: int
     threads: int
     timeout_s: float
+    frozen: bool = False  # only ever asked to predict: no gradients, no optimizer
 
 
 class MegatronWorker:
     """Base of the roles. `start` must have returned on all ranks before anything else is asked."""
 
     value_head_std: float | None = None  # a number: a scalar head replaces the vocabulary projection
+    freeze: Sequence[str] = ()  # patterns of parameters that are not trained
 
     def __init__(self, settings: WorkerSettings) -> None:
         self.settings = settings
@@ -73,12 +77,20 @@ class MegatronWorker:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.shape = model.read_shape(Path(s.model_folder))
         gpt = model.build_gpt(self.shape, s.layout, self._output_layer())
-        hf.load(gpt, self.shape, Path(s.model_folder), value_head=self.value_head_std is not None)
+        self._read_weights(gpt)
+        self.run_schedule = get_forward_backward_func()
+        if s.frozen:
+            self.ddp = gpt.requires_grad_(False)
+            return
+        optimizer.freeze(gpt, self.freeze)
         self.ddp = optimizer.wrap_ddp(gpt)
         self.optimizer = optimizer.build_optimizer(self.ddp, s.optimizer, s.layout.precision)
         self.ddp.config.finalize_model_grads_func = finalize_model_grads
         self.ddp.config.grad_scale_func = self.optimizer.scale_loss
-        self.run_schedule = get_forward_backward_func()
+
+    def _read_weights(self, gpt: torch.nn.Module) -> None:
+        folder = Path(self.settings.model_folder)
+        hf.load(gpt, self.shape, folder, value_head=self.value_head_std is not None)
 
     def _output_layer(self) -> Any:
         return None
@@ -100,7 +112,7 @@ class MegatronWorker:
             yield micro_batch(indices, sub_traces, fields, self.device, multiple)
 
     def _forward(self, batch: MicroBatch, gpt: Any) -> torch.Tensor:
-        """[P] per predicted token: what the role reads off the model."""
+        """[C, P] per predicted token: what the role reads off the model. `predict` returns the first of the C."""
         raise NotImplementedError
 
     def _run(self, batches: list[MicroBatch], loss: LossFunction | None) -> list[Any]:
@@ -109,9 +121,9 @@ class MegatronWorker:
 
             def reduce(out: torch.Tensor, non_loss_data: bool = False) -> Any:
                 if loss is None:
-                    return per_sub_trace(batch, out)
-                total, sums = loss(out, batch)
-                return total, torch.tensor(batch.num_actions, dtype=torch.int), sums
+                    return per_sub_trace(batch, out[0])
+                total, sums, maxima = loss(out, batch)
+                return total, torch.tensor(batch.num_actions, dtype=torch.int), (sums, maxima)
 
             return self._forward(batch, gpt), reduce
 
@@ -137,8 +149,9 @@ class MegatronWorker:
         return {index: out for part in found for index, out in part.items()} if self._speaks else {}
 
     def _update(self, refs: Sequence[Any], fields: Fields, grids: Sequence[Grid], loss: LossFunction) -> dict[str, Any]:
-        """One optimizer step for each grid. Returns sums over this rank's tokens and lists over the steps."""
+        """One optimizer step for each grid. Returns sums and maxima over this rank's tokens, lists over the steps."""
         sums: dict[str, float] = {}
+        maxima: dict[str, float] = {}
         steps: dict[str, list[float]] = {"grad_norm": [], "lr": []}
         for grid in grids:
             row = self._own_row(grid)
@@ -155,10 +168,14 @@ class MegatronWorker:
             self.updates_done += 1
             steps["grad_norm"].append(float(grad_norm))
             steps["lr"].append(lr)
-            for part in found:
-                for name, number in part.items():
+            for of_sums, of_maxima in found:
+                for name, number in of_sums.items():
                     sums[name] = sums.get(name, 0.0) + float(number)
-        return {"sums": sums if self._speaks else {}, "steps": steps}
+                for name, number in of_maxima.items():
+                    maxima[name] = max(maxima.get(name, float("-inf")), float(number))
+        if not self._speaks:
+            sums, maxima = {}, {}
+        return {"sums": sums, "maxima": maxima, "steps": steps}
 
     def save(self, folder: str) -> float:
         """Writes weights and optimizer state; returns seconds."""
@@ -169,6 +186,10 @@ class MegatronWorker:
     def load(self, folder: str) -> None:
         """Reads what `save` wrote, in this or another layout."""
         self.updates_done = checkpoint.load(Path(folder), self.ddp, self.optimizer)["updates_done"]
+
+    def free_cache(self) -> None:
+        """Gives GPU memory that is not in use back to the other processes on the GPU."""
+        torch.cuda.empty_cache()
 
     def stop(self) -> None:
         """Leaves the process group."""

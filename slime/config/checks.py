@@ -14,9 +14,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from critic.config import Truncation
+from critic.config import Baseline, Credit, Truncation
 from slime.schema import Config, Kind
-from trainer.config import LayoutConfig, Precision
+from trainer.config import Correction, LayoutConfig, Loss, Precision
 
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 TARGET = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
@@ -68,6 +68,10 @@ RANGES = {
     "advantage.lambda_alpha": "[0, inf)",
     "policy.clip_low": "(0, 1]",
     "policy.clip_high": "(0, inf)",
+    "policy.dual_clip": "[0, inf)",
+    "policy.kl_coef": "[0, inf)",
+    "policy.entropy_coef": "[0, inf)",
+    "policy.nll_coef": "[0, inf)",
     "policy.num_minibatches": "[1, inf)",
     "policy.num_epochs": "[1, inf)",
     "policy.max_logprob_diff": "(0, inf)",
@@ -75,6 +79,7 @@ RANGES = {
     "critic.num_epochs": "[1, inf)",
     "critic.warmup_episodes": "[0, inf)",
     "critic.warmup_epochs": "[1, inf)",
+    "critic.warmup_explained_variance": "(0, 1]",
     "critic.value_clip": "[0, inf)",
     "critic.head_init_std": "[0, inf)",
     "sft.batch_sub_traces": "[1, inf)",
@@ -192,12 +197,10 @@ def _budgets(config: Config) -> Iterator[str]:
 
 
 def _training(config: Config) -> Iterator[str]:
-    if config.advantage.truncation is Truncation.bootstrap:
-        yield (
-            "advantage.truncation=bootstrap: the value of the state after the last token is not computed by the loop; "
-            "use terminal"
-        )
-    for role, settings in (("policy", config.policy), ("critic", config.critic)):
+    yield from _algorithm(config)
+    yield from _episode_baseline(config)
+    for role, _ in _layouts(config):
+        settings = get(config, role)
         optimizer = settings.optimizer
         if 0 < optimizer.decay_steps <= optimizer.warmup_steps:
             yield (
@@ -224,10 +227,55 @@ def _training(config: Config) -> Iterator[str]:
         )
 
 
+def _algorithm(config: Config) -> Iterator[str]:
+    policy, advantage = config.policy, config.advantage
+    if policy.correction is not Correction.none and policy.loss not in (Loss.ppo, Loss.gspo):
+        yield (
+            f"policy.correction={policy.correction.value} with policy.loss={policy.loss.value}: that loss has the "
+            "engine's probabilities in its own ratio; use policy.correction=none, or policy.loss=ppo or gspo"
+        )
+    if policy.dual_clip and policy.loss is not Loss.ppo:
+        yield f"policy.dual_clip={policy.dual_clip:g} is ppo's, policy.loss={policy.loss.value}: use policy.dual_clip=0"
+    if 0 < policy.dual_clip <= 1 + policy.clip_high:
+        yield (
+            f"policy.dual_clip={policy.dual_clip:g} lies inside the clip window, which ends at "
+            f"{1 + policy.clip_high:g}: use more than that, e.g. 3, or 0 for none"
+        )
+    if advantage.baseline is not Baseline.critic and advantage.truncation is Truncation.bootstrap:
+        yield (
+            f"advantage.truncation=bootstrap needs a critic's value, advantage.baseline={advantage.baseline.value} "
+            "has none: use truncation=terminal"
+        )
+
+
+def _episode_baseline(config: Config) -> Iterator[str]:
+    advantage, group = config.advantage, config.buffer.episodes_per_prompt
+    name = advantage.baseline.value
+    if config.kind is not Kind.ppo or advantage.baseline is Baseline.critic:
+        return
+    if group < 2 and advantage.baseline is not Baseline.reinforce_pp:
+        yield (
+            f"advantage.baseline={name} compares the episodes of a prompt, buffer.episodes_per_prompt={group}: "
+            "use at least 2, e.g. 8, or advantage.baseline=reinforce_pp"
+        )
+    if advantage.credit is not Credit.chained:
+        yield (
+            f"advantage.credit={advantage.credit.value} has no meaning with advantage.baseline={name}, which gives all "
+            "tokens of an episode the same advantage: use advantage.credit=chained"
+        )
+    if advantage.gamma != 1:
+        yield (
+            f"advantage.gamma={advantage.gamma:g} has no meaning with advantage.baseline={name}, which does not "
+            "discount rewards: use advantage.gamma=1"
+        )
+
+
 def _layouts(config: Config) -> list[tuple[str, LayoutConfig]]:
-    """Roles that train in a run of this kind."""
-    policy = ("policy", config.policy.layout)
-    return [policy, ("critic", config.critic.layout)] if config.kind is Kind.ppo else [policy]
+    """Roles of training processes in a run of this kind. The last one's size is the first to give way."""
+    found = [("policy", config.policy.layout)]
+    if config.kind is Kind.ppo and config.advantage.baseline is Baseline.critic:
+        found.append(("critic", config.critic.layout))
+    return found
 
 
 def _processes(config: Config) -> Iterator[str]:
@@ -240,6 +288,9 @@ def _processes(config: Config) -> Iterator[str]:
                     "than fp32 without AMX: use fp32"
                 )
         return
+    if cluster.share_gpu:
+        yield from _one_gpu(config)
+        return
     sizes = [
         ("rollout.engine", engine.tensor_parallel),
         *((f"{r}.layout", x.tensor_parallel) for r, x in _layouts(config)),
@@ -251,7 +302,10 @@ def _processes(config: Config) -> Iterator[str]:
                 f"use at most {cluster.gpus_per_node}"
             )
     roles = [("rollout.engine.num_engines", engine.num_engines, engine.tensor_parallel, engine.tensor_parallel)]
-    roles += [(f"{r}.layout.num_processes", x.num_processes, 1, x.tensor_parallel) for r, x in _layouts(config)]
+    roles += [
+        (f"{role}.layout.num_processes", layout.num_processes, copies, layout.tensor_parallel)
+        for (role, layout), copies in zip(_layouts(config), (2 if config.policy.kl_coef else 1, 1), strict=False)
+    ]  # the policy's reference, with a KL, is as large as the policy
     gpus = cluster.gpus_per_node * cluster.num_nodes
     needed = sum(count * each for _, count, each, _ in roles)
     if needed <= gpus:
@@ -267,6 +321,24 @@ def _processes(config: Config) -> Iterator[str]:
         f"{parts} = {needed} GPUs, cluster.gpus_per_node*num_nodes={cluster.gpus_per_node}*{cluster.num_nodes}={gpus}: "
         f"{cure}"
     )
+
+
+def _one_gpu(config: Config) -> Iterator[str]:
+    """What can take turns on one GPU."""
+    counts = {
+        "cluster.gpus_per_node": config.cluster.gpus_per_node,
+        "rollout.engine.num_engines": config.rollout.engine.num_engines,
+        "rollout.engine.tensor_parallel": config.rollout.engine.tensor_parallel,
+        **{f"{role}.layout.num_processes": layout.num_processes for role, layout in _layouts(config)},
+    }
+    for key, count in counts.items():
+        if count != 1:
+            yield f"{key}={count} with cluster.share_gpu=true: all roles share one GPU, use 1"
+    if config.buffer.slots != config.buffer.episodes_per_step:
+        yield (
+            f"buffer.slots={config.buffer.slots} with cluster.share_gpu=true: engines stand still while a step is "
+            f"trained, use buffer.episodes_per_step={config.buffer.episodes_per_step}"
+        )
 
 
 def _model(config: Config) -> Iterator[str]:

@@ -1,0 +1,108 @@
+"""From a step's episodes to their targets: with a critic, or with the other episodes of the group.
+
+The loop knows neither. It asks for what needs a forward pass, turns the answer into targets, and updates:
+
+    asked   = estimator.ask(batch)                                   runs beside the policy's own forward pass
+    targets = estimator.targets(batch, sub_traces, asked.result())   where episodes are whole
+    updated = estimator.update(batch, targets, rng)                  runs beside the policy's update
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from buffer.types import Batch, Float32, SubTrace, Targets
+from critic.advantages import advantages, whitened
+from critic.config import AdvantageConfig, Truncation
+from critic.diagnostics import check_returns, critic_metrics
+from critic.episode_baselines import action_counts, episode_advantages, episode_returns, spread, zero_signal_fraction
+from critic.group import CriticGroup
+from trainer.group import Answer, Ready, WorkerGroup
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Targets in the order of the batch's sub-traces, and what the operator should know of them."""
+
+    targets: list[Targets]
+    metrics: dict[str, float]
+
+
+class Estimator(Protocol):
+    """What the loop needs of either."""
+
+    @property
+    def roles(self) -> Sequence[WorkerGroup]:
+        """Groups of processes to be started, saved and loaded."""
+
+    def ask(self, batch: Batch) -> Answer[dict[int, Float32]]:
+        """Starts the forward passes that targets need."""
+
+    def targets(self, batch: Batch, sub_traces: Sequence[SubTrace], asked: Mapping[int, Float32]) -> Judged:
+        """Advantages and returns of whole episodes. ValueError: see critic/advantages.py, episode_baselines.py."""
+
+    def update(
+        self, batch: Batch, targets: Sequence[Targets], rng: np.random.Generator, num_epochs: int | None = None
+    ) -> Answer[dict[str, float]]:
+        """One training step's updates of the estimator itself; `num_epochs`: not the configured number."""
+
+
+class CriticEstimator:
+    """Generalised advantage estimation on the critic's values."""
+
+    def __init__(self, critic: CriticGroup, config: AdvantageConfig) -> None:
+        self.critic = critic
+        self.config = config
+        self.roles = [critic]
+
+    def ask(self, batch: Batch) -> Answer[dict[int, Float32]]:
+        return self.critic.values(batch, beyond=self.config.truncation is Truncation.bootstrap)
+
+    def targets(self, batch: Batch, sub_traces: Sequence[SubTrace], asked: Mapping[int, Float32]) -> Judged:
+        values, after = [], []
+        for i, trace in enumerate(sub_traces):
+            values.append(asked[i][: len(trace.tokens)])
+            after.append(float(asked[i][-1]))  # with `beyond` one entry more: the state after the last token
+        bootstrap = after if self.config.truncation is Truncation.bootstrap else None
+        targets = advantages(sub_traces, values, self.config, bootstrap)
+        for trace, target in zip(sub_traces, targets, strict=True):
+            check_returns(target.returns[trace.action_mask], self.critic.config.value_range)
+        return Judged(targets, critic_metrics(sub_traces, targets))
+
+    def update(
+        self, batch: Batch, targets: Sequence[Targets], rng: np.random.Generator, num_epochs: int | None = None
+    ) -> Answer[dict[str, float]]:
+        return self.critic.update(batch, targets, rng, num_epochs)
+
+
+class EpisodeEstimator:
+    """A baseline from the episodes of a group or a step: no process, nothing to update."""
+
+    def __init__(self, config: AdvantageConfig) -> None:
+        self.config = config
+        self.roles: list[WorkerGroup] = []
+
+    def ask(self, batch: Batch) -> Answer[dict[int, Float32]]:
+        return Ready({})
+
+    def targets(self, batch: Batch, sub_traces: Sequence[SubTrace], asked: Mapping[int, Float32]) -> Judged:
+        terminal = np.array([stats["reward"] for stats in batch.episodes])
+        returns = episode_returns(sub_traces, batch.episode_ids, terminal.tolist())
+        groups = np.asarray(batch.groups, np.int64)
+        counts = action_counts(sub_traces, batch.episode_ids)
+        advantage = episode_advantages(returns, groups, self.config.baseline, counts)
+        targets = spread(sub_traces, batch.episode_ids, advantage, returns)
+        if self.config.whiten:
+            targets = whitened(sub_traces, targets)
+        # Terminal rewards: with a KL in the reward no two returns are equal, whatever the task says.
+        metrics = {"advantage/zero_signal_groups": zero_signal_fraction(terminal, groups)}
+        return Judged(targets, metrics if len(np.unique(groups)) < len(groups) else {})
+
+    def update(
+        self, batch: Batch, targets: Sequence[Targets], rng: np.random.Generator, num_epochs: int | None = None
+    ) -> Answer[dict[str, float]]:
+        return Ready({})
