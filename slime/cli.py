@@ -1,4 +1,4 @@
-"""The command line: `slime train`, `slime config`, `slime report`.
+"""The command line: `slime train`, `slime config`, `slime report`, `slime advise`.
 
 Nothing heavy is imported before it is needed, so that help answers at once. A user's mistake is one line on
 stderr and exit code 2.
@@ -26,6 +26,7 @@ slime trains language-model agents with reinforcement learning.
                trains; the same command goes on from the newest checkpoint
   slime config recipe=NAME ...   shows every value, where it comes from, and whether this machine can run it
   slime report RUN               makes the report.html of a run again (a name below runs/, or a folder)
+  slime advise RUN               critic or group baseline: what the numbers of a run say
 
   slime train --help             lists recipes, models, clusters and keys
 
@@ -37,7 +38,7 @@ Usage: slime {command} recipe=NAME [model=NAME] [cluster=NAME] [key=value ...] [
 Values: schema < recipe < model < cluster < command line, the later winning key by key.
 --recipes DIR: a folder of your own with recipe/, model/ and cluster/ folders of YAML files
 (./recipes is found by itself)."""
-_COMMANDS = ("train", "config", "report")
+_COMMANDS = ("train", "config", "report", "advise")
 _COMMENT_COLUMN = 48
 _HELP_FLAGS = {"-h", "--help"}
 
@@ -52,8 +53,8 @@ def main(arguments: list[str] | None = None) -> int:
         near = get_close_matches(command, _COMMANDS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"commands: {', '.join(_COMMANDS)}"
         return _refuse(f"unknown command {command!r}; {hint}")
-    if command == "report":
-        return _report(rest)
+    if command in _OF_A_RUN:
+        return _of_a_run(command, rest)
     return _compose_and_run(command, rest)
 
 
@@ -93,24 +94,46 @@ def _compose_and_run(command: str, rest: list[str]) -> int:
     return 0
 
 
-def _report(rest: list[str]) -> int:
+def _of_a_run(command: str, rest: list[str]) -> int:
+    """Commands about a run that exists: `report`, `advise`."""
+    about, run = _OF_A_RUN[command]
     if _HELP_FLAGS & set(rest):
-        print("Usage: slime report RUN (a name below runs/, or a folder): makes its report.html again")
+        print(f"Usage: slime {command} RUN (a name below runs/, or a folder): {about}")
         return 0
     if len(rest) != 1:
-        return _refuse(f"report takes one RUN, found {len(rest)}: slime report RUN")
+        return _refuse(f"{command} takes one RUN, found {len(rest)}: slime {command} RUN")
     run_dir = Path(rest[0]) if Path(rest[0]).is_dir() else Path("runs") / rest[0]
     if not run_dir.is_dir():
         runs = sorted(path.name for path in Path("runs").glob("*") if path.is_dir())
-        return _refuse(f"report {rest[0]}: no such run; {'runs: ' + ', '.join(runs) if runs else 'runs/ has none'}")
+        return _refuse(f"{command} {rest[0]}: no such run; {'runs: ' + ', '.join(runs) if runs else 'runs/ has none'}")
+    try:
+        print(run(run_dir))
+    except (FileNotFoundError, ValueError) as error:
+        return _refuse(f"{command} {run_dir}: {error}")
+    return 0
 
+
+def _report(run_dir: Path) -> str:
     from slime.report import write_report
 
-    try:
-        print(write_report(run_dir))
-    except (FileNotFoundError, ValueError) as error:
-        return _refuse(f"report {run_dir}: {error}")
-    return 0
+    return str(write_report(run_dir))
+
+
+def _advise(run_dir: Path) -> str:
+    from slime.advise import advise
+    from slime.observe.tracking import read_metrics
+    from slime.report import read_config
+
+    config = read_config(run_dir)
+    if not config:
+        raise ValueError("it has no config.yaml, which says what its baseline is: give the folder of a run")
+    return "\n".join(advise(read_metrics(run_dir), config).lines())
+
+
+_OF_A_RUN = {
+    "report": ("makes its report.html again", _report),
+    "advise": ("says whether to switch between critic and group baseline, with the figures behind it", _advise),
+}
 
 
 def _refuse(message: str) -> int:

@@ -18,7 +18,7 @@ import ray
 from rollout.client import EngineClient
 from rollout.config import PauseMode
 from rollout.group import EngineGroup
-from trainer.group import PolicyGroup
+from trainer.group import PolicyGroup, WorkerGroup
 
 GROUP = "slime_weights"
 BUCKET_BYTES = 1 << 29
@@ -45,11 +45,11 @@ def buckets(tensors: Sequence[tuple[str, str, list[int]]], limit: int = BUCKET_B
 class Weights:
     """The one path from policy to engines."""
 
-    def __init__(self, policy: PolicyGroup, engines: EngineGroup, cuda: bool, timeout_s: float) -> None:
+    def __init__(self, policy: PolicyGroup, engines: EngineGroup, backend: str, timeout_s: float) -> None:
         self.policy = policy
         self.engines = engines
         self.timeout_s = timeout_s
-        self._backend = "nccl" if cuda else "gloo"
+        self._backend = backend
         self.version = -1
 
     def connect(self) -> None:
@@ -62,7 +62,7 @@ class Weights:
         host, port = ray.get(self.policy.actors[0].address.remote(), timeout=self.timeout_s)
         per_engine = self.engines.config.tensor_parallel
         world = 1 + per_engine * len(self.engines.urls)
-        joining = self.policy.submit("join_engines", host, port, world, GROUP, self.timeout_s)
+        joining = self.policy.submit("join_engines", host, port, world, GROUP, self._backend, self.timeout_s)
         async with self.engines.clients() as clients:
             ranks = range(1, world, per_engine)
             await asyncio.gather(
@@ -72,6 +72,9 @@ class Weights:
                 )
             )
         joining.result(self.timeout_s)
+
+    def lend_memory(self) -> None:
+        """Training begins: where engines and trainers share a GPU, it may use the engines' memory. Not here."""
 
     def publish(self, version: int) -> float:
         """Puts the policy's present weights into every engine under `version`; returns seconds."""
@@ -92,6 +95,38 @@ class Weights:
             sending.result(self.timeout_s)
             await _all(clients, "end_update")
             await _all(clients, "resume")
+
+
+class SharedGpuWeights(Weights):
+    """Where all roles lie on one GPU: while they train, the engine keeps neither weights nor KV cache.
+
+    NCCL takes no two members on one GPU, so the weights travel over gloo, through the host's memory.
+    """
+
+    def __init__(
+        self, policy: PolicyGroup, engines: EngineGroup, timeout_s: float, trainers: Sequence[WorkerGroup]
+    ) -> None:
+        super().__init__(policy, engines, "gloo", timeout_s)
+        self._trainers = list(trainers)
+        self._lent = False
+
+    def lend_memory(self) -> None:
+        """The engines must have no request: synchronous training."""
+        asyncio.run(self._ask("release_memory"))
+        self._lent = True
+
+    def publish(self, version: int) -> float:
+        """The engines take their memory back, then the weights, all of which they have lost."""
+        if self._lent:
+            for freed in [trainer.submit("free_cache") for trainer in self._trainers]:
+                freed.result(self.timeout_s)
+            asyncio.run(self._ask("resume_memory"))
+            self._lent = False
+        return super().publish(version)
+
+    async def _ask(self, method: str) -> None:
+        async with self.engines.clients() as clients:
+            await _all(clients, method)
 
 
 async def _all(clients: Sequence[EngineClient], method: str, *args: Any) -> None:

@@ -67,7 +67,7 @@ def test_mistakes_are_one_line_and_exit_code_2(
 
 def test_unknown_commands_name_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean 'train'?" in refused(capsys, "trian", PPO)
-    assert "commands: train, config, report" in refused(capsys, "zzz")
+    assert "commands: train, config, report, advise" in refused(capsys, "zzz")
 
 
 def test_train_is_refused_without_the_gpus_and_the_model(capsys: pytest.CaptureFixture[str]) -> None:
@@ -149,11 +149,15 @@ def test_help_of_train_lists_what_can_be_named(capsys: pytest.CaptureFixture[str
     assert "Config(" not in out  # every section has a docstring
 
 
-def test_report_names_the_runs(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert "runs/ has none" in refused(capsys, "report", "first")
+@pytest.mark.parametrize("command", ["report", "advise"])
+def test_commands_about_a_run_name_the_runs(capsys: pytest.CaptureFixture[str], tmp_path: Path, command: str) -> None:
+    assert "runs/ has none" in refused(capsys, command, "first")
     (tmp_path / "runs" / "second").mkdir(parents=True)
-    assert "runs: second" in refused(capsys, "report", "first")
-    assert "takes one RUN" in refused(capsys, "report")
+    assert "runs: second" in refused(capsys, command, "first")
+    assert f"{command} takes one RUN, found 0" in refused(capsys, command)
+    assert "found 2" in refused(capsys, command, "first", "second")
+    assert cli.main([command, "--help"]) == 0
+    assert capsys.readouterr().out.startswith(f"Usage: slime {command} RUN")
 
 
 def test_report_calls_the_writer(

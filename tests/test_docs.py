@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import json
+import operator
 import random
 import re
 import shlex
 import subprocess
 import sys
+from enum import Enum
 from pathlib import Path
 
 import pytest
 
 from buffer.tasks import read_rows
 from buffer.types import Episode, Status
+from critic.config import Baseline, Credit, LambdaLength, Truncation
 from launch.preflight import Machine
 from recipes.coding.model import build_tokenizer
 from rollout.agent import Agent, ScriptedSampler
@@ -25,6 +28,8 @@ from rollout.sandbox.unsafe import SubprocessPool
 from slime import TaskRow, cli
 from slime.config import ConfigError, load
 from slime.prepare import make_task
+from slime.schema import Config
+from trainer.config import KL, Correction, KLPlace, Loss, LossNorm
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -107,6 +112,27 @@ def test_a_wrong_class_is_a_mistake_of_the_users() -> None:
 def test_commands_on_the_pages_compose(page: Path) -> None:
     for line in re.findall(r"^[\w./]*slime (?:train|config) (recipe=.*)$", page.read_text(), re.MULTILINE):
         load(shlex.split(line, comments=True))
+
+
+def test_settings_named_by_the_algorithms_compose() -> None:
+    page = (ROOT / "docs" / "algorithms.md").read_text()
+    spans = re.findall(r"`((?:[a-z_]+\.[a-z_.]+=\S+ ?)+)`", page)
+    assert len(spans) > 20
+    for span in set(spans):
+        load(["recipe=ppo_coding", *span.split()])
+
+
+def test_the_algorithms_page_names_every_choice_and_default() -> None:
+    page = (ROOT / "docs" / "algorithms.md").read_text()
+    for choice in (Loss, LossNorm, Correction, KL, KLPlace, Baseline, Credit, LambdaLength, Truncation):
+        for one in choice:
+            assert re.search(rf"`(\S+=)?{one.value}`|={one.value}\b|\| {one.value} \|", page), one
+    defaults = dict(re.findall(r"^\| `((?:advantage|critic)\.[a-z_.]+)` \| ([^|]+) \|", page, re.MULTILINE))
+    assert len(defaults) >= 15
+    for key, told in defaults.items():
+        value = operator.attrgetter(key)(Config())
+        text = value.value if isinstance(value, Enum) else str(value).lower() if isinstance(value, bool) else f"{value}"
+        assert told == text or float(told) == value, key
 
 
 def test_the_example_row_is_one(tmp_path: Path) -> None:

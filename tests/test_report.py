@@ -18,6 +18,7 @@ import pytest
 
 from slime.report import write_curve, write_report
 from slime.report.charts import MAX_POINTS, Chart, Series, svg, thin, ticks
+from slime.report.curves import CRITIC, DIVERGENCE, EPISODES, UPDATE, Curve, Panel, by_place, chart, curves, lag_shares
 from slime.report.episodes import MAX_EPISODES, choose
 
 VOID = {"meta", "br", "img", "line", "hr", "input", "link"}
@@ -94,6 +95,12 @@ def step_metrics(step: int, steps: int, rng: random.Random) -> dict[str, float]:
         "policy/entropy": 1.2 - 0.8 * step / steps,
         "policy/grad_norm": 0.5 + rng.random(),
         "policy/engine_logprob_diff_max": 10 ** rng.uniform(-5.5, -4),
+        "policy/gradient_share/final": 0.7,
+        "policy/gradient_share/compacted": 0.3,
+        "policy/gradient_share/sub_agent": 0.0,
+        "policy/correction_masked": 0.0,
+        "weights/lag_share_0": 0.75,
+        "weights/lag_share_1": 0.25,
         "critic/loss": 0.2 / step,
         "critic/explained_variance": 0.8 * (1 - math.exp(-step / steps * 4)) + rng.gauss(0, 0.04) - 0.05,
         "weights/version": step,
@@ -159,6 +166,7 @@ def test_page_holds_every_section(run_dir: Path) -> None:
     for text in (
         "What was learned", "Critic: explained variance", "Clipped tokens", "Engine against trainer", "Entropy",
         "Episodes and sub-traces", "Compactions", "Sampled tokens per second", "Lag", "Time per step",
+        "Share of the gradient", "Tokens by lag", "Policy update", "Engine, trainer, reference",
         "outside engines and Megatron", "final held-out pass rate", "tiny-qwen3", "recipes.coding:CodingTask",
         "Sub-trace 3 · final", "compaction: the context goes on from the summary", "summary", "policy", "tool",
     ):  # fmt: skip
@@ -305,6 +313,61 @@ def test_curves_stay_inside_their_frame() -> None:
     places = [tuple(map(float, pair.split(","))) for pair in line[1].split()]
     assert [x for x, _ in places] == sorted(x for x, _ in places)
     assert all(0 <= x <= 400 and 10 <= y <= 174 for x, y in places)
+
+
+def drawn(made: Chart) -> dict[str, list[tuple[float, float]]]:
+    return {one.name: list(one.points) for one in made.series if one.points}
+
+
+def test_a_curve_that_never_leaves_its_neutral_value_is_not_drawn() -> None:
+    panel = Panel("t", (Curve("a", "always", 0), Curve("b", "masked", 1, neutral=0.0)))
+    rows = [{"step": 1, "a": 0.0, "b": 0.0}, {"step": 2, "a": 0.0, "b": 0.0}]
+    assert drawn(chart(rows, panel)) == {"always": [(1, 0), (2, 0)]}
+    assert drawn(chart([*rows, {"step": 3, "b": 0.5}], panel))["masked"] == [(1, 0), (2, 0), (3, 0.5)]
+    assert drawn(chart([{"step": 1}], panel)) == {}
+
+
+def test_a_ratio_is_drawn_by_its_distance_from_one_and_logarithms_leave_zero_out() -> None:
+    distance = Panel("t", (Curve("a", "ratio", 0, less=1.0),))
+    assert drawn(chart([{"step": 1, "a": 1.5}], distance)) == {"ratio": [(1, 0.5)]}
+    log = Panel("t", (Curve("a", "kl", 0),), log=True)
+    assert drawn(chart([{"step": 1, "a": 0.0}, {"step": 2, "a": 0.1}], log)) == {"kl": [(2, 0.1)]}
+
+
+def test_lags_of_five_and_more_share_a_layer() -> None:
+    row = {"step": 1, **{f"weights/lag_share_{k}": k / 40 for k in range(8)}, "weights/lag_share_8_up": 0.3}
+    layers = drawn(lag_shares([row, {"step": 2}]))
+    assert list(layers) == ["1", "2", "3", "4", "5 or more"]  # no token has lag 0
+    assert layers["5 or more"] == [(1, pytest.approx((5 + 6 + 7) / 40 + 0.3))]
+    assert sum(points[0][1] for points in layers.values()) == pytest.approx(1)
+
+
+def test_values_stand_beside_returns_at_the_last_step_that_has_them() -> None:
+    old = {"step": 1, "critic/value_by_turn/0": 9.0, "critic/return_by_turn/0": 9.0, "critic/value_by_turn/2": 9.0}
+    new = {"step": 2, "critic/value_by_turn/10": 0.1, "critic/value_by_turn/0": 0.5, "critic/return_by_turn/0": 0.7}
+    made = by_place([old, new, {"step": 3, "critic/value_by_position/0": 1.0}], "turn")
+    assert drawn(made) == {"mean return": [(1, 0.7)], "mean value": [(1, 0.5), (11, 0.1)]}
+    assert "At step 2" in made.note
+    assert "turn 1" in svg(made, 400, 200)
+    assert drawn(by_place([old, new], "position")) == {}
+
+
+def test_headings_without_charts_are_left_out() -> None:
+    page = curves([{"step": 1, "policy/loss": 1.0}, {"step": 2, "policy/loss": 0.5}])
+    assert "Policy update" in page
+    for heading in ("Engine, trainer, reference", "Advantages and critic", "Episodes and engines"):
+        assert heading not in page
+
+
+def test_panels_have_titles_and_labels_of_their_own() -> None:
+    panels = [*UPDATE, *DIVERGENCE, *CRITIC, *EPISODES]
+    assert len({panel.title for panel in panels}) == len(panels)
+    for panel in panels:
+        assert (
+            len({curve.colour for curve in panel.curves})
+            == len(panel.curves)
+            == len({curve.label for curve in panel.curves})
+        )
 
 
 @pytest.mark.e2e

@@ -11,7 +11,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -22,9 +22,10 @@ import yaml
 from slime.observe.tracking import EPISODES_FILE, METRICS_FILE, clean_text, read_metrics
 from slime.observe.view import duration
 from slime.report.charts import Chart, Series, figure, percent, short, standalone
+from slime.report.curves import Rows, curves, pass_rate, points
 from slime.report.episodes import choose, render, scale
 
-__all__ = ["write_curve", "write_report"]
+__all__ = ["read_config", "write_curve", "write_report"]
 
 REPORT_FILE = "report.html"
 CONFIG_FILE = "config.yaml"
@@ -37,52 +38,6 @@ _TIME_PARTS = (
     ("time/eval_s", "evaluation"),
     ("time/other_s", "other"),
 )
-Rows = Sequence[Mapping[str, float]]
-_LOG = "log"  # instead of a number format: a logarithmic axis
-# title, (metric, label, colour) of each series, note, number format
-_CURVES: tuple[tuple[str, tuple[tuple[str, str, int], ...], str, Callable[[float], str] | str], ...] = (
-    (
-        "Critic: explained variance",
-        (("critic/explained_variance", "explained variance", 2),),
-        "1: returns foretold; 0: no better than their mean.",
-        short,
-    ),
-    (
-        "Clipped tokens",
-        (("policy/clip_fraction", "clip fraction", 3),),
-        "Share whose probability ratio left the trust region.",
-        percent,
-    ),
-    (
-        "Engine against trainer",
-        (("policy/engine_logprob_diff_max", "log-prob difference", 4),),
-        "Largest log-prob difference on the same tokens.",
-        _LOG,
-    ),
-    ("Entropy", (("policy/entropy", "entropy", 5),), "Mean per action token, in nats.", short),
-    ("Policy loss", (("policy/loss", "policy loss", 0),), "", short),
-    ("Critic loss", (("critic/loss", "critic loss", 2),), "", short),
-    (
-        "Gradient norm",
-        (("policy/grad_norm", "policy", 0), ("critic/grad_norm", "critic", 2)),
-        "Before clipping.",
-        short,
-    ),
-    (
-        "Episodes and sub-traces",
-        (("rollout/num_episodes", "episodes", 0), ("rollout/num_sub_traces", "sub-traces", 1)),
-        "Trained in each step.",
-        short,
-    ),
-    ("Compactions", (("rollout/compactions_per_episode", "compactions", 4),), "Per episode.", short),
-    (
-        "Truncated episodes",
-        (("rollout/truncated_fraction", "truncated", 1),),
-        "Share that ran out of a budget.",
-        percent,
-    ),
-    ("Lag", (("weights/lag_max", "lag", 5),), "Most weight versions between sampling and training.", short),
-)
 
 
 def write_report(run_dir: Path) -> Path:
@@ -91,7 +46,7 @@ def write_report(run_dir: Path) -> Path:
     ValueError when the run has no metrics yet. Curves whose metrics were never logged are left out.
     """
     rows = _rows(run_dir)
-    config = _config(run_dir)
+    config = read_config(run_dir)
     records = choose(run_dir / EPISODES_FILE)
     colours = scale(records)
     script = _resource("page.js")
@@ -103,7 +58,7 @@ def write_report(run_dir: Path) -> Path:
             "title": escape(clean_text(str(config.get("run") or run_dir.resolve().name))),
             "style": _resource("page.css"),
             "facts": _facts(rows, config),
-            "curves": _curves(rows),
+            "curves": curves(rows),
             "time": _time(rows),
             "episodes": render(records) or "<p>No sample episodes were kept.</p>",
             "controls": "" if records else "hidden",
@@ -122,7 +77,7 @@ def write_report(run_dir: Path) -> Path:
 
 def write_curve(run_dir: Path, out: Path) -> Path:
     """Writes the held-out pass rate over training as a standalone SVG. ValueError when nothing was evaluated."""
-    series = _pass_rate(_rows(run_dir))
+    series = pass_rate(_rows(run_dir))
     if not series.points:
         raise ValueError(f"{run_dir / METRICS_FILE}: no step has eval/pass_rate: set eval.every and run again")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -140,7 +95,8 @@ def _rows(run_dir: Path) -> list[dict[str, float]]:
     return rows
 
 
-def _config(run_dir: Path) -> dict[str, Any]:
+def read_config(run_dir: Path) -> dict[str, Any]:
+    """The run's config.yaml as plain values; empty when there is none. ValueError: it is not YAML."""
     path = run_dir / CONFIG_FILE
     if not path.is_file():
         return {}
@@ -163,24 +119,6 @@ def _fill(template: str, values: Mapping[str, str]) -> str:
         name, rest = piece.split("}}", 1)
         parts += [values[name], rest]
     return "".join(parts)
-
-
-def _points(
-    rows: Rows, name: str, scale_by: Callable[[float], float] = lambda value: value
-) -> list[tuple[float, float]]:
-    return [(row["step"], scale_by(row[name])) for row in rows if name in row]
-
-
-def _pass_rate(rows: Rows) -> Series:
-    evals = [row for row in rows if "eval/pass_rate" in row]
-    errors = [row.get("eval/pass_rate_stderr", 0.0) for row in evals]
-    return Series(
-        "held-out pass rate",
-        _points(evals, "eval/pass_rate"),
-        colour=0,
-        errors=errors if any(errors) else (),
-        dots=len(evals) <= 60,
-    )
 
 
 def _total(rows: Rows, name: str) -> float:
@@ -230,60 +168,11 @@ def _model(section: Any) -> Any:
     return _inside(section, "name") or _inside(section, "path")
 
 
-def _smooth(points: Sequence[tuple[float, float]], window: int) -> list[tuple[float, float]]:
-    """Mean of each point and the `window` - 1 before it."""
-    means = []
-    for index, (step, _) in enumerate(points):
-        recent = points[max(0, index - window + 1) : index + 1]
-        means.append((step, sum(value for _, value in recent) / len(recent)))
-    return means
-
-
-def _curves(rows: Rows) -> str:
-    reward = _points(rows, "rollout/reward_mean")
-    window = max(5, len(reward) // 40)
-    learned: list[Series] = [_pass_rate(rows)]
-    if len(reward) > window:
-        learned.append(Series("training reward", reward, colour=1, faint=True))
-        learned.append(Series(f"training reward, mean of {window} steps", _smooth(reward, window), colour=1))
-    else:
-        learned.append(Series("training reward", reward, colour=1))
-    inside = all(0.0 <= value <= 1.0 for _, value in reward)
-    first = Chart(
-        "What was learned",
-        learned,
-        note="Pass rate on tasks that are never trained on, with one standard error; reward of training episodes.",
-        bounds=(0.0, 1.0) if inside else None,
-    )
-    return figure(first, wide=True) + "".join(figure(chart) for chart in _small_charts(rows))
-
-
-def _small_charts(rows: Rows) -> list[Chart]:
-    charts = []
-    for title, metrics, note, form in _CURVES:
-        series = [
-            Series(label, [point for point in _points(rows, name) if point[1] > 0 or form is not _LOG], colour)
-            for name, label, colour in metrics
-        ]
-        charts.append(Chart(title, series, note, log=form is _LOG, form=short if isinstance(form, str) else form))
-    speed = Series("tokens/s", _tokens_per_s(rows), 2)
-    charts.append(Chart("Sampled tokens per second", [speed], "Of rollout time, all engines."))
-    return charts
-
-
-def _tokens_per_s(rows: Rows) -> list[tuple[float, float]]:
-    return [
-        (row["step"], row["rollout/tokens_generated"] / row["time/rollout_s"])
-        for row in rows
-        if row.get("time/rollout_s", 0.0) > 0 and "rollout/tokens_generated" in row
-    ]
-
-
 def _time(rows: Rows) -> str:
     """Time per step, stacked, and one sentence on what is spent outside engines and Megatron."""
     chart = Chart(
         "Time per step",
-        [Series(name, _points(rows, key), colour) for colour, (key, name) in enumerate(_TIME_PARTS)],
+        [Series(name, points(rows, key), colour) for colour, (key, name) in enumerate(_TIME_PARTS)],
         note="Seconds, stacked.",
         form=lambda value: f"{short(value)} s",
         stacked=True,

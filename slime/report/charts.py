@@ -19,7 +19,10 @@ Points = Sequence[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Series:
-    """One curve: (step, value) in step order. `errors` are half-widths of the band around it, one a point."""
+    """One curve: (step, value) in step order, or what the chart's x_name says.
+
+    `errors` are half-widths of the band around it, one a point.
+    """
 
     name: str
     points: Points
@@ -40,6 +43,7 @@ class Chart:
     log: bool = False
     form: Callable[[float], str] = field(default=lambda value: short(value))
     stacked: bool = False
+    x_name: str = "step"
 
 
 @dataclass(frozen=True)
@@ -126,7 +130,7 @@ def figure(chart: Chart, wide: bool = False) -> str:
         ]
         legend = '<ul class="legend">' + "".join(names) + "</ul>"
     note = f"<p>{escape(chart.note)}</p>" if chart.note else ""
-    size = "wide" if wide else "small"
+    size = ("wide" if wide else "small") + (" stack" if chart.stacked else "")
     return (
         f'<figure class="chart {size}"><figcaption><h3>{escape(chart.title)}</h3>{note}</figcaption>'
         f"{legend}{pictures}</figure>"
@@ -211,7 +215,7 @@ def _grid(frame: _Frame, chart: Chart) -> str:
         if mark == int(mark):
             place = f'x="{frame.x(mark):.1f}" y="{frame.height - 7}"'
             parts.append(f'<text {place} text-anchor="middle">{mark:.0f}</text>')
-    parts.append(f'<text x="{frame.left - 9}" y="{frame.height - 7}" text-anchor="end">step</text>')
+    parts.append(f'<text x="{frame.left - 9}" y="{frame.height - 7}" text-anchor="end">{escape(chart.x_name)}</text>')
     return "".join(parts)
 
 
@@ -265,7 +269,7 @@ def _hover(frame: _Frame, chart: Chart, series: Sequence[Series]) -> dict[str, o
     return {
         "w": frame.width,
         "x": [round(frame.x(step), 1) for step in steps],
-        "t": [f"step {step:.0f}\n" + "\n".join(texts[step]) for step in steps],
+        "t": [f"{chart.x_name} {step:.0f}\n" + "\n".join(texts[step]) for step in steps],
     }
 
 
@@ -276,7 +280,8 @@ def _spoken(chart: Chart, series: Sequence[Series]) -> str:
         values = [value for _, value in one.points]
         first, last = one.points[0], one.points[-1]
         parts.append(
-            f"{one.name}: {chart.form(first[1])} at step {first[0]:.0f}, {chart.form(last[1])} at step {last[0]:.0f}, "
+            f"{one.name}: {chart.form(first[1])} at {chart.x_name} {first[0]:.0f}, "
+            f"{chart.form(last[1])} at {chart.x_name} {last[0]:.0f}, "
             f"between {chart.form(min(values))} and {chart.form(max(values))}."
         )
     return " ".join(parts)
