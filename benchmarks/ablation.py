@@ -1,0 +1,227 @@
+"""What each part of the algorithm is worth at the demo's scale: whole runs of `slime train`, several seeds each.
+
+    .venv/bin/python benchmarks/ablation.py run --seeds 3 --jobs 2 [-- key=value ...]
+    .venv/bin/python benchmarks/ablation.py table                      prints the table, draws the curves
+
+`run` starts what is not finished yet and may be stopped at any time: a run that was stopped goes on from its newest
+checkpoint. Everything lies in runs/ablation/seed_<n>/. A job needs about 2 cores and 5 GB, and ten minutes on such
+cores. The runs of one seed start from the same warm start, whose policy passes about a tenth of the held-out tasks.
+
+What is compared is the held-out pass rate at equal numbers of generated tokens, value pre-training included. So a
+variant without pre-training gets as many steps more as its episodes would have made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from slime.observe.tracking import read_metrics
+from slime.report.charts import Chart, Series, percent, standalone
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS = 35
+WARMUP_STEPS = 6  # steps' worth of episodes that value pre-training generates: 640 trained on, 128 to measure on
+STAGGER_S = 8.0  # between two starts: Ray's start-up is the heaviest moment of a run
+RESULTS = ROOT / "benchmarks" / "ablation.json"
+CURVES = ROOT / "benchmarks" / "ablation.svg"
+NO_WARMUP = ("critic.warmup_episodes=0", f"steps={STEPS + WARMUP_STEPS}")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One line of the table: what differs from the recipe `ppo_coding`."""
+
+    name: str
+    title: str
+    overrides: tuple[str, ...] = ()
+
+
+VARIANTS = (
+    Variant("chained", "PPO, chained credit"),
+    Variant("discounted", "PPO, discounted credit", ("advantage.credit=discounted",)),
+    Variant("independent", "PPO, independent credit", ("advantage.credit=independent",)),
+    Variant("no_summaries", "PPO, summaries not trained", ("policy.train_summaries=false",)),
+    Variant("sub_trace_mean", "PPO, mean loss per sub-trace", ("policy.loss_norm=sub_trace",)),
+    Variant("no_warmup", "PPO, no value pre-training", NO_WARMUP),
+    Variant(
+        "grpo",
+        "GRPO, 8 episodes a prompt",
+        ("advantage.baseline=grpo", "buffer.episodes_per_prompt=8", "advantage.whiten=false", *NO_WARMUP),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: a variant and a seed."""
+
+    variant: Variant
+    seed: int
+    folder: Path
+
+    def __str__(self) -> str:
+        return f"{self.variant.name}, seed {self.seed}"
+
+    @property
+    def run_dir(self) -> Path:
+        return self.folder / f"seed_{self.seed}" / self.variant.name
+
+    @property
+    def finished(self) -> bool:
+        return (self.run_dir / "model").is_dir()
+
+    def command(self, extra: Sequence[str]) -> list[str]:
+        """The command that runs it or goes on with it."""
+        own = [f"run={self.variant.name}", f"runs_dir={self.run_dir.parent}", f"seed={self.seed}", f"steps={STEPS}"]
+        shared = ["tracking.wandb=false", "checkpoint.keep=1"]
+        slime = Path(sys.executable).with_name("slime")
+        return [str(slime), "train", "recipe=ppo_coding", *own, *shared, *self.variant.overrides, *extra]
+
+
+def cells(folder: Path, num_seeds: int, names: Sequence[str] = ()) -> list[Cell]:
+    """All runs, seed by seed, so that a table of the first seeds is complete as early as possible."""
+    chosen = [variant for variant in VARIANTS if not names or variant.name in names]
+    return [Cell(variant, seed, folder) for seed in range(num_seeds) for variant in chosen]
+
+
+def run_all(todo: Sequence[Cell], jobs: int, extra: Sequence[str]) -> bool:
+    """Runs cells, `jobs` at a time; True when all of them finished. What they print is kept in <run>.log.
+
+    The first run of a seed makes the warm start that the others share, so these wait for it.
+    """
+    waiting, running = list(todo), list[tuple[Cell, subprocess.Popen[bytes]]]()
+    failed: list[str] = []
+    warm: set[int] = set()
+    while waiting or running:
+        for cell, process in list(running):
+            if (cell.run_dir / "metrics.jsonl").exists():
+                warm.add(cell.seed)
+            if process.poll() is None:
+                continue
+            running.remove((cell, process))
+            print(f"{cell}: exit {process.returncode}", flush=True)
+            if process.returncode:
+                failed.append(str(cell))
+        starting = {cell.seed for cell, _ in running} - warm
+        ready = [cell for cell in waiting if cell.seed not in starting]
+        if ready and len(running) < jobs:
+            cell = ready[0]
+            waiting.remove(cell)
+            cell.run_dir.parent.mkdir(parents=True, exist_ok=True)
+            log = cell.run_dir.with_suffix(".log").open("ab")
+            running.append((cell, subprocess.Popen(cell.command(extra), cwd=ROOT, stdout=log, stderr=log)))
+            print(f"{cell}: started", flush=True)
+            time.sleep(STAGGER_S)
+        time.sleep(1.0)
+    if failed:
+        print(f"not finished: {', '.join(failed)}; see their .log files", file=sys.stderr)
+    return not failed
+
+
+def curve(rows: Sequence[Mapping[str, float]]) -> list[tuple[float, float]]:
+    """(tokens generated so far, held-out pass rate) at every evaluation."""
+    tokens, points = 0.0, []
+    for row in rows:
+        tokens += row.get("rollout/tokens_generated", 0.0)
+        if "eval/pass_rate" in row:
+            points.append((tokens, row["eval/pass_rate"]))
+    return points
+
+
+def collect(folder: Path, num_seeds: int) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """variant -> seed -> curve, of the finished runs."""
+    found: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for cell in cells(folder, num_seeds):
+        if cell.finished:
+            found.setdefault(cell.variant.name, {})[str(cell.seed)] = curve(read_metrics(cell.run_dir))
+    return found
+
+
+def at(points: Sequence[tuple[float, float]], tokens: float) -> float:
+    """Pass rate after `tokens` generated tokens, linear between evaluations."""
+    xs, ys = zip(*points, strict=True)
+    return float(np.interp(tokens, xs, ys))
+
+
+def mean_up_to(points: Sequence[tuple[float, float]], tokens: float, samples: int = 200) -> float:
+    """Mean pass rate on the way from 0 to `tokens`: how early it was learned."""
+    return float(np.mean([at(points, tokens * (k + 0.5) / samples) for k in range(samples)]))
+
+
+def table(found: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]) -> Iterator[str]:
+    """Markdown lines: mean and range over seeds, at the budget that every run has reached."""
+    budget = min(points[-1][0] for seeds in found.values() for points in seeds.values())
+    yield f"Held-out pass rate after {budget / 1e3:.0f}k generated tokens; mean (lowest - highest seed)."
+    yield ""
+    yield "| variant | seeds | start | at half of the tokens | at the end | mean on the way |"
+    yield "|---|---|---|---|---|---|"
+    for variant in VARIANTS:
+        seeds = list(found.get(variant.name, {}).values())
+        if not seeds:
+            continue
+        columns = (
+            [points[0][1] for points in seeds],
+            [at(points, budget / 2) for points in seeds],
+            [at(points, budget) for points in seeds],
+            [mean_up_to(points, budget) for points in seeds],
+        )
+        shown = " | ".join(f"{np.mean(c):.2f} ({min(c):.2f} - {max(c):.2f})" for c in columns)
+        yield f"| {variant.title} | {len(seeds)} | {shown} |"
+
+
+def draw(found: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]) -> str:
+    """SVG: mean pass rate over seeds by thousands of generated tokens."""
+    budget = min(points[-1][0] for seeds in found.values() for points in seeds.values())
+    grid = np.linspace(0, budget, 40)
+    series = [
+        Series(
+            variant.title,
+            [(float(x) / 1e3, float(np.mean([at(points, float(x)) for points in seeds.values()]))) for x in grid],
+            colour,
+        )
+        for colour, variant in enumerate(VARIANTS)
+        if (seeds := found.get(variant.name))
+    ]
+    title = "Held-out pass rate by thousands of generated tokens, mean over seeds"
+    return standalone(Chart(title, series, bounds=(0.0, 1.0), form=percent), axis="k tokens")
+
+
+def main(arguments: Sequence[str]) -> int:
+    own, extra = _split(list(arguments))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("action", choices=["run", "table"])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "ablation")
+    parser.add_argument("--variants", nargs="*", default=[], choices=[variant.name for variant in VARIANTS])
+    options = parser.parse_args(own)
+    if options.action == "run":
+        todo = [cell for cell in cells(options.folder, options.seeds, options.variants) if not cell.finished]
+        return 0 if run_all(todo, options.jobs, extra) else 1
+    found = collect(options.folder, options.seeds)
+    if not found:
+        print(f"{options.folder}: no run has finished: start them with `run`", file=sys.stderr)
+        return 2
+    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+    CURVES.write_text(draw(found))
+    print("\n".join(table(found)))
+    return 0
+
+
+def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """What stands before and after `--`."""
+    place = arguments.index("--") if "--" in arguments else len(arguments)
+    return arguments[:place], arguments[place + 1 :]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
