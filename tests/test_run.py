@@ -94,6 +94,7 @@ def test_order_of_a_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, begin: 
         weights=SimpleNamespace(publish=lambda version: note(f"publish {version}")),
         rollout=SimpleNamespace(run=lambda buffer: note("play")),
         buffer=None,
+        estimator=SimpleNamespace(roles=[]),
         policy=SimpleNamespace(submit=lambda method, folder: note(method) or SimpleNamespace(result=lambda: [])),
     )
     view = SimpleNamespace(note=lambda text: None)
