@@ -30,7 +30,7 @@ from slime.report.charts import Chart, Series, percent, standalone
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 35
 WARMUP_STEPS = 6  # steps' worth of episodes that value pre-training generates: 640 trained on, 128 to measure on
-STAGGER_S = 8.0  # between two starts: Ray's start-up is the heaviest moment of a run
+STAGGER_S = 4.0  # between two starts: Ray's start-up is the heaviest moment of a run
 RESULTS = ROOT / "benchmarks" / "ablation.json"
 CURVES = ROOT / "benchmarks" / "ablation.svg"
 NO_WARMUP = ("critic.warmup_episodes=0", f"steps={STEPS + WARMUP_STEPS}")
@@ -83,8 +83,8 @@ class Cell:
         """The command that runs it or goes on with it."""
         own = [f"run={self.variant.name}", f"runs_dir={self.run_dir.parent}", f"seed={self.seed}", f"steps={STEPS}"]
         shared = ["tracking.wandb=false", "checkpoint.keep=1"]
-        slime = Path(sys.executable).with_name("slime")
-        return [str(slime), "train", "recipe=ppo_coding", *own, *shared, *self.variant.overrides, *extra]
+        train = [sys.executable, "-m", "slime.cli", "train", "recipe=ppo_coding"]
+        return [*train, *own, *shared, *self.variant.overrides, *extra]
 
 
 def cells(folder: Path, num_seeds: int, names: Sequence[str] = ()) -> list[Cell]:

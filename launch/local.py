@@ -55,7 +55,7 @@ def start_ray(cluster: ClusterConfig) -> None:
     for attempt in range(1, ATTEMPTS + 1):
         try:
             ray.init(
-                num_cpus=max(8, os.cpu_count() or 1),  # a bookkeeping number: our actors ask for none
+                num_cpus=8,  # a bookkeeping number: our actors ask for none, and Ray starts as many workers in advance
                 num_gpus=cluster.gpus_per_node or None,
                 include_dashboard=False,
                 object_store_memory=OBJECT_STORE_MB << 20,

@@ -227,6 +227,17 @@ class EngineClient:
     async def end_update(self) -> None:
         await self._post("/end_weight_update", {})
 
+    async def release_memory(self) -> None:
+        """Frees the GPU memory of weights and KV cache; the engine must have been started to yield it and be idle.
+
+        What was held is lost: after `resume_memory` every weight has to be published again.
+        """
+        await self._post("/release_memory_occupation", {"tags": ["kv_cache", "weights"]})
+
+    async def resume_memory(self) -> None:
+        """Takes the memory back."""
+        await self._post("/resume_memory_occupation", {"tags": ["weights", "kv_cache"]})
+
     async def set_version(self, version: int) -> None:
         """Names the loaded weights without changing them; ends no request."""
         await self._post("/update_weight_version", {"new_version": str(version), "abort_all_requests": False})

@@ -22,6 +22,7 @@ class EngineConfig:
     max_running_requests: int = 128
     max_total_tokens: int = 0  # KV cache size in tokens; 0: SGLang decides from memory
     memory_fraction: float = 0.8  # of a GPU, for weights and KV cache
+    attention: str = ""  # SGLang's attention backend on a GPU, e.g. "triton"; "": its own choice
     pause: PauseMode = PauseMode.retract
     start_timeout_s: float = 600.0
     request_timeout_s: float = 600.0

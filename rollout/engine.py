@@ -36,9 +36,19 @@ CPU_MEMORY_FRACTION = 0.3  # of the machine's memory; `max_total_tokens` is the 
 
 
 def server_arguments(
-    config: EngineConfig, model_path: str, context_tokens: int, host: str, port: int, cpu: bool, seed: int
+    config: EngineConfig,
+    model_path: str,
+    context_tokens: int,
+    host: str,
+    port: int,
+    cpu: bool,
+    seed: int,
+    yields_memory: bool = False,
 ) -> list[str]:
-    """Arguments of `python -m sglang.launch_server`. Requests and answers are token ids; versions start at 0."""
+    """Arguments of `python -m sglang.launch_server`. Requests and answers are token ids; versions start at 0.
+
+    `yields_memory`: the engine can give its GPU memory away between rollouts (`EngineClient.release_memory`).
+    """
     arguments = [
         *("--model-path", model_path),
         *("--host", host),
@@ -68,6 +78,10 @@ def server_arguments(
         ]
     arguments += ["--dtype", "bfloat16", "--tp-size", str(config.tensor_parallel)]
     arguments += ["--mem-fraction-static", str(config.memory_fraction)]
+    if config.attention:
+        arguments += ["--attention-backend", config.attention]
+    if yields_memory:
+        arguments += ["--enable-memory-saver"]
     if config.max_total_tokens:
         arguments += ["--max-total-tokens", str(config.max_total_tokens)]
     return arguments
@@ -112,13 +126,14 @@ class EngineServer:
         threads: int = 1,
         seed: int = 0,
         host: str = "127.0.0.1",
+        yields_memory: bool = False,
     ) -> None:
         self.config = config
         self.log_path = Path(log_path)
         port = free_port(host)
         self.url = f"http://{host}:{port}"
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        arguments = server_arguments(config, model_path, context_tokens, host, port, cpu, seed)
+        arguments = server_arguments(config, model_path, context_tokens, host, port, cpu, seed, yields_memory)
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "rollout.engine", sys.executable, "-m", "sglang.launch_server", *arguments],

@@ -81,7 +81,7 @@ def activate() -> str | None:
     """Name of the platform class for SGLang, or None where a CUDA device is available."""
     import torch
 
+    install_stubs()
     if torch.cuda.is_available():
         return None
-    install_stubs()
     return "rollout.cpu.platform.CpuPlatform"

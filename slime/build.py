@@ -14,6 +14,7 @@ from critic.config import Baseline, CriticConfig
 from critic.estimators import CriticEstimator, EpisodeEstimator, Estimator
 from critic.group import CriticGroup
 from critic.worker import CriticWorker
+from launch.config import Sharing
 from rollout.engine import EngineServer
 from rollout.group import EngineGroup, RolloutGroup
 from rollout.worker import RolloutSettings, RolloutWorker
@@ -52,20 +53,20 @@ class Parts:
         ray.get([server.stop.remote() for server in self.servers], timeout=60)
 
 
-SHARE = 0.2  # of the one GPU that engine, policy, reference and critic share: a bookkeeping number of Ray's
+SHARE = 0.2  # of a GPU that engine, policy, reference and critic share: a bookkeeping number of Ray's
 
 
-def _gpus(config: Config, each: int = 1) -> float:
-    if config.cluster.share_gpu:
-        return SHARE
-    return each if config.cluster.gpus_per_node else 0
+def _gpus(config: Config, shared_by: Sequence[Sharing], each: int = 1) -> float:
+    if not config.cluster.gpus_per_node:
+        return 0
+    return SHARE if config.cluster.sharing in shared_by else each
 
 
 def _ranks(
     config: Config, worker: type, role: PolicyConfig | CriticConfig, folder: Path, frozen: bool = False
 ) -> list[Any]:
     """One actor for each process of a training role, not started."""
-    cls = ray.remote(worker).options(num_cpus=0, num_gpus=_gpus(config))
+    cls = ray.remote(worker).options(num_cpus=0, num_gpus=_gpus(config, (Sharing.trainers, Sharing.all)))
     threads, timeout_s = config.cluster.threads_per_process, config.cluster.start_timeout_s
 
     def settings(rank: int) -> WorkerSettings:
@@ -99,7 +100,7 @@ def build_estimator(config: Config, folder: Path) -> Estimator:
 def build_servers(config: Config, folder: Path, run_dir: Path) -> list[Any]:
     """Engine servers; each starts its SGLang process when it is made."""
     engine = config.rollout.engine
-    cls = ray.remote(EngineServer).options(num_cpus=0, num_gpus=_gpus(config, engine.tensor_parallel))
+    cls = ray.remote(EngineServer).options(num_cpus=0, num_gpus=_gpus(config, (Sharing.all,), engine.tensor_parallel))
     return [
         cls.remote(
             engine,
@@ -109,7 +110,7 @@ def build_servers(config: Config, folder: Path, run_dir: Path) -> list[Any]:
             cpu=config.cluster.gpus_per_node == 0,
             threads=config.cluster.threads_per_process,
             seed=config.seed + number,
-            yields_memory=config.cluster.share_gpu,
+            yields_memory=config.cluster.sharing is Sharing.all,
         )
         for number in range(engine.num_engines)
     ]
@@ -143,7 +144,7 @@ def build_weights(
 ) -> Weights:
     """The path from the policy to the engines, not connected."""
     limit_s = config.cluster.start_timeout_s
-    if config.cluster.share_gpu:
+    if config.cluster.sharing is Sharing.all:
         return SharedGpuWeights(policy, engines, limit_s, trainers)
     return Weights(policy, engines, "nccl" if config.cluster.gpus_per_node else "gloo", limit_s)
 

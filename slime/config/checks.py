@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from critic.config import Baseline, Credit, Truncation
+from launch.config import Sharing
 from slime.schema import Config, Kind
 from trainer.config import Correction, LayoutConfig, Loss, Precision
 
@@ -288,8 +289,8 @@ def _processes(config: Config) -> Iterator[str]:
                     "than fp32 without AMX: use fp32"
                 )
         return
-    if cluster.share_gpu:
-        yield from _one_gpu(config)
+    if cluster.sharing is not Sharing.none:
+        yield from _shared_gpu(config)
         return
     sizes = [
         ("rollout.engine", engine.tensor_parallel),
@@ -323,22 +324,24 @@ def _processes(config: Config) -> Iterator[str]:
     )
 
 
-def _one_gpu(config: Config) -> Iterator[str]:
-    """What can take turns on one GPU."""
-    counts = {
-        "cluster.gpus_per_node": config.cluster.gpus_per_node,
-        "rollout.engine.num_engines": config.rollout.engine.num_engines,
-        "rollout.engine.tensor_parallel": config.rollout.engine.tensor_parallel,
-        **{f"{role}.layout.num_processes": layout.num_processes for role, layout in _layouts(config)},
-    }
+def _shared_gpu(config: Config) -> Iterator[str]:
+    """What can lie on one GPU together."""
+    cluster, engine = config.cluster, config.rollout.engine
+    counts = {f"{role}.layout.num_processes": layout.num_processes for role, layout in _layouts(config)}
+    if cluster.sharing is Sharing.all:
+        counts["rollout.engine.num_engines"] = engine.num_engines
+        counts["rollout.engine.tensor_parallel"] = engine.tensor_parallel
+        if config.buffer.slots != config.buffer.episodes_per_step:
+            yield (
+                f"buffer.slots={config.buffer.slots} with cluster.sharing=all: engines stand still while a step is "
+                f"trained, use buffer.episodes_per_step={config.buffer.episodes_per_step}"
+            )
     for key, count in counts.items():
         if count != 1:
-            yield f"{key}={count} with cluster.share_gpu=true: all roles share one GPU, use 1"
-    if config.buffer.slots != config.buffer.episodes_per_step:
-        yield (
-            f"buffer.slots={config.buffer.slots} with cluster.share_gpu=true: engines stand still while a step is "
-            f"trained, use buffer.episodes_per_step={config.buffer.episodes_per_step}"
-        )
+            yield f"{key}={count} with cluster.sharing={cluster.sharing.value}: these roles share one GPU, use 1"
+    needed = 1 if cluster.sharing is Sharing.all else 1 + engine.num_engines * engine.tensor_parallel
+    if needed > cluster.gpus_per_node * cluster.num_nodes:
+        yield f"{needed} GPUs are needed, cluster.gpus_per_node={cluster.gpus_per_node}: use at least {needed}"
 
 
 def _model(config: Config) -> Iterator[str]:

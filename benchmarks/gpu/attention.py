@@ -1,0 +1,119 @@
+"""Speed of packed attention, forward and backward, by kernel: which one is worth calling from the trainer.
+
+    python benchmarks/gpu/attention.py
+
+flash   torch.nn.attention.varlen, what the trainer calls
+cudnn   scaled_dot_product_attention on cuDNN, one call a sequence
+ragged  the cuDNN operator that varlen_attn would call if its switch allowed it, all sequences in one call
+
+Useful FLOP count the lower triangle: 4 * width * length^2 / 2 forward, twice that backward. Distances are to flash.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.gpu import common
+from benchmarks.gpu.check import distance
+
+Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def kernels(lengths: list[int]) -> dict[str, Attention]:
+    """Query [T, H, d], key and value [T, G, d] -> [T, H, d], by name."""
+    from torch.nn.attention import varlen
+
+    borders = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to("cuda", torch.int32)
+    longest = max(lengths)
+
+    def flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return varlen.varlen_attn(q, k, v, borders, borders, longest, longest, window_size=(-1, 0))
+
+    def cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        found = []
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            for parts in zip(*(x.split(lengths) for x in (q, k, v)), strict=True):
+                a, b, c = (x.transpose(0, 1)[None] for x in parts)
+                found.append(F.scaled_dot_product_attention(a, b, c, is_causal=True, enable_gqa=True)[0])
+        return torch.cat(found, 1).transpose(0, 1)
+
+    def ragged(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return _Ragged.apply(q, k, v, borders, longest)
+
+    return {"flash": flash, "cudnn": cudnn, "ragged": ragged}
+
+
+class _Ragged(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, borders, longest):  # type: ignore[no-untyped-def]
+        out, lse, _, _, _, _, seed, offset, _ = torch.ops.aten._cudnn_attention_forward(
+            q, k, v, None, borders, borders, longest, longest, True, 0.0, True, False
+        )
+        ctx.save_for_backward(q, k, v, out, lse, seed, offset, borders)
+        ctx.longest = longest
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        q, k, v, out, lse, seed, offset, borders = ctx.saved_tensors
+        none = torch.empty(0, device=q.device)
+        n = ctx.longest
+        grads = torch.ops.aten._cudnn_attention_backward(
+            grad.contiguous(), q, k, v, out, lse, seed, offset, none, borders, borders, n, n, 0.0, True
+        )
+        return *grads, None, None
+
+
+def measure(heads: int, kv_heads: int, lengths: list[int], d: int = 128) -> list[list[str]]:
+    """A row a kernel: TFLOP/s, first call, distance of output and gradients to flash."""
+    torch.manual_seed(0)
+    shape = sum(lengths), d
+    q, k, v, g = (
+        torch.randn(shape[0], n, d, device="cuda", dtype=torch.bfloat16) for n in (heads, kv_heads, kv_heads, heads)
+    )
+    flop = 2 * heads * d * sum(n * n for n in lengths)
+    rows: list[list[str]] = []
+    base: list[torch.Tensor] = []
+    for name, kernel in kernels(lengths).items():
+        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        try:
+            start.record()
+            out = kernel(*inputs)
+            grads = torch.autograd.grad(out, inputs, g, retain_graph=True)
+            end.record()
+            end.synchronize()
+        except RuntimeError as error:  # a kernel that does not take these inputs is a result, too
+            rows.append([name, f"{len(lengths)} sequences", str(error).splitlines()[0][:60], "", "", ""])
+            continue
+        found = [out.detach(), *grads]
+        base = base or found
+        with torch.no_grad():
+            forward = common.milliseconds(partial(kernel, *inputs))
+        backward = common.milliseconds(partial(torch.autograd.grad, out, inputs, g, retain_graph=True))
+        far = max(distance(a, b) for a, b in zip(found, base, strict=True))
+        speeds = [f"{flop / forward / 1e9:.0f}", f"{2 * flop / backward / 1e9:.0f}"]
+        rows.append([name, f"{len(lengths)} sequences", *speeds, f"{start.elapsed_time(end):.0f} ms", f"{far:.1e}"])
+    return rows
+
+
+def main() -> None:
+    print(common.machine())
+    head = ["kernel", "packed", "forward TFLOP/s", "backward TFLOP/s", "first call", "distance"]
+    rows = [head]
+    for lengths in (list(common.LENGTHS), [512] * 64):
+        rows += measure(32, 8, lengths)
+    print(common.table(rows), flush=True)
+
+
+if __name__ == "__main__":
+    main()

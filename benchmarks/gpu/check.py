@@ -1,0 +1,216 @@
+"""Whether the trainer computes on a GPU what its definitions say: packed attention, scores, log-probabilities, layouts.
+
+    python benchmarks/gpu/check.py               one GPU
+    python benchmarks/gpu/check.py --gpus 2      and the layouts that two GPUs allow, against one
+
+Every number is |found - reference| / |reference| in Frobenius norm (for log-probabilities, nats). References are
+computed in float64 from the same inputs, one sequence at a time; those of a model by transformers in float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.gpu import common
+from trainer.config import LayoutConfig, OptimizerConfig, PolicyConfig, Precision, Recompute
+from trainer.policy import PolicyWorker
+from trainer.worker import WorkerSettings
+
+LAYOUTS = {
+    "1 GPU": LayoutConfig(precision=Precision.bf16),
+    "1 GPU, layers recomputed": LayoutConfig(precision=Precision.bf16, recompute=Recompute.layer),
+    "1 GPU, MLP recomputed": LayoutConfig(precision=Precision.bf16, recompute=Recompute.mlp),
+    "DP2": LayoutConfig(num_processes=2, precision=Precision.bf16),
+    "TP2": LayoutConfig(num_processes=2, tensor_parallel=2, precision=Precision.bf16),
+    "TP2+SP": LayoutConfig(num_processes=2, tensor_parallel=2, sequence_parallel=True, precision=Precision.bf16),
+}
+DEVICE = "cuda"
+VOCAB = 32003  # odd: tensor parallelism has to pad it
+
+
+def distance(found: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((found.double() - exact.double()).norm() / exact.double().norm())
+
+
+def check_attention(heads: int = 16, kv_heads: int = 8, d: int = 128) -> list[list[str]]:
+    """Packed attention, forward and backward, against softmax attention in float64."""
+    from megatron.core.transformer.enums import AttnMaskType
+
+    from trainer.megatron.model import read_shape, transformer_config
+    from trainer.megatron.modules import PackedAttention, Packing
+
+    lengths = [700, 1, 129, 1218]
+    torch.manual_seed(1)
+    q, k, v, g = (
+        torch.randn(sum(lengths), n, d, device="cuda", dtype=torch.bfloat16) for n in (heads, kv_heads, kv_heads, heads)
+    )
+    shape = read_shape(common.write_config(Path(tempfile.mkdtemp()), "1.7b"))
+    config = transformer_config(shape, LayoutConfig(precision=Precision.bf16))
+    attention = PackedAttention(config, 1, AttnMaskType.causal, "self")
+    ours = [x.clone().requires_grad_() for x in (q, k, v)]
+    out = attention(*ours, None, packed_seq_params=Packing(lengths, torch.device("cuda")))
+    out.backward(g.flatten(1))
+    exact = [x.double().requires_grad_() for x in (q, k, v)]
+    parts = []
+    for a, b, c in zip(*(x.split(lengths) for x in exact), strict=True):
+        shaped = [x.transpose(0, 1)[None] for x in (a, b, c)]
+        parts.append(F.scaled_dot_product_attention(*shaped, is_causal=True, enable_gqa=True)[0].transpose(0, 1))
+    reference = torch.cat(parts)
+    reference.backward(g.double())
+    rows = [["packed attention, forward", f"{distance(out, reference.flatten(1)):.1e}"]]
+    for name, x, y in zip("qkv", ours, exact, strict=True):
+        assert x.grad is not None
+        assert y.grad is not None
+        rows.append([f"packed attention, gradient of {name}", f"{distance(x.grad, y.grad):.1e}"])
+    return rows
+
+
+class _Alone:
+    """A tensor-parallel group of one."""
+
+    def size(self) -> int:
+        return 1
+
+    def rank(self) -> int:
+        return 0
+
+
+def check_scores(tokens: int = 1500, hidden: int = 256) -> list[list[str]]:
+    """Log-probability and entropy from bf16 hidden states in slices, against float64."""
+    from trainer.megatron.scores import scores
+
+    torch.manual_seed(2)
+    h = torch.randn(tokens, hidden, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    w = (torch.randn(VOCAB, hidden, device="cuda") * 0.15).bfloat16().requires_grad_()
+    labels = torch.randint(0, VOCAB, (tokens,), device="cuda")
+    g = torch.randn(2, tokens, device="cuda")
+    out = scores(h, w, labels, VOCAB, _Alone())
+    found = torch.autograd.grad((out * g).sum(), (h, w))
+    exact_h, exact_w = (x.detach().double().requires_grad_() for x in (h, w))
+    log_p = (exact_h @ exact_w.t()).log_softmax(1)
+    exact = torch.stack([log_p.gather(1, labels[:, None])[:, 0], -(log_p.exp() * log_p).sum(1)])
+    grads = torch.autograd.grad((exact * g).sum(), (exact_h, exact_w))
+    return [
+        ["log-probabilities", f"{distance(out[0], exact[0]):.1e}"],
+        ["entropies", f"{distance(out[1], exact[1]):.1e}"],
+        ["gradient of hidden states", f"{distance(found[0], grads[0]):.1e}"],
+        ["gradient of the projection", f"{distance(found[1], grads[1]):.1e}"],
+    ]
+
+
+def make_model(folder: Path) -> Path:
+    """A random Qwen3 of 130 million parameters whose predictions are far from uniform."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(3)
+    config = Qwen3Config(
+        vocab_size=VOCAB,
+        hidden_size=1024,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=128,
+        intermediate_size=3072,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        initializer_range=0.06,
+    )
+    Qwen3ForCausalLM(config).bfloat16().save_pretrained(folder)
+    return folder
+
+
+def reference_logprobs(folder: Path, traces: list[Any], dtype: torch.dtype) -> np.ndarray:
+    """transformers' own model, one sequence at a time; predictions of all sequences together."""
+    from transformers import Qwen3ForCausalLM
+
+    model = Qwen3ForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").to(DEVICE).eval()
+    found = []
+    for trace in traces:
+        tokens = torch.from_numpy(trace.tokens).long().to(DEVICE)
+        with torch.no_grad():
+            logits = model(tokens[None]).logits[0, :-1].float()
+        found.append(logits.log_softmax(1).gather(1, tokens[1:, None])[:, 0].cpu().numpy())
+    return np.concatenate(found)
+
+
+def train_rank(options: argparse.Namespace) -> None:
+    """One rank of a layout: log-probabilities, four updates, log-probabilities; rank 0 writes them."""
+    layout = LAYOUTS[options.layout]
+    layout.max_tokens_per_micro_batch = 4096
+    settings = WorkerSettings(options.rank, layout, OptimizerConfig(lr=1e-4), options.folder, 0, 1, 300.0)
+    worker = PolicyWorker(settings, PolicyConfig(layout=layout))
+    worker.start("127.0.0.1", options.port)
+    traces = common.sub_traces(4096, VOCAB)
+    grid = [[list(range(len(traces)))[row :: layout.data_parallel]] for row in range(layout.data_parallel)]
+    old = {i: t.logprobs for i, t in enumerate(traces)}
+    ones = {i: t.action_mask.astype(np.float32) for i, t in enumerate(traces)}
+    fields: Any = {"advantages": ones, "weights": ones, "old_logprobs": old, "engine_logprobs": old}
+    fields["part"] = {i: 0 * x for i, x in ones.items()}
+    before = worker.logprobs(traces, grid)
+    norms = [worker.imitate(traces, [grid])["steps"]["grad_norm"][0] for _ in range(4)]
+    after = worker.logprobs(traces, grid)
+    worker.stop()
+    found = {"before": before, "after": after, "norms": norms, "memory": torch.cuda.max_memory_allocated()}
+    torch.save(found, Path(options.folder) / f"answer_{options.rank}.pt")
+
+
+def run_layout(name: str, folder: Path) -> dict[str, Any]:
+    layout = LAYOUTS[name]
+    common.run_ranks(__file__, ["--layout", name, "--folder", str(folder)], layout.num_processes, timeout_s=300)
+    ranks = [torch.load(folder / f"answer_{r}.pt", weights_only=False) for r in range(layout.num_processes)]
+    joined = {
+        key: np.concatenate([part[1:] for _, part in sorted({i: x for r in ranks for i, x in r[key].items()}.items())])
+        for key in ("before", "after")
+    }
+    return {**joined, "norms": ranks[0]["norms"], "memory": ranks[0]["memory"]}
+
+
+def check_layouts(num_gpus: int) -> str:
+    """Log-probabilities before and after four supervised steps, in every layout, against one GPU and transformers."""
+    folder = make_model(Path(tempfile.mkdtemp()))
+    traces = common.sub_traces(4096, VOCAB)
+    exact = reference_logprobs(folder, traces, torch.float32)
+    rough = reference_logprobs(folder, traces, torch.bfloat16)
+    nats = lambda a, b: f"{np.abs(a - b).mean():.1e} / {np.abs(a - b).max():.1e}"  # noqa: E731
+    rows = [["layout", "to fp32 transformers: mean / max nats", "to 1 GPU after 4 steps", "gradient norms", "peak GB"]]
+    rows.append(["transformers in bf16", nats(rough, exact), "", "", ""])
+    base: dict[str, Any] = {}
+    for name, layout in LAYOUTS.items():
+        if layout.num_processes > num_gpus:
+            continue
+        found = run_layout(name, folder)
+        base = base or found
+        norms = " ".join(f"{n:.4f}" for n in found["norms"])
+        rows.append([name, nats(found["before"], exact), nats(found["after"], base["after"]), norms,
+                     f"{found['memory'] / 1e9:.2f}"])  # fmt: skip
+    return common.table(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--layout", default="", help="set by the script itself")
+    parser.add_argument("--folder", default="", help="set by the script itself")
+    parser.add_argument("--rank", type=int, default=-1, help="set by the script itself")
+    parser.add_argument("--port", type=int, default=0, help="set by the script itself")
+    options = parser.parse_args()
+    if options.rank >= 0:
+        train_rank(options)
+        return
+    print(common.machine())
+    print(common.table([["against float64", "distance"], *check_attention(), *check_scores()]), flush=True)
+    print(check_layouts(options.gpus), flush=True)
+
+
+if __name__ == "__main__":
+    main()

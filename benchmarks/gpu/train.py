@@ -1,0 +1,224 @@
+"""Speed of a PPO step's training: forward and update of policy and critic on packed tokens.
+
+    python benchmarks/gpu/train.py --model 1.7b --recompute layer
+    python benchmarks/gpu/train.py --model 8b --gpus 2 --recompute layer      data parallel, optimizer state shared
+
+The product's own workers run, on weights drawn at random, without Ray, one role after the other. A step is what
+the loop asks for: the policy's log-probabilities, the critic's values, one update of each over the same tokens.
+
+    utilisation = useful FLOP / seconds / measured rate of a large bf16 product
+    useful FLOP = tokens * (2 forward, 6 update) * parameters in products + 2 (6) * attention width * sum of length^2
+
+Attention counts its lower triangle: 2 products of 2 * width * length^2 / 2 forward. What recomputation does twice
+is no useful FLOP; `--recompute` says how much that is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.gpu import common
+from buffer.types import SubTrace
+from critic.config import CriticConfig
+from critic.worker import CriticWorker
+from trainer.config import LayoutConfig, OptimizerConfig, PolicyConfig, Precision, Recompute
+from trainer.policy import PolicyWorker
+from trainer.worker import Fields, WorkerSettings
+
+
+def random_weights(gpt: torch.nn.Module) -> None:
+    """Normal numbers of standard deviation 0.02 in matrices; norms and heads stay as they are made."""
+    torch.manual_seed(0)
+    for parameter in gpt.parameters():
+        if parameter.dim() == 2 and parameter.shape[0] > 1:
+            torch.nn.init.normal_(parameter, 0.0, 0.02)
+
+
+class RandomPolicy(PolicyWorker):
+    """The policy's worker without a weight file."""
+
+    def _read_weights(self, gpt: torch.nn.Module) -> None:
+        random_weights(gpt)
+
+
+class RandomCritic(CriticWorker):
+    """The critic's worker without a weight file."""
+
+    def _read_weights(self, gpt: torch.nn.Module) -> None:
+        random_weights(gpt)
+
+
+def fields_of(role: str, traces: list[SubTrace]) -> Fields:
+    """What an update is told, about the size that it has in a run."""
+    zeros = {i: 0.0 * t.logprobs for i, t in enumerate(traces)}
+    if role == "critic":
+        return {"values": zeros, "returns": {i: zeros[i] + t.action_mask for i, t in enumerate(traces)}}
+    old = {i: t.logprobs for i, t in enumerate(traces)}
+    ones = {i: zeros[i] + 1 for i in zeros}
+    return {"advantages": ones, "weights": ones, "old_logprobs": old, "engine_logprobs": old, "part": zeros}
+
+
+def useful_flop(config: dict[str, Any], role: str, lengths: list[int]) -> float:
+    """Of one forward pass over sequences of `lengths` predictions; an update is three times as much."""
+    h, f, d = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    q, kv = config["num_attention_heads"] * d, config["num_key_value_heads"] * d
+    products = config["num_hidden_layers"] * (h * (q + 2 * kv) + q * h + 3 * h * f)
+    if role == "policy":
+        products += h * config["vocab_size"]
+    attention = config["num_hidden_layers"] * 2 * q * sum(n * n for n in lengths)
+    return 2 * products * sum(lengths) + attention
+
+
+def timed(run: Callable[[], Any]) -> float:
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    run()
+    torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def measure(role: str, options: argparse.Namespace, folder: Path, port: int) -> dict[str, Any]:
+    """Median seconds of the role's phases and its peak memory, on this rank."""
+    config = json.loads((folder / "config.json").read_text())
+    layout = LayoutConfig(
+        num_processes=options.gpus,
+        tensor_parallel=options.tensor_parallel,
+        sequence_parallel=options.tensor_parallel > 1,
+        precision=Precision.bf16,
+        max_tokens_per_micro_batch=options.tokens,
+        recompute=Recompute(options.recompute),
+    )
+    settings = WorkerSettings(options.rank, layout, OptimizerConfig(lr=1e-6), str(folder), 0, 1, 600.0)
+    made = {"policy": (RandomPolicy, PolicyConfig), "critic": (RandomCritic, CriticConfig)}[role]
+    worker: Any = made[0](settings, made[1](layout=layout))
+    began = time.perf_counter()
+    worker.start("127.0.0.1", port)
+    start_s = time.perf_counter() - began
+    num_rows = layout.data_parallel
+    traces = [t for row in range(num_rows) for t in common.sub_traces(options.tokens, config["vocab_size"], row)]
+    each = len(traces) // num_rows
+    grid = [[list(range(row * each, (row + 1) * each))] * options.micro_batches for row in range(num_rows)]
+    fields = fields_of(role, traces)
+    step_s: list[float] = []
+    optimizer_step = worker.optimizer.step
+
+    def step_timed() -> Any:
+        answer: list[Any] = []
+        step_s.append(timed(lambda: answer.append(optimizer_step())))
+        return answer[0]
+
+    worker.optimizer.step = step_timed
+    forward, update = [], []
+    for _ in range(options.steps + 1):
+        forward.append(timed(lambda: worker.predict(traces, grid)))
+        torch.cuda.reset_peak_memory_stats()
+        update.append(timed(lambda: worker.update(traces, fields, [grid])))
+    middle = lambda times: sorted(times[1:])[(len(times) - 1) // 2]  # noqa: E731 (the first warms up)
+    lengths = [len(t.tokens) - 1 for t in traces[:each]] * options.micro_batches
+    flop = useful_flop(config, role, lengths)
+    if options.profile and options.rank == 0:
+        profile(lambda: worker.update(traces, fields, [grid]), options.profile)
+    found = {
+        "role": role,
+        "parameters": sum(p.numel() for p in worker.ddp.parameters()) * options.tensor_parallel,
+        "tokens": sum(lengths) * num_rows,
+        "forward_s": middle(forward),
+        "update_s": middle(update),
+        "optimizer_s": middle(step_s),
+        "flop_forward": flop / options.tensor_parallel,
+        "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
+        "start_s": start_s,
+        "first_s": forward[0] + update[0],
+    }
+    worker.stop()
+    return found
+
+
+def profile(run: Callable[[], Any], num_rows: int) -> None:
+    """Prints the kernels that take most of `run`."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+        run()
+        torch.cuda.synchronize()
+    events = sorted(found.key_averages(), key=lambda e: -e.self_device_time_total)
+    total = sum(e.self_device_time_total for e in events)
+    rows = [["ms", "share", "calls", "kernel"]]
+    rows += [
+        [f"{e.self_device_time_total / 1e3:.1f}", f"{e.self_device_time_total / total:.3f}", e.count, e.key[:80]]
+        for e in events[:num_rows]
+    ]
+    print(common.table(rows), flush=True)
+
+
+def answer_file(role: str, first_gpu: int) -> Path:
+    """Where rank 0 leaves what it measured."""
+    return Path(tempfile.gettempdir()) / f"train_{role}_{first_gpu}.json"
+
+
+def report(found: list[dict[str, Any]], rate: float, options: argparse.Namespace) -> str:
+    """The table: a row a phase, then the whole step."""
+    rows: list[list[Any]] = [["phase", "s", "share", "tokens/s/GPU", "MFU", "peak GB"]]
+    total_s = sum(f["forward_s"] + f["update_s"] for f in found)
+    flop_all = 0.0
+    for f in found:
+        for phase, seconds, factor in (("forward", f["forward_s"], 1), ("update", f["update_s"], 3)):
+            flop = factor * f["flop_forward"]
+            flop_all += flop
+            speed = f["tokens"] / seconds / options.gpus
+            cells = [f"{seconds:.3f}", f"{seconds / total_s:.2f}", f"{speed:.0f}", f"{flop / seconds / rate:.3f}"]
+            rows.append([f"{f['role']} {phase}", *cells, f"{f['peak_gb']:.1f}" if factor == 3 else ""])
+        rows.append([f"  of it optimizer ({f['role']})", f"{f['optimizer_s']:.3f}", *[""] * 4])
+    speed = found[0]["tokens"] / total_s / options.gpus
+    rows.append(["all", f"{total_s:.3f}", "1.00", f"{speed:.0f}", f"{flop_all / total_s / rate:.3f}", ""])
+    return common.table(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=list(common.QWEN3), default="1.7b")
+    parser.add_argument("--layers", type=int, default=0, help="cut the model to so many; 0: all")
+    parser.add_argument("--tokens", type=int, default=32768, help="of a micro-batch")
+    parser.add_argument("--micro-batches", type=int, default=1)
+    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--first-gpu", type=int, default=0)
+    parser.add_argument("--tensor-parallel", type=int, default=1)
+    parser.add_argument("--recompute", choices=[r.value for r in Recompute], default="layer")
+    parser.add_argument("--roles", default="policy,critic")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--profile", type=int, default=0, help="so many kernels")
+    parser.add_argument("--rank", type=int, default=-1, help="set by the script itself")
+    parser.add_argument("--port", type=int, default=0, help="set by the script itself")
+    options = parser.parse_args()
+    if options.rank >= 0:
+        role = options.roles
+        folder = common.write_config(Path(tempfile.mkdtemp()), options.model, options.layers)
+        found = measure(role, options, folder, options.port)
+        if options.rank == 0:
+            found["rate"] = common.matrix_rate()
+            answer_file(role, options.first_gpu).write_text(json.dumps(found))
+        return
+    found_all = []
+    for role in options.roles.split(","):
+        arguments = [*sys.argv[1:], f"--roles={role}"]  # the last one counts
+        common.run_ranks(__file__, arguments, options.gpus, 500, options.first_gpu)
+        found_all.append(json.loads(answer_file(role, options.first_gpu).read_text()))
+    rate = found_all[0]["rate"]
+    print(common.machine())
+    print(f"Qwen3 {options.model}: {found_all[0]['parameters'] / 1e9:.2f} billion parameters, {vars(options)}")
+    print(f"bf16 matrix rate {rate / 1e12:.0f} TFLOP/s; start {found_all[0]['start_s']:.0f} s, first step "
+          f"{found_all[0]['first_s']:.0f} s")  # fmt: skip
+    print(report(found_all, rate, options), flush=True)
+
+
+if __name__ == "__main__":
+    main()
