@@ -9,6 +9,8 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -16,7 +18,7 @@ from sandboxes import CONFIG, needs_bubblewrap, opened, use
 
 from rollout.config import SandboxConfig
 from rollout.sandbox import factory, jail
-from rollout.sandbox.bubblewrap import BubblewrapPool, run_once
+from rollout.sandbox.bubblewrap import BubblewrapPool, BubblewrapSandbox, encode, run_once
 from rollout.sandbox.factory import make_pool, probe
 from rollout.sandbox.interface import RunResult, Sandbox, SandboxPool
 from rollout.sandbox.unsafe import SubprocessPool
@@ -287,3 +289,28 @@ def test_parts_out_of_reach_are_brought_along(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setattr(jail, "_open_to_all", lambda path: False)
     answer = run_once(jail.build_jail(CONFIG), "import ctypes, json, sys; print(sys.version_info[:2])")
     assert answer["stdout"] == f"{sys.version_info[:2]}\n"
+
+
+def test_a_report_that_comes_after_its_answer_is_no_answer_to_the_next_request() -> None:
+    """A handler answered, ended too late, and was reported: every later request still gets its own answer."""
+    box: Any = BubblewrapSandbox.__new__(BubblewrapSandbox)
+
+    async def ask(*frames: dict[str, Any]) -> dict[str, Any]:
+        for frame in frames:
+            box._reader.feed_data(encode(frame))
+        return await box._exchange({"op": "read", "path": "a"})
+
+    async def body() -> None:
+        async def drain() -> None:
+            return None
+
+        box._reader, box._num_requests = asyncio.StreamReader(), 0
+        box._writer = SimpleNamespace(write=lambda data: None, drain=drain)
+        assert await ask({"number": 0, "text": "first"}) == {"text": "first"}
+        late = {"number": 0, "handler_ended": None}
+        assert await ask(late, {"number": 1, "text": "second"}) == {"text": "second"}
+        assert await ask({"number": 2, "handler_ended": -9}) == {"handler_ended": -9}
+        with pytest.raises(ValueError, match="answer to request 9 came for request 3"):
+            await ask({"number": 9, "text": "from nowhere"})
+
+    asyncio.run(body())

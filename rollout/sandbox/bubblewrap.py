@@ -49,6 +49,7 @@ class BubblewrapSandbox:
         self._writer: asyncio.StreamWriter | None = None
         self._turn = asyncio.Lock()  # one request at a time
         self._asking = False  # a request is out; stays True when its answer was not waited for
+        self._num_requests = 0
         self._lost = ""  # why it is gone
 
     async def open(self) -> None:
@@ -152,10 +153,18 @@ class BubblewrapSandbox:
     async def _exchange(self, request: dict[str, Any]) -> dict[str, Any]:
         assert self._reader is not None, "open() comes first"
         assert self._writer is not None, "open() comes first"
+        number, self._num_requests = self._num_requests, self._num_requests + 1
         self._writer.write(encode(request))
         await self._writer.drain()
-        num_bytes = answer_bytes(await self._reader.readexactly(4))
-        return decode(await self._reader.readexactly(num_bytes))
+        while True:
+            num_bytes = answer_bytes(await self._reader.readexactly(4))
+            answer = decode(await self._reader.readexactly(num_bytes))
+            answered = answer.pop("number", -1)
+            if answered == number:
+                return answer
+            if not 0 <= answered < number:
+                raise ValueError(f"an answer to request {answered} came for request {number}")
+            # A report of the supervisor on a handler that had answered before it was ended: nobody waits for it.
 
     def _refusal(self, answer: dict[str, Any]) -> Exception:
         message = str(answer.get("message"))
@@ -266,7 +275,9 @@ def run_once(jail: Jail, source: str, timeout_s: float = START_TIMEOUT_S) -> dic
     try:
         ours.settimeout(timeout_s)
         ours.sendall(encode({"op": "run", "source": source, "stdin": ""}))
-        return decode(_receive(ours, answer_bytes(_receive(ours, 4))))
+        answer = decode(_receive(ours, answer_bytes(_receive(ours, 4))))
+        answer.pop("number", None)
+        return answer
     except (OSError, ValueError) as error:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(1.0)

@@ -13,7 +13,9 @@ Programs have the handler's uid and may signal it: a handler that is killed or s
 supervisor, which the kernel shields from signals of its own namespace. They can't trace it or open its files:
 supervisor and handler are not dumpable. Every process that a run leaves behind is killed before its answer is sent.
 
-Frames in both directions: 4 bytes length (big endian), then a JSON object.
+Frames in both directions: 4 bytes length (big endian), then a JSON object. Every answer carries the `number` of its
+request, from 0: where a handler has answered but does not end in time, the supervisor's report of that follows, and the
+host must know that it is no answer to the next request.
 """
 
 from __future__ import annotations
@@ -53,11 +55,12 @@ def main() -> None:
     wipe()
     gc.disable()
     gc.freeze()
-    while serve_one(limits):
-        pass
+    number = 0
+    while serve_one(limits, number):
+        number += 1
 
 
-def serve_one(limits: Limits) -> bool:
+def serve_one(limits: Limits, number: int) -> bool:
     """Waits for a request and has it handled. False: the host is gone."""
     waiting = select.poll()
     waiting.register(0, select.POLLIN)
@@ -66,7 +69,7 @@ def serve_one(limits: Limits) -> bool:
     if handler == 0:
         code = 1
         try:
-            code = handle(limits)
+            code = handle(limits, number)
         finally:
             os._exit(code)
     ended = wait_for(handler, limits.run_timeout_s + GRACE_S)
@@ -76,7 +79,7 @@ def serve_one(limits: Limits) -> bool:
     if ended == HOST_IS_GONE:
         return False
     if ended != ANSWERED:
-        write_frame({"handler_ended": ended})
+        write_frame({"number": number, "handler_ended": ended})
     return True
 
 
@@ -105,7 +108,7 @@ def reap(options: int) -> tuple[int, int] | None:
 # Handler --------------------------------------------------------------------------------------------------------
 
 
-def handle(limits: Limits) -> int:
+def handle(limits: Limits, number: int) -> int:
     """Reads one request and answers it; returns the handler's exit code."""
     request = read_frame()
     if request is None:
@@ -117,7 +120,7 @@ def handle(limits: Limits) -> int:
         reply = {"error": error.kind, "message": str(error)}
     except OSError as error:
         reply = {"error": "os", "errno": error.errno, "message": error.strerror}
-    write_frame(reply)
+    write_frame({"number": number, **reply})
     return ANSWERED
 
 
