@@ -137,13 +137,26 @@ def curve(rows: Sequence[Mapping[str, float]]) -> list[tuple[float, float]]:
     return points
 
 
-def collect(folder: Path, num_seeds: int) -> dict[str, dict[str, list[tuple[float, float]]]]:
-    """variant -> seed -> curve, of the finished runs."""
-    found: dict[str, dict[str, list[tuple[float, float]]]] = {}
+Curves = dict[str, dict[str, list[tuple[float, float]]]]  # variant -> seed -> curve
+
+
+def collect(folder: Path, num_seeds: int) -> Curves:
+    """The curves of all runs that have measured the start and something after it, finished or not."""
+    found: Curves = {}
     for cell in cells(folder, num_seeds):
-        if cell.finished:
-            found.setdefault(cell.variant.name, {})[str(cell.seed)] = curve(read_metrics(cell.run_dir))
+        points = curve(read_metrics(cell.run_dir))
+        if len(points) > 1:
+            found.setdefault(cell.variant.name, {})[str(cell.seed)] = points
     return found
+
+
+def reaching(found: Curves, tokens: float) -> Curves:
+    """Those that have generated at least `tokens`."""
+    kept = {
+        name: {seed: points for seed, points in seeds.items() if points[-1][0] >= tokens}
+        for name, seeds in found.items()
+    }
+    return {name: seeds for name, seeds in kept.items() if seeds}
 
 
 def at(points: Sequence[tuple[float, float]], tokens: float) -> float:
@@ -157,31 +170,29 @@ def mean_up_to(points: Sequence[tuple[float, float]], tokens: float, samples: in
     return float(np.mean([at(points, tokens * (k + 0.5) / samples) for k in range(samples)]))
 
 
-def table(found: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]) -> Iterator[str]:
-    """Markdown lines: mean and range over seeds, at the budget that every run has reached."""
-    budget = min(points[-1][0] for seeds in found.values() for points in seeds.values())
-    yield f"Held-out pass rate after {budget / 1e3:.0f}k generated tokens; mean (lowest - highest seed)."
+def table(found: Curves, tokens: float) -> Iterator[str]:
+    """Markdown lines: mean and range over the seeds that have reached `tokens`."""
+    yield f"Held-out pass rate by generated tokens, up to {tokens / 1e3:.0f}k; mean (lowest - highest seed)."
     yield ""
-    yield "| variant | seeds | start | at half of the tokens | at the end | mean on the way |"
+    yield "| variant | seeds | start | at half of the tokens | at all of them | mean on the way |"
     yield "|---|---|---|---|---|---|"
     for variant in VARIANTS:
-        seeds = list(found.get(variant.name, {}).values())
+        seeds = list(reaching(found, tokens).get(variant.name, {}).values())
         if not seeds:
             continue
         columns = (
             [points[0][1] for points in seeds],
-            [at(points, budget / 2) for points in seeds],
-            [at(points, budget) for points in seeds],
-            [mean_up_to(points, budget) for points in seeds],
+            [at(points, tokens / 2) for points in seeds],
+            [at(points, tokens) for points in seeds],
+            [mean_up_to(points, tokens) for points in seeds],
         )
         shown = " | ".join(f"{np.mean(c):.2f} ({min(c):.2f} - {max(c):.2f})" for c in columns)
         yield f"| {variant.title} | {len(seeds)} | {shown} |"
 
 
-def draw(found: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]) -> str:
+def draw(found: Curves, tokens: float) -> str:
     """SVG: mean pass rate over seeds by thousands of generated tokens."""
-    budget = min(points[-1][0] for seeds in found.values() for points in seeds.values())
-    grid = np.linspace(0, budget, 40)
+    kept, grid = reaching(found, tokens), np.linspace(0, tokens, 40)
     series = [
         Series(
             variant.title,
@@ -189,10 +200,10 @@ def draw(found: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]) -> st
             colour,
         )
         for colour, variant in enumerate(VARIANTS)
-        if (seeds := found.get(variant.name))
+        if (seeds := kept.get(variant.name))
     ]
     title = "Held-out pass rate by thousands of generated tokens, mean over seeds"
-    return standalone(Chart(title, series, bounds=(0.0, 1.0), form=percent), axis="k tokens")
+    return standalone(Chart(title, series, bounds=(0.0, 1.0), form=percent, x_name="k"))
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -203,17 +214,19 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "ablation")
     parser.add_argument("--variants", nargs="*", default=[], choices=[variant.name for variant in VARIANTS])
+    parser.add_argument("--tokens", type=float, default=0.0, help="budget to compare at; 0: what every run has reached")
     options = parser.parse_args(own)
     if options.action == "run":
         todo = [cell for cell in cells(options.folder, options.seeds, options.variants) if not cell.finished]
         return 0 if run_all(todo, options.jobs, extra) else 1
     found = collect(options.folder, options.seeds)
     if not found:
-        print(f"{options.folder}: no run has finished: start them with `run`", file=sys.stderr)
+        print(f"{options.folder}: no run has been evaluated twice: start them with `run`", file=sys.stderr)
         return 2
+    tokens = options.tokens or min(points[-1][0] for seeds in found.values() for points in seeds.values())
     RESULTS.write_text(json.dumps(found, indent=1) + "\n")
-    CURVES.write_text(draw(found))
-    print("\n".join(table(found)))
+    CURVES.write_text(draw(found, tokens))
+    print("\n".join(table(found, tokens)))
     return 0
 
 

@@ -287,24 +287,44 @@ def _spoken(chart: Chart, series: Sequence[Series]) -> str:
     return " ".join(parts)
 
 
+_LIGHT = ("#0072b2", "#c25700", "#00805c", "#a8527f", "#7a5fb5", "#6b7785", "#a08000")
+_DARK = ("#56b4e9", "#f0a040", "#3ecf9f", "#e79bc6", "#b9a5f0", "#a7b2bf", "#e0d060")
+
+
+def _colours(shades: Sequence[str]) -> str:
+    return "".join(f".c{number}{{color:{shade}}}" for number, shade in enumerate(shades))
+
+
 _CURVE_STYLE = (
     "text{font:13px system-ui,sans-serif;fill:#57606a}.title{font-weight:600;font-size:16px;fill:#1f2328}"
-    ".grid{stroke:#d0d7de}.line{fill:none;stroke:#0072b2;stroke-width:2.5;stroke-linejoin:round}"
-    ".band{fill:#0072b2;opacity:.18}.dot{fill:#0072b2}.cross{display:none}.ground{fill:#ffffff}"
+    ".grid{stroke:#d0d7de}.line{fill:none;stroke:currentColor;stroke-width:2.5;stroke-linejoin:round}"
+    f".band{{fill:currentColor;opacity:.18}}.dot{{fill:currentColor}}{_colours(_LIGHT)}"
+    ".cross{display:none}.ground{fill:#ffffff}"
     "@media(prefers-color-scheme:dark){text{fill:#9198a1}.title{fill:#f0f6fc}.grid{stroke:#3d444d}"
-    ".line{stroke:#56b4e9}.band,.dot{fill:#56b4e9}.ground{fill:#0d1117}}"
+    f"{_colours(_DARK)}.ground{{fill:#0d1117}}}}"
 )
+_LEGEND_WIDTH = 230
 
 
 def standalone(chart: Chart, width: int = 760, height: int = 320) -> str:
-    """The chart as an SVG file of its own, for a README: title above, light or dark as the reader's screen is."""
+    """The chart as an SVG file of its own: title above, light or dark as the reader's screen is.
+
+    Several curves are named on the right, in the order of their last values.
+    """
+    kept = [one for one in chart.series if one.points]
     picture = svg(chart, width, height)
     body = picture[picture.index(">") + 1 : picture.rindex("</svg>")]
-    label = escape(_spoken(chart, [one for one in chart.series if one.points]))
+    full = width
+    if len(kept) > 1:
+        full += _LEGEND_WIDTH
+        for row, one in enumerate(sorted(kept, key=lambda one: -one.points[-1][1])):
+            y = 24 + 24 * row
+            body += f'<line class="line c{one.colour}" x1="{width + 8}" x2="{width + 30}" y1="{y - 4}" y2="{y - 4}"/>'
+            body += f'<text x="{width + 38}" y="{y}">{escape(one.name)}</text>'
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="-10 -34 {width + 16} {height + 40}" role="img" '
-        f'aria-label="{label}"><style>{_CURVE_STYLE}</style>'
-        f'<rect class="ground" x="-10" y="-34" width="{width + 16}" height="{height + 40}" rx="8"/>'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="-10 -34 {full + 16} {height + 40}" role="img" '
+        f'aria-label="{escape(_spoken(chart, kept))}"><style>{_CURVE_STYLE}</style>'
+        f'<rect class="ground" x="-10" y="-34" width="{full + 16}" height="{height + 40}" rx="8"/>'
         f'<text class="title" x="14" y="-12">{escape(chart.title)}</text>{body}'
         "</svg>\n"
     )
