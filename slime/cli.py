@@ -107,7 +107,7 @@ def _of_a_run(command: str, rest: list[str]) -> int:
         runs = sorted(path.name for path in Path("runs").glob("*") if path.is_dir())
         return _refuse(f"{command} {rest[0]}: no such run; {'runs: ' + ', '.join(runs) if runs else 'runs/ has none'}")
     try:
-        print(run(run_dir))
+        _say(run(run_dir))
     except (FileNotFoundError, ValueError) as error:
         return _refuse(f"{command} {run_dir}: {error}")
     return 0
@@ -189,9 +189,14 @@ def _show(loaded: Loaded, against: list[str]) -> None:
         for text, origin in _lines(loaded.config, loaded.origins)
     ]
     shown += ["", "this machine can not run it:" if against else "this machine can run it"]
+    _say("\n".join([*shown, *(f"  {reason}" for reason in against)]))
+
+
+def _say(text: str) -> None:
+    """Prints for a reader, `head` for example, that may have seen enough before the end."""
     try:
-        print("\n".join([*shown, *(f"  {reason}" for reason in against)]), flush=True)
-    except BrokenPipeError:  # the reader, `head` for example, has seen enough: leave nothing to flush at exit
+        print(text, flush=True)
+    except BrokenPipeError:  # leave nothing to flush at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

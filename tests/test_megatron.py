@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import ray
 import torch
+from models import random_qwen3
 
 from buffer.types import Batch, Status, SubTrace, SubTraceInfo, SubTraceKind, Targets
 from critic.config import CriticConfig
@@ -34,23 +35,7 @@ LAYOUTS = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small random Qwen3."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("model") / "qwen3"
-    config = Qwen3Config(
-        vocab_size=97,  # odd: tensor parallelism has to pad it
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        intermediate_size=48,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-    )
-    Qwen3ForCausalLM(config).save_pretrained(path)
-    return path
+    return random_qwen3(tmp_path_factory.mktemp("model") / "qwen3")
 
 
 def sub_trace(rng: np.random.Generator, length: int, episode: int) -> SubTrace:
