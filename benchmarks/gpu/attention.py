@@ -6,7 +6,9 @@ flash   torch.nn.attention.varlen, what the trainer calls
 cudnn   scaled_dot_product_attention on cuDNN, one call a sequence
 ragged  the cuDNN operator that varlen_attn would call if its switch allowed it, all sequences in one call
 
-Useful FLOP count the lower triangle: 4 * width * length^2 / 2 forward, twice that backward. Distances are to flash.
+Useful FLOP count the lower triangle: 4 * width * length^2 / 2 forward, twice that backward. Distances are to flash,
+the largest of output and gradients; a kernel is of use when its distance is near 1e-2 or below. Some versions of torch
+hand cuDNN the width of a head as the longest sequence in `ragged`'s backward pass: a large distance there says so.
 """
 
 from __future__ import annotations
@@ -65,54 +67,53 @@ class _Ragged(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         q, k, v, out, lse, seed, offset, borders = ctx.saved_tensors
-        none = torch.empty(0, device=q.device)
-        n = ctx.longest
+        n, no_bias = ctx.longest, None  # an empty tensor would be taken for a bias of one dimension
         grads = torch.ops.aten._cudnn_attention_backward(
-            grad.contiguous(), q, k, v, out, lse, seed, offset, none, borders, borders, n, n, 0.0, True
+            grad.contiguous(), q, k, v, out, lse, seed, offset, no_bias, borders, borders, n, n, 0.0, True
         )
         return *grads, None, None
 
 
-def measure(heads: int, kv_heads: int, lengths: list[int], d: int = 128) -> list[list[str]]:
-    """A row a kernel: TFLOP/s, first call, distance of output and gradients to flash."""
+def measure(name: str, lengths: list[int], heads: int = 32, kv_heads: int = 8, d: int = 128) -> list[str]:
+    """The row of a kernel: TFLOP/s, first call, distance of output and gradients to flash."""
     torch.manual_seed(0)
-    shape = sum(lengths), d
     q, k, v, g = (
-        torch.randn(shape[0], n, d, device="cuda", dtype=torch.bfloat16) for n in (heads, kv_heads, kv_heads, heads)
+        torch.randn(sum(lengths), n, d, device="cuda", dtype=torch.bfloat16) for n in (heads, kv_heads, kv_heads, heads)
     )
     flop = 2 * heads * d * sum(n * n for n in lengths)
-    rows: list[list[str]] = []
-    base: list[torch.Tensor] = []
-    for name, kernel in kernels(lengths).items():
+
+    def run(kernel: Attention) -> tuple[list[torch.Tensor], Callable[[], object]]:
         inputs = [x.clone().requires_grad_() for x in (q, k, v)]
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        try:
-            start.record()
-            out = kernel(*inputs)
-            grads = torch.autograd.grad(out, inputs, g, retain_graph=True)
-            end.record()
-            end.synchronize()
-        except RuntimeError as error:  # a kernel that does not take these inputs is a result, too
-            rows.append([name, f"{len(lengths)} sequences", str(error).splitlines()[0][:60], "", "", ""])
-            continue
-        found = [out.detach(), *grads]
-        base = base or found
-        with torch.no_grad():
-            forward = common.milliseconds(partial(kernel, *inputs))
-        backward = common.milliseconds(partial(torch.autograd.grad, out, inputs, g, retain_graph=True))
-        far = max(distance(a, b) for a, b in zip(found, base, strict=True))
-        speeds = [f"{flop / forward / 1e9:.0f}", f"{2 * flop / backward / 1e9:.0f}"]
-        rows.append([name, f"{len(lengths)} sequences", *speeds, f"{start.elapsed_time(end):.0f} ms", f"{far:.1e}"])
-    return rows
+        out = kernel(*inputs)
+        backward = partial(torch.autograd.grad, out, inputs, g, retain_graph=True)
+        return [out.detach(), *backward()], backward
+
+    kernel = kernels(lengths)[name]
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    packed = f"{len(lengths)} sequences"
+    try:
+        start.record()
+        found, again = run(kernel)
+        end.record()
+        end.synchronize()
+    except (RuntimeError, IndexError) as error:  # a kernel that does not take these inputs is a result, too
+        return [name, packed, str(error).splitlines()[0][:60], "", "", ""]
+    with torch.no_grad():
+        forward_ms = common.milliseconds(partial(kernel, q, k, v))
+    backward_ms = common.milliseconds(again)
+    base, _ = run(kernels(lengths)["flash"])
+    far = max(distance(a, b) for a, b in zip(found, base, strict=True))
+    speeds = [f"{flop / forward_ms / 1e9:.0f}", f"{2 * flop / backward_ms / 1e9:.0f}"]
+    return [name, packed, *speeds, f"{start.elapsed_time(end):.0f} ms", f"{far:.1e}"]
 
 
 def main() -> None:
-    print(common.machine())
+    print(common.machine(), flush=True)
     head = ["kernel", "packed", "forward TFLOP/s", "backward TFLOP/s", "first call", "distance"]
-    rows = [head]
-    for lengths in (list(common.LENGTHS), [512] * 64):
-        rows += measure(32, 8, lengths)
-    print(common.table(rows), flush=True)
+    common.say(head, head=True)
+    for name in ("flash", "cudnn", "ragged"):  # the last one may leave CUDA in a state that stops all that follows
+        for lengths in (list(common.LENGTHS), [512] * 64):
+            common.say(measure(name, lengths))
 
 
 if __name__ == "__main__":

@@ -175,15 +175,16 @@ def run_layout(name: str, folder: Path) -> dict[str, Any]:
     return {**joined, "norms": ranks[0]["norms"], "memory": ranks[0]["memory"]}
 
 
-def check_layouts(num_gpus: int) -> str:
+def check_layouts(num_gpus: int) -> None:
     """Log-probabilities before and after four supervised steps, in every layout, against one GPU and transformers."""
     folder = make_model(Path(tempfile.mkdtemp()))
     traces = common.sub_traces(4096, VOCAB)
     exact = reference_logprobs(folder, traces, torch.float32)
     rough = reference_logprobs(folder, traces, torch.bfloat16)
     nats = lambda a, b: f"{np.abs(a - b).mean():.1e} / {np.abs(a - b).max():.1e}"  # noqa: E731
-    rows = [["layout", "to fp32 transformers: mean / max nats", "to 1 GPU after 4 steps", "gradient norms", "peak GB"]]
-    rows.append(["transformers in bf16", nats(rough, exact), "", "", ""])
+    head = ["layout", "to fp32 transformers: mean / max nats", "to 1 GPU after 4 steps", "gradient norms", "peak GB"]
+    common.say(head, head=True)
+    common.say(["transformers in bf16", nats(rough, exact), "", "", ""])
     base: dict[str, Any] = {}
     for name, layout in LAYOUTS.items():
         if layout.num_processes > num_gpus:
@@ -191,9 +192,8 @@ def check_layouts(num_gpus: int) -> str:
         found = run_layout(name, folder)
         base = base or found
         norms = " ".join(f"{n:.4f}" for n in found["norms"])
-        rows.append([name, nats(found["before"], exact), nats(found["after"], base["after"]), norms,
-                     f"{found['memory'] / 1e9:.2f}"])  # fmt: skip
-    return common.table(rows)
+        memory = f"{found['memory'] / 1e9:.2f}"
+        common.say([name, nats(found["before"], exact), nats(found["after"], base["after"]), norms, memory])
 
 
 def main() -> None:
@@ -207,9 +207,9 @@ def main() -> None:
     if options.rank >= 0:
         train_rank(options)
         return
-    print(common.machine())
+    print(common.machine(), flush=True)
     print(common.table([["against float64", "distance"], *check_attention(), *check_scores()]), flush=True)
-    print(check_layouts(options.gpus), flush=True)
+    check_layouts(options.gpus)
 
 
 if __name__ == "__main__":

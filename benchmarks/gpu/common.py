@@ -8,6 +8,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,11 @@ def free_port() -> int:
 
 
 def run_ranks(script: str, arguments: Sequence[str], num_ranks: int, timeout_s: float, first_gpu: int = 0) -> None:
-    """Runs `script` once a GPU, each process seeing one; RuntimeError when one fails."""
+    """Runs `script` once a GPU, each process seeing one.
+
+    RuntimeError as soon as one fails (the others would wait for it until their own time is over); TimeoutError.
+    """
+    ends = time.monotonic() + timeout_s
     port = str(free_port())
     ranks = [
         subprocess.Popen(
@@ -116,10 +121,14 @@ def run_ranks(script: str, arguments: Sequence[str], num_ranks: int, timeout_s: 
         for rank in range(num_ranks)
     ]
     try:
-        codes = [rank.wait(timeout=timeout_s) for rank in ranks]
+        while None in (codes := [rank.poll() for rank in ranks]) and not any(codes):
+            if time.monotonic() > ends:
+                raise TimeoutError(f"{script}: not done after {timeout_s:.0f} s, exit codes {codes}")
+            time.sleep(0.2)
     finally:
         for rank in ranks:
             rank.kill()
+            rank.wait()
     if any(codes):
         raise RuntimeError(f"{script}: exit codes {codes}")
 
@@ -132,6 +141,13 @@ def machine() -> str:
     gpus = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.splitlines()
     python = sys.version.split()[0]
     return f"{len(gpus)} x {gpus[0]}; Python {python}, torch {torch.__version__}, triton {triton.__version__}"
+
+
+def say(cells: Sequence[Any], head: bool = False) -> None:
+    """Prints a row of a Markdown table at once: a script that is cut short keeps what it has measured."""
+    print("| " + " | ".join(str(cell) for cell in cells) + " |", flush=True)
+    if head:
+        print("|" + "---|" * len(cells), flush=True)
 
 
 def table(rows: Sequence[Sequence[Any]]) -> str:

@@ -2,6 +2,9 @@
 
     python benchmarks/gpu/publish.py --model 8b --attention triton
 
+First NCCL alone, between two processes that see one GPU each, with NCCL_CUMEM_ENABLE at 0 (what SGLang sets in its
+engines and our trainers in themselves) and at 1. Where 0 fails here, both ends have to be set to 1.
+
 The trainer holds weights only (random ones); the path is the product's: the policy worker's `send_weights`, SGLang's
 update from a distributed group, buckets as slime/weights.py makes them.
 """
@@ -40,7 +43,7 @@ class _Bare:
 
 def broadcast_rank(options: argparse.Namespace) -> None:
     """One of two ranks: broadcasts of 1 GiB, and of the sizes of a layer's tensors one after the other."""
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(options.port))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(options.port), NCCL_CUMEM_ENABLE=options.cumem)
     dist.init_process_group("nccl", rank=options.rank, world_size=2, timeout=timedelta(seconds=120))
     for megabytes in (1024, 128, 32, 8):
         tensor = torch.randn(megabytes << 18, device="cuda")
@@ -52,7 +55,8 @@ def broadcast_rank(options: argparse.Namespace) -> None:
 
         rate = number * megabytes * 1.048576e6 / (common.milliseconds(run, repeats=5) * 1e-3)
         if options.rank == 0:
-            print(f"nccl broadcast of tensors of {megabytes} MiB: {rate / 1e9:.0f} GB/s", flush=True)
+            print(f"NCCL_CUMEM_ENABLE={options.cumem}, broadcast of tensors of {megabytes} MiB: {rate / 1e9:.0f} GB/s",
+                  flush=True)  # fmt: skip
     dist.destroy_process_group()
 
 
@@ -95,6 +99,7 @@ def main() -> None:
     parser.add_argument("--model", choices=list(common.QWEN3), default="8b")
     parser.add_argument("--attention", default="", help="SGLang's attention backend")
     parser.add_argument("--repeats", type=int, default=4)
+    parser.add_argument("--cumem", default="0", help="set by the script itself")
     parser.add_argument("--rank", type=int, default=-1, help="set by the script itself")
     parser.add_argument("--port", type=int, default=0, help="set by the script itself")
     options = parser.parse_args()
@@ -105,7 +110,11 @@ def main() -> None:
     from rollout.engine import EngineServer
 
     print(common.machine(), flush=True)
-    common.run_ranks(__file__, sys.argv[1:], 2, timeout_s=120)
+    for cumem in ("0", "1"):
+        try:
+            common.run_ranks(__file__, [*sys.argv[1:], f"--cumem={cumem}"], 2, timeout_s=120)
+        except (RuntimeError, TimeoutError) as error:  # that it fails is a result, too
+            print(f"NCCL_CUMEM_ENABLE={cumem}: {error}", flush=True)
     folder = common.write_config(Path(tempfile.mkdtemp()), options.model)
     os.environ["CUDA_VISIBLE_DEVICES"] = "0"
     began = time.perf_counter()

@@ -5,6 +5,7 @@
 
 The product's own workers run, on weights drawn at random, without Ray, one role after the other. A step is what
 the loop asks for: the policy's log-probabilities, the critic's values, one update of each over the same tokens.
+The table is printed after each role, so that what is cut short leaves the policy's rows.
 
     utilisation = useful FLOP / seconds / measured rate of a large bf16 product
     useful FLOP = tokens * (2 forward, 6 update) * parameters in products + 2 (6) * attention width * sum of length^2
@@ -127,8 +128,8 @@ def measure(role: str, options: argparse.Namespace, folder: Path, port: int) -> 
     middle = lambda times: sorted(times[1:])[(len(times) - 1) // 2]  # noqa: E731 (the first warms up)
     lengths = [len(t.tokens) - 1 for t in traces[:each]] * options.micro_batches
     flop = useful_flop(config, role, lengths)
-    if options.profile and options.rank == 0:
-        profile(lambda: worker.update(traces, fields, [grid]), options.profile)
+    if options.profile:
+        profile(lambda: worker.update(traces, fields, [grid]), options.profile if options.rank == 0 else 0)
     found = {
         "role": role,
         "parameters": sum(p.numel() for p in worker.ddp.parameters()) * options.tensor_parallel,
@@ -146,7 +147,10 @@ def measure(role: str, options: argparse.Namespace, folder: Path, port: int) -> 
 
 
 def profile(run: Callable[[], Any], num_rows: int) -> None:
-    """Prints the kernels that take most of `run`."""
+    """Prints the kernels that take most of `run`; 0 rows: only runs it, because all ranks have to."""
+    if not num_rows:
+        run()
+        return
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
         run()
         torch.cuda.synchronize()
@@ -207,17 +211,18 @@ def main() -> None:
             found["rate"] = common.matrix_rate()
             answer_file(role, options.first_gpu).write_text(json.dumps(found))
         return
-    found_all = []
+    print(common.machine())
+    print(f"Qwen3 {options.model}, {vars(options)}", flush=True)
+    found_all: list[dict[str, Any]] = []
     for role in options.roles.split(","):
         arguments = [*sys.argv[1:], f"--roles={role}"]  # the last one counts
         common.run_ranks(__file__, arguments, options.gpus, 500, options.first_gpu)
-        found_all.append(json.loads(answer_file(role, options.first_gpu).read_text()))
-    rate = found_all[0]["rate"]
-    print(common.machine())
-    print(f"Qwen3 {options.model}: {found_all[0]['parameters'] / 1e9:.2f} billion parameters, {vars(options)}")
-    print(f"bf16 matrix rate {rate / 1e12:.0f} TFLOP/s; start {found_all[0]['start_s']:.0f} s, first step "
-          f"{found_all[0]['first_s']:.0f} s")  # fmt: skip
-    print(report(found_all, rate, options), flush=True)
+        found = json.loads(answer_file(role, options.first_gpu).read_text())
+        found_all.append(found)
+        print(f"{role}: {found['parameters'] / 1e9:.2f} billion parameters, bf16 matrix rate "
+              f"{found_all[0]['rate'] / 1e12:.0f} TFLOP/s; start {found['start_s']:.0f} s, first step "
+              f"{found['first_s']:.0f} s")  # fmt: skip
+        print(report(found_all, found_all[0]["rate"], options), flush=True)
 
 
 if __name__ == "__main__":

@@ -88,8 +88,8 @@ def start_process(
     if not cuda:
         torch.set_num_threads(threads)
     os.environ.update(MASTER_ADDR=master, MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(layout.num_processes))
-    # SGLang runs its engines with this; where the two ends of a broadcast differ, NCCL fails with "invalid argument".
-    os.environ["NCCL_CUMEM_ENABLE"] = "0"
+    # SGLang does the same in its engines; where the two ends of a broadcast differ, NCCL says "invalid argument".
+    os.environ.setdefault("NCCL_CUMEM_ENABLE", "0")
     dist.init_process_group(
         "nccl" if cuda else "gloo",
         rank=rank,
