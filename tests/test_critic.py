@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import ray
 import torch
-from models import random_qwen3
+from roles import batch_of, random_qwen3, running, sub_trace
 
-from buffer.types import Batch, Status, SubTrace, SubTraceInfo, SubTraceKind, Targets
+from buffer.types import SubTrace, Targets
 from critic.config import CriticConfig
 from critic.group import CriticGroup
 from critic.worker import CriticWorker, one_longer
-from trainer.config import LayoutConfig, OptimizerConfig, Recompute
+from trainer.config import LayoutConfig, Recompute
 from trainer.megatron import hf
 from trainer.megatron.optimizer import freeze, frozen_names
-from trainer.worker import WorkerSettings
 
 LIMIT_S = 300.0
 ATTENTION = "*self_attention*"
@@ -66,33 +64,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return random_qwen3(tmp_path_factory.mktemp("model") / "qwen3")
 
 
-def sub_trace(rng: np.random.Generator, length: int, episode: int) -> SubTrace:
-    mask = rng.random(length) < 0.4
-    mask[0], mask[-1] = False, True
-    zeros = np.zeros(length, np.float32)
-    return SubTrace(
-        tokens=rng.integers(0, 97, length).astype(np.int32),
-        action_mask=mask,
-        logprobs=zeros,
-        rewards=zeros,
-        versions=np.where(mask, 0, -1).astype(np.int32),
-        summary_mask=np.zeros(length, bool),
-        episode_id=f"e{episode}",
-        position=0,
-        successor=None,
-        kind=SubTraceKind.FINAL,
-        status=Status.FINISHED,
-    )
-
-
 @pytest.fixture(scope="module")
 def traces() -> list[SubTrace]:
     rng = np.random.default_rng(1)
     return [sub_trace(rng, length, i) for i, length in enumerate([30, 7, 22, 2])]
-
-
-def batch_of(traces: Sequence[SubTrace]) -> Batch:
-    return Batch(0, tuple(SubTraceInfo(t, t.episode_id, len(t.tokens), t.num_actions, 0) for t in traces), ())
 
 
 def targets_of(traces: Sequence[SubTrace], values: dict[int, np.ndarray]) -> list[Targets]:
@@ -102,25 +77,6 @@ def targets_of(traces: Sequence[SubTrace], values: dict[int, np.ndarray]) -> lis
         here = trace.action_mask.astype(np.float32)
         found.append(Targets(np.zeros_like(here), here * (i % 2), here * values[i]))
     return found
-
-
-@contextmanager
-def running(folder: Path, config: CriticConfig) -> Iterator[CriticGroup]:
-    """A started critic; its processes end with the block."""
-    optimizer = OptimizerConfig(lr=1e-2)
-    actors = [
-        ray.remote(CriticWorker).remote(
-            WorkerSettings(rank, config.layout, optimizer, str(folder), 0, 1, LIMIT_S), config
-        )
-        for rank in range(config.layout.num_processes)
-    ]
-    try:
-        group = CriticGroup(actors, config, LIMIT_S)
-        group.start(LIMIT_S).result()
-        yield group
-    finally:
-        for actor in actors:
-            ray.kill(actor)
 
 
 def weights(group: CriticGroup) -> list[Arrays]:
@@ -163,7 +119,7 @@ def test_trunk_is_the_policys_and_frozen_attention_stays_so(
     def config(layout: LayoutConfig) -> CriticConfig:
         return CriticConfig(layout, head_init_std=0.1, num_epochs=3, freeze=[ATTENTION])
 
-    with running(folder, config(LayoutConfig(max_tokens_per_micro_batch=40))) as group:
+    with running(CriticGroup, CriticWorker, folder, config(LayoutConfig(max_tokens_per_micro_batch=40))) as group:
         loaded = trunk(group)
         assert sorted(loaded) == sorted(source)
         assert all(np.array_equal(loaded[name], source[name]) for name in source)
@@ -184,7 +140,7 @@ def test_trunk_is_the_policys_and_frozen_attention_stays_so(
         assert all(np.array_equal(end[0][name], again[0][name]) for name in end[0])
 
     two = LayoutConfig(2, tensor_parallel=2, sequence_parallel=True, max_tokens_per_micro_batch=80)
-    with running(folder, config(two)) as group:
+    with running(CriticGroup, CriticWorker, folder, config(two)) as group:
         begin = weights(group)
         found = three_updates(group, traces, seed=3)
         assert_frozen(begin, weights(group), [ATTENTION])
@@ -204,7 +160,7 @@ def test_bounds_the_state_after_the_end_and_frozen_embeddings(
     batch, patterns = batch_of(traces), ["embedding*", ATTENTION]
     layout = LayoutConfig(max_tokens_per_micro_batch=34, recompute=Recompute.layer)
     config = CriticConfig(layout, num_epochs=6, value_range=[-1.0, 3.0], value_clip=0.2, freeze=patterns)
-    with running(folder, config) as group:
+    with running(CriticGroup, CriticWorker, folder, config) as group:
         start, begin = group.values(batch).result(), weights(group)
         assert all(np.array_equal(v[1:], np.ones(len(v) - 1, np.float32)) for v in start.values())
         metrics = group.update(batch, targets_of(traces, start), np.random.default_rng(0)).result()

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import ray
 import torch
-from models import random_qwen3
+from roles import batch_of, random_qwen3, running, sub_trace
 
-from buffer.types import Batch, Status, SubTrace, SubTraceInfo, SubTraceKind, Targets
+from buffer.types import SubTrace, Targets
 from critic.config import CriticConfig
 from critic.group import CriticGroup
 from critic.worker import CriticWorker
-from trainer.config import LayoutConfig, LossNorm, OptimizerConfig, PolicyConfig
-from trainer.group import PolicyGroup, WorkerGroup
+from trainer.config import LayoutConfig, LossNorm, PolicyConfig
+from trainer.group import PolicyGroup
 from trainer.policy import PolicyWorker
-from trainer.worker import WorkerSettings
 
 LIMIT_S = 300.0
 LAYOUTS = {
@@ -38,33 +34,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return random_qwen3(tmp_path_factory.mktemp("model") / "qwen3")
 
 
-def sub_trace(rng: np.random.Generator, length: int, episode: int) -> SubTrace:
-    mask = rng.random(length) < 0.4
-    mask[0], mask[-1] = False, True
-    return SubTrace(
-        tokens=rng.integers(0, 97, length).astype(np.int32),
-        action_mask=mask,
-        logprobs=np.where(mask, -1.0, 0.0).astype(np.float32),
-        rewards=np.zeros(length, np.float32),
-        versions=np.where(mask, 0, -1).astype(np.int32),
-        summary_mask=np.zeros(length, bool),
-        episode_id=f"e{episode}",
-        position=0,
-        successor=None,
-        kind=SubTraceKind.FINAL,
-        status=Status.FINISHED,
-    )
-
-
 @pytest.fixture(scope="module")
 def traces() -> list[SubTrace]:
     rng = np.random.default_rng(1)
     return [sub_trace(rng, length, i // 2) for i, length in enumerate([50, 7, 33, 12, 60, 2, 41])]
-
-
-def batch_of(traces: list[SubTrace]) -> Batch:
-    items = [SubTraceInfo(t, t.episode_id, len(t.tokens), t.num_actions, 0) for t in traces]
-    return Batch(0, tuple(items), ())
 
 
 def targets_of(traces: list[SubTrace]) -> list[Targets]:
@@ -73,27 +46,9 @@ def targets_of(traces: list[SubTrace]) -> list[Targets]:
     return [Targets(draw(t), draw(t), draw(t)) for t in traces]
 
 
-@contextmanager
-def running(group_class: type, worker: type, folder: Path, layout: LayoutConfig, config: Any) -> Iterator[WorkerGroup]:
-    """A started role; its processes end with the block."""
-    config.layout = layout
-    optimizer = OptimizerConfig(lr=1e-2)
-    actors = [
-        ray.remote(worker).remote(WorkerSettings(rank, layout, optimizer, str(folder), 0, 1, LIMIT_S), config)
-        for rank in range(layout.num_processes)
-    ]
-    group = group_class(actors, config, LIMIT_S)
-    try:
-        group.start(LIMIT_S).result()
-        yield group
-    finally:
-        for actor in actors:
-            ray.kill(actor)
-
-
 def policy(folder: Path, layout: LayoutConfig, norm: LossNorm = LossNorm.token) -> Any:
-    config = PolicyConfig(loss_norm=norm, num_minibatches=2, num_epochs=2, entropy_coef=0.01, kl_coef=0.1)
-    return running(PolicyGroup, PolicyWorker, folder, layout, config)
+    config = PolicyConfig(layout, loss_norm=norm, num_minibatches=2, num_epochs=2, entropy_coef=0.01, kl_coef=0.1)
+    return running(PolicyGroup, PolicyWorker, folder, config)
 
 
 def train_policy(group: Any, traces: list[SubTrace]) -> tuple[dict[int, Any], dict[str, float], dict[int, Any]]:
@@ -160,8 +115,8 @@ def test_critic_layouts_agree_and_checkpoints_resume_in_another(
     batch, targets = batch_of(traces), targets_of(traces)
 
     def critic(layout: LayoutConfig) -> Any:
-        config = CriticConfig(head_init_std=0.1, num_epochs=2, num_minibatches=2, value_clip=0.2)
-        return running(CriticGroup, CriticWorker, folder, layout, config)
+        config = CriticConfig(layout, head_init_std=0.1, num_epochs=2, num_minibatches=2, value_clip=0.2)
+        return running(CriticGroup, CriticWorker, folder, config)
 
     with critic(LAYOUTS["one process"]) as group:
         values = group.values(batch).result()
