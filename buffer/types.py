@@ -112,6 +112,11 @@ class SubTrace:
     status: Status
 
     @property
+    def name(self) -> str:
+        """What messages call it."""
+        return f"episode {self.episode_id}, sub-trace {self.position}"
+
+    @property
     def num_actions(self) -> int:
         return int(self.action_mask.sum())
 

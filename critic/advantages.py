@@ -230,7 +230,7 @@ def _end_rewards(sub_traces: Sequence[SubTrace], links: Links, config: Advantage
     for number, trace in zip(links.episode, sub_traces, strict=True):
         if trace.kind is SubTraceKind.FINAL:
             if number in terminal:
-                raise ValueError(f"{_name(trace)} is the second FINAL one of its episode: there must be one")
+                raise ValueError(f"{trace.name} is the second FINAL one of its episode: there must be one")
             terminal[number] = float(trace.rewards[np.flatnonzero(trace.action_mask)[-1]])
     for number, trace in zip(links.episode, sub_traces, strict=True):
         if number not in terminal:
@@ -257,12 +257,10 @@ def _end_values(
         if trace.status is not Status.TRUNCATED or trace.successor is not None:
             continue
         if bootstrap_values is None:
-            raise ValueError(
-                f"{_name(trace)} is truncated: truncation=bootstrap needs bootstrap_values, none are given"
-            )
+            raise ValueError(f"{trace.name} is truncated: truncation=bootstrap needs bootstrap_values, none are given")
         end_values[k] = float(bootstrap_values[k])
         if not math.isfinite(end_values[k]):
-            raise ValueError(f"{_name(trace)}: bootstrap value is {end_values[k]}: must be finite")
+            raise ValueError(f"{trace.name}: bootstrap value is {end_values[k]}: must be finite")
     return end_values
 
 
@@ -272,7 +270,7 @@ def _links(sub_traces: Sequence[SubTrace], num_actions: list[int]) -> Links:
     for k, trace in enumerate(sub_traces):
         numbers.setdefault(trace.episode_id, len(numbers))
         if places.setdefault((trace.episode_id, trace.position), k) != k:
-            raise ValueError(f"{_name(trace)} is given twice")
+            raise ValueError(f"{trace.name} is given twice")
     nothing = [-1] * len(sub_traces)
     follower, action, token = nothing.copy(), nothing.copy(), nothing.copy()
     for k, trace in enumerate(sub_traces):
@@ -281,12 +279,12 @@ def _links(sub_traces: Sequence[SubTrace], num_actions: list[int]) -> Links:
         found = places.get((trace.episode_id, trace.successor.position))
         if found is None:
             raise ValueError(
-                f"{_name(trace)}: its successor at position {trace.successor.position} is missing: "
+                f"{trace.name}: its successor at position {trace.successor.position} is missing: "
                 "episodes must be whole here"
             )
         action[k] = trace.successor.action
         if not 0 <= action[k] < num_actions[found]:
-            raise ValueError(f"{_name(trace)}: its successor has no action {action[k]}")
+            raise ValueError(f"{trace.name}: its successor has no action {action[k]}")
         mask = sub_traces[found].action_mask
         follower[k] = found
         token[k] = int(np.argmax(mask) if action[k] == 0 else np.flatnonzero(mask)[action[k]])
@@ -304,7 +302,7 @@ def _followers_first(follower: list[int], sub_traces: Sequence[SubTrace]) -> lis
         while k >= 0 and not placed[k]:
             path.append(k)
             if len(path) > len(follower):
-                raise ValueError(f"{_name(sub_traces[start])}: its successors go round in a circle")
+                raise ValueError(f"{sub_traces[start].name}: its successors go round in a circle")
             k = follower[k]
         for k in reversed(path):
             placed[k] = True
@@ -330,21 +328,21 @@ def _check_arrays(sub_traces: Sequence[SubTrace], values: Sequence[Float32]) -> 
         columns |= {"reward": trace.rewards, "value": value}
         for what, array in columns.items():
             if array.shape != trace.tokens.shape or array.ndim != 1:
-                raise ValueError(f"{_name(trace)}: {what} has shape {array.shape} for {len(trace.tokens)} tokens")
+                raise ValueError(f"{trace.name}: {what} has shape {array.shape} for {len(trace.tokens)} tokens")
         counts.append(int(np.count_nonzero(trace.action_mask)))
         if not counts[-1]:
-            raise ValueError(f"{_name(trace)} has no action token: leave it out, there is nothing to train")
+            raise ValueError(f"{trace.name} has no action token: leave it out, there is nothing to train")
         if trace.action_mask[0]:
-            raise ValueError(f"{_name(trace)}: action_mask is True at index 0, but no state comes before it")
+            raise ValueError(f"{trace.name}: action_mask is True at index 0, but no state comes before it")
         t = _first_bad(trace.action_mask, trace.logprobs, trace.rewards, value)
         if t >= 0 and not trace.action_mask[t]:
             raise ValueError(
-                f"{_name(trace)}: reward at index {t} is {trace.rewards[t]}, but that token is no action and no "
+                f"{trace.name}: reward at index {t} is {trace.rewards[t]}, but that token is no action and no "
                 "step: put it on an action token"
             )
         if t >= 0:
             what = next(what for what, array in columns.items() if not np.isfinite(array[t]))
-            raise ValueError(f"{_name(trace)}: {what} at index {t} is {columns[what][t]}: must be finite")
+            raise ValueError(f"{trace.name}: {what} at index {t} is {columns[what][t]}: must be finite")
     return counts
 
 
@@ -365,8 +363,4 @@ def _require_finite(trace: SubTrace, result: tuple[Floats, Floats]) -> None:
         finite = np.isfinite(array)
         if not finite.all():
             t = int(np.argmin(finite))
-            raise ValueError(f"{_name(trace)}: {what} at index {t} is beyond {array.dtype}: scale the rewards down")
-
-
-def _name(trace: SubTrace) -> str:
-    return f"episode {trace.episode_id}, sub-trace {trace.position}"
+            raise ValueError(f"{trace.name}: {what} at index {t} is beyond {array.dtype}: scale the rewards down")

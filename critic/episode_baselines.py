@@ -113,7 +113,7 @@ def episode_returns(sub_traces: Sequence[SubTrace], episode_ids: Sequence[str], 
         given = trace.rewards[trace.action_mask]
         if not np.isfinite(given).all():
             index = int(np.flatnonzero(trace.action_mask)[~np.isfinite(given)][0])
-            raise ValueError(f"{_name(trace)}: reward at index {index} is {trace.rewards[index]}: must be finite")
+            raise ValueError(f"{trace.name}: reward at index {index} is {trace.rewards[index]}: must be finite")
         rewards[owner] += given[given != 0].tolist()
     found = np.array([math.fsum(parts) for parts in rewards])
     for owner in set(range(len(episode_ids))) - set(owners):
@@ -201,7 +201,7 @@ def _owners(sub_traces: Sequence[SubTrace], episode_ids: Sequence[str]) -> list[
         raise ValueError(f"episode {twice} stands twice in episode_ids: each must stand in it once")
     for trace in sub_traces:
         if trace.episode_id not in places:
-            raise ValueError(f"{_name(trace)}: its episode is not one of the {len(places)} in episode_ids")
+            raise ValueError(f"{trace.name}: its episode is not one of the {len(places)} in episode_ids")
     return [places[trace.episode_id] for trace in sub_traces]
 
 
@@ -219,7 +219,3 @@ def _check_whole(sub_traces: Sequence[SubTrace]) -> None:
                 f"episode {episode_id} is not whole: sub-traces {sorted(found)} are given, "
                 f"{'the' if episode_id in final else 'no'} FINAL one among them; needed is each of its sub-traces once"
             )
-
-
-def _name(trace: SubTrace) -> str:
-    return f"episode {trace.episode_id}, sub-trace {trace.position}"

@@ -77,7 +77,7 @@ def micro_batch(
         packing=Packing(lengths, device),
         indices=tuple(indices),
         lengths=tuple(lengths),
-        names=tuple(f"episode {s.episode_id}, sub-trace {s.position}" for s in chosen),
+        names=tuple(s.name for s in chosen),
     )
 
 

@@ -41,18 +41,18 @@ class Pending(Generic[T]):
     def __init__(self, group: WorkerGroup, method: str, refs: Sequence[Any], finish: Callable[[list[Any]], T]) -> None:
         self._group = group
         self._method = method
-        self.refs = list(refs)
+        self._refs = list(refs)
         self._finish = finish
 
     def result(self, timeout_s: float | None = None) -> T:
         """Waits. TimeoutError names the ranks that are missing; a rank's own error passes through."""
         limit = timeout_s or self._group.timeout_s
-        done, late = ray.wait(self.refs, num_returns=len(self.refs), timeout=limit)
+        done, late = ray.wait(self._refs, num_returns=len(self._refs), timeout=limit)
         ray.get(done, timeout=60)  # a rank that failed explains why the others wait
         if late:
-            ranks = sorted({self.refs.index(ref) % len(self._group.actors) for ref in late})
+            ranks = sorted({self._refs.index(ref) % len(self._group.actors) for ref in late})
             raise TimeoutError(f"{self._group.name}.{self._method}: no answer from ranks {ranks} in {limit:.0f} s")
-        return self._finish(ray.get(self.refs, timeout=60))
+        return self._finish(ray.get(self._refs, timeout=60))
 
 
 class WorkerGroup:

@@ -160,10 +160,7 @@ def _flat(sub_traces: Sequence[SubTrace], arrays: Sequence[NDArray]) -> NDArray:
     parts = []
     for trace, array in zip(sub_traces, arrays, strict=True):
         if len(array) != len(trace.action_mask):
-            raise ValueError(
-                f"episode {trace.episode_id}, sub-trace {trace.position}: {len(array)} numbers for "
-                f"{len(trace.action_mask)} tokens: must be equal"
-            )
+            raise ValueError(f"{trace.name}: {len(array)} numbers for {len(trace.action_mask)} tokens: must be equal")
         parts.append(array[trace.action_mask])
     if not sum(map(len, parts)):
         raise ValueError(f"{len(sub_traces)} sub-traces hold no action token: at least 1 is needed")
@@ -176,10 +173,7 @@ def _finite_logprobs(sub_traces: Sequence[SubTrace], arrays: Sequence[Float32], 
         ends = np.cumsum([trace.num_actions for trace in sub_traces])
         bad = int(np.flatnonzero(~np.isfinite(flat))[0])
         trace = sub_traces[int(np.searchsorted(ends, bad, side="right"))]
-        raise ValueError(
-            f"episode {trace.episode_id}, sub-trace {trace.position}: a log-probability of {whose} is {flat[bad]}: "
-            "must be finite"
-        )
+        raise ValueError(f"{trace.name}: a log-probability of {whose} is {flat[bad]}: must be finite")
     return flat
 
 

@@ -73,7 +73,7 @@ def correction_weights(
 def _log_rho(trace: SubTrace, old: Float32) -> Float64:
     """log rho at each action token, in order."""
     if len(old) != len(trace.tokens):
-        raise ValueError(f"{_name(trace)}: {len(old)} log-probabilities for {len(trace.tokens)} tokens: must be equal")
+        raise ValueError(f"{trace.name}: {len(old)} log-probabilities for {len(trace.tokens)} tokens: must be equal")
     for numbers, whose in ((old, "the trainer's"), (trace.logprobs, "the engine's")):
         _require_finite(np.where(trace.action_mask, numbers, 0), trace, f"{whose} log-probability must be finite")
     return old[trace.action_mask].astype(np.float64) - trace.logprobs[trace.action_mask].astype(np.float64)
@@ -111,8 +111,4 @@ def _kept_episodes(sub_traces: Sequence[SubTrace], log_rhos: Sequence[Float64], 
 def _require_finite(numbers: NDArray[np.floating], trace: SubTrace, what: str) -> None:
     bad = np.flatnonzero(~np.isfinite(numbers))
     if len(bad):
-        raise ValueError(f"{_name(trace)}, index {bad[0]} is {numbers[bad[0]]}: {what}")
-
-
-def _name(trace: SubTrace) -> str:
-    return f"episode {trace.episode_id}, sub-trace {trace.position}"
+        raise ValueError(f"{trace.name}, index {bad[0]} is {numbers[bad[0]]}: {what}")
