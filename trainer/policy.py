@@ -17,6 +17,7 @@ from trainer.config import Loss, PolicyConfig
 from trainer.fields import PARTS
 from trainer.losses import TokenLoss
 from trainer.megatron import hf
+from trainer.megatron.models.mapping import weight_shapes
 from trainer.worker import Fields, MegatronWorker, WorkerSettings
 
 Sums = dict[str, torch.Tensor]
@@ -106,7 +107,7 @@ class PolicyWorker(MegatronWorker):
     def weight_names(self) -> list[tuple[str, str, list[int]]]:
         """(Hugging Face name, dtype, shape) of every tensor, in the order in which they are sent."""
         dtype = str(next(self.ddp.parameters()).dtype).removeprefix("torch.")
-        return hf.weight_shapes(self.shape, dtype)
+        return weight_shapes(self.shape, dtype)
 
     def join_engines(self, host: str, port: int, world_size: int, name: str, backend: str, timeout_s: float) -> None:
         """Rank 0 joins the group over which weights go to the engines; it is rank 0 there."""

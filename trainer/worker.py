@@ -32,6 +32,7 @@ from megatron.core.distributed import finalize_model_grads  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 
 from trainer.megatron import checkpoint, hf, model, optimizer  # noqa: E402
+from trainer.megatron.models.shape import read_shape  # noqa: E402
 
 Fields = dict[str, dict[int, Float32]]
 # output of the model [C, P] and its micro-batch -> summed loss, sums and maxima for the metrics
@@ -75,7 +76,7 @@ class MegatronWorker:
         s = self.settings
         model.start_process(s.rank, s.layout, master, port, s.seed, s.timeout_s, s.threads)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.shape = model.read_shape(Path(s.model_folder))
+        self.shape = read_shape(Path(s.model_folder))
         gpt = model.build_gpt(self.shape, s.layout, self._output_layer())
         self._read_weights(gpt)
         self.run_schedule = get_forward_backward_func()

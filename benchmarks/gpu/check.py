@@ -46,7 +46,8 @@ def check_attention(heads: int = 16, kv_heads: int = 8, d: int = 128) -> list[li
     """Packed attention, forward and backward, against softmax attention in float64."""
     from megatron.core.transformer.enums import AttnMaskType
 
-    from trainer.megatron.model import read_shape, transformer_config
+    from trainer.megatron.model import transformer_config
+    from trainer.megatron.models.shape import read_shape
     from trainer.megatron.modules import PackedAttention, Packing
 
     lengths = [700, 1, 129, 1218]

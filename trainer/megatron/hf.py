@@ -1,7 +1,6 @@
 """Weights between a Hugging Face folder and this process's Megatron shard, both ways, bit for bit.
 
-Mapped: Qwen3 (dense). Per tensor: the Megatron name, the Hugging Face names that are merged into it,
-and how tensor parallelism splits it.
+Which tensor is which stands in models/mapping.py.
 """
 
 from __future__ import annotations
@@ -10,8 +9,6 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 
 import torch
@@ -25,98 +22,8 @@ cpu.enable()
 
 from megatron.core import parallel_state  # noqa: E402
 
-from trainer.megatron.model import ModelShape, padded_vocab  # noqa: E402
-
-
-class Split(Enum):
-    """How a full tensor is spread over tensor-parallel ranks."""
-
-    NONE = "replicated"
-    ROWS = "dim 0"
-    COLUMNS = "dim 1"
-    GATED = "dim 0 of each half"  # fc1 = [gate; up]
-
-
-class Merge(Enum):
-    """How Hugging Face tensors become one."""
-
-    ONE = "the tensor itself"
-    QKV = "per key/value group: its queries, key, value"
-    STACK = "one below the other"
-    VOCAB = "rows padded with zeros"
-
-
-@dataclass(frozen=True)
-class Entry:
-    ours: str
-    theirs: tuple[str, ...]
-    merge: Merge
-    split: Split
-
-
-def entries(shape: ModelShape, value_head: bool = False) -> list[Entry]:
-    """Every tensor of the model; with `value_head` the vocabulary projection is left out."""
-    found = [
-        Entry("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), Merge.VOCAB, Split.ROWS),
-        Entry("decoder.final_layernorm.weight", ("model.norm.weight",), Merge.ONE, Split.NONE),
-    ]
-    if not shape.tied and not value_head:
-        found.append(Entry("output_layer.weight", ("lm_head.weight",), Merge.VOCAB, Split.ROWS))
-    for layer in range(shape.num_layers):
-        m, h = f"decoder.layers.{layer}.", f"model.layers.{layer}."
-        attention = h + "self_attn."
-        qkv = tuple(f"{attention}{x}_proj.weight" for x in "qkv")
-        gated = (h + "mlp.gate_proj.weight", h + "mlp.up_proj.weight")
-        found += [
-            Entry(m + "self_attention.linear_qkv.weight", qkv, Merge.QKV, Split.ROWS),
-            Entry(m + "self_attention.linear_proj.weight", (attention + "o_proj.weight",), Merge.ONE, Split.COLUMNS),
-            Entry(m + "self_attention.q_layernorm.weight", (attention + "q_norm.weight",), Merge.ONE, Split.NONE),
-            Entry(m + "self_attention.k_layernorm.weight", (attention + "k_norm.weight",), Merge.ONE, Split.NONE),
-            Entry(m + "input_layernorm.weight", (h + "input_layernorm.weight",), Merge.ONE, Split.NONE),
-            Entry(m + "pre_mlp_layernorm.weight", (h + "post_attention_layernorm.weight",), Merge.ONE, Split.NONE),
-            Entry(m + "mlp.linear_fc1.weight", gated, Merge.STACK, Split.GATED),
-            Entry(m + "mlp.linear_fc2.weight", (h + "mlp.down_proj.weight",), Merge.ONE, Split.COLUMNS),
-        ]
-    return found
-
-
-def _group_rows(shape: ModelShape) -> list[int]:
-    """Rows of queries, key and value in one key/value group."""
-    d = shape.head_dim
-    return [shape.heads // shape.kv_heads * d, d, d]
-
-
-def _merge(parts: list[torch.Tensor], entry: Entry, shape: ModelShape, tp: int) -> torch.Tensor:
-    if entry.merge is Merge.ONE:
-        return parts[0]
-    if entry.merge is Merge.STACK:
-        return torch.cat(parts)
-    if entry.merge is Merge.VOCAB:
-        missing = padded_vocab(shape.vocab, tp) - shape.vocab
-        return torch.nn.functional.pad(parts[0], (0, 0, 0, missing))
-    grouped = [part.unflatten(0, (shape.kv_heads, -1)) for part in parts]
-    return torch.cat(grouped, dim=1).flatten(0, 1)
-
-
-def _unmerge(full: torch.Tensor, entry: Entry, shape: ModelShape) -> list[torch.Tensor]:
-    if entry.merge is Merge.ONE:
-        return [full]
-    if entry.merge is Merge.STACK:
-        return list(full.chunk(len(entry.theirs)))
-    if entry.merge is Merge.VOCAB:
-        return [full[: shape.vocab]]
-    parts = full.unflatten(0, (shape.kv_heads, -1)).split(_group_rows(shape), dim=1)
-    return [part.flatten(0, 1) for part in parts]
-
-
-def _shard(full: torch.Tensor, split: Split, tp: int, rank: int) -> torch.Tensor:
-    if split is Split.NONE:
-        return full
-    if split is Split.COLUMNS:
-        return full.chunk(tp, dim=1)[rank]
-    if split is Split.ROWS:
-        return full.chunk(tp)[rank]
-    return torch.cat([half.chunk(tp)[rank] for half in full.chunk(2)])
+from trainer.megatron.models.mapping import Split, entries, merge, shard, unmerge  # noqa: E402
+from trainer.megatron.models.shape import ModelShape  # noqa: E402
 
 
 def _gather(shard: torch.Tensor, split: Split) -> torch.Tensor:
@@ -145,15 +52,15 @@ def load(model: torch.nn.Module, shape: ModelShape, folder: Path, value_head: bo
             missing = [name for name in entry.theirs if name not in where]
             if missing:
                 raise ValueError(f"{folder}: tensor {missing[0]} is missing ({len(where)} tensors found)")
-            full = _merge([where[name].get_tensor(name) for name in entry.theirs], entry, shape, tp)
-            shard = _shard(full, entry.split, tp, rank)
+            full = merge([where[name].get_tensor(name) for name in entry.theirs], entry, shape, tp)
+            own = shard(full, entry.split, tp, rank)
             target = parameters.pop(entry.ours)
-            if shard.shape != target.shape:
+            if own.shape != target.shape:
                 raise ValueError(
-                    f"{folder}: {entry.theirs[0]} gives {tuple(shard.shape)}, the model has {tuple(target.shape)}"
+                    f"{folder}: {entry.theirs[0]} gives {tuple(own.shape)}, the model has {tuple(target.shape)}"
                 )
             with torch.no_grad():
-                target.copy_(shard)
+                target.copy_(own)
             # Megatron sets this in the initialisation that we skip; the gradient norm counts shards by it.
             target.tensor_model_parallel = entry.split is not Split.NONE
     left = [name for name in parameters if not (value_head and name.startswith("output_layer."))]
@@ -165,27 +72,7 @@ def export(model: torch.nn.Module, shape: ModelShape) -> Iterator[tuple[str, tor
     parameters = dict(model.named_parameters())
     for entry in entries(shape):
         full = _gather(parameters[entry.ours].detach(), entry.split)
-        yield from zip(entry.theirs, _unmerge(full, entry, shape), strict=True)
-
-
-def weight_shapes(shape: ModelShape, dtype: str) -> list[tuple[str, str, list[int]]]:
-    """(name, dtype, shape) of what `export` yields, in its order, without weights."""
-    h, d = shape.hidden, shape.head_dim
-    rows = {
-        "q_proj": [shape.heads * d, h],
-        "k_proj": [shape.kv_heads * d, h],
-        "v_proj": [shape.kv_heads * d, h],
-        "o_proj": [h, shape.heads * d],
-        "q_norm": [d],
-        "k_norm": [d],
-        "gate_proj": [shape.ffn, h],
-        "up_proj": [shape.ffn, h],
-        "down_proj": [h, shape.ffn],
-        "embed_tokens": [shape.vocab, h],
-        "lm_head": [shape.vocab, h],
-    }
-    names = [name for entry in entries(shape) for name in entry.theirs]
-    return [(name, dtype, rows.get(name.split(".")[-2], [h])) for name in names]
+        yield from zip(entry.theirs, unmerge(full, entry, shape), strict=True)
 
 
 def save(weights: dict[str, torch.Tensor], source: Path, folder: Path) -> None:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
-from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +23,9 @@ from megatron.core.tensor_parallel.mappings import (  # noqa: E402
 )
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
-from trainer.megatron.modules import block_spec  # noqa: E402
+from trainer.megatron.models.mapping import padded_vocab  # noqa: E402
+from trainer.megatron.models.shape import ModelShape  # noqa: E402
+from trainer.megatron.models.spec import block_spec  # noqa: E402
 from trainer.megatron.scores import scores  # noqa: E402
 
 _RECOMPUTE: dict[Recompute, dict[str, Any]] = {
@@ -35,49 +34,6 @@ _RECOMPUTE: dict[Recompute, dict[str, Any]] = {
     Recompute.layer: {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
 }
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """The numbers of a dense decoder, read from a Hugging Face `config.json`."""
-
-    num_layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    ffn: int
-    vocab: int
-    norm_eps: float
-    rope_base: float
-    tied: bool
-    qk_norm: bool
-    max_positions: int
-
-
-def read_shape(folder: Path) -> ModelShape:
-    """ValueError: no config.json, or an architecture that is not mapped."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; a model is a Hugging Face folder")
-    c = json.loads(path.read_text())
-    if c.get("model_type") != "qwen3":
-        raise ValueError(f"{path}: model_type {c.get('model_type')!r} is not mapped; mapped: qwen3")
-    rope = c.get("rope_parameters") or {}
-    return ModelShape(
-        num_layers=c["num_hidden_layers"],
-        hidden=c["hidden_size"],
-        heads=c["num_attention_heads"],
-        kv_heads=c["num_key_value_heads"],
-        head_dim=c["head_dim"],
-        ffn=c["intermediate_size"],
-        vocab=c["vocab_size"],
-        norm_eps=c["rms_norm_eps"],
-        rope_base=float(rope.get("rope_theta") or c["rope_theta"]),
-        tied=bool(c.get("tie_word_embeddings", False)),
-        qk_norm=True,
-        max_positions=c["max_position_embeddings"],
-    )
 
 
 def start_process(
@@ -171,8 +127,3 @@ def build_gpt(shape: ModelShape, layout: LayoutConfig, output_layer: Any = None)
     if output_layer is not None:
         model.output_layer = output_layer(config)
     return model.cuda() if torch.cuda.is_available() else model
-
-
-def padded_vocab(vocab: int, tensor_parallel_size: int) -> int:
-    """The vocabulary rounded up so that every rank holds the same number of rows."""
-    return -(-vocab // tensor_parallel_size) * tensor_parallel_size

@@ -1,4 +1,4 @@
-"""The modules that a GPT layer is made of here: RMSNorm, packed attention, and the spec that names them.
+"""The modules that a GPT layer is made of here: RMSNorm and packed attention.
 
 megatron-core's own choices need Transformer Engine or Apex; these need only PyTorch, on CPU and CUDA.
 """
@@ -9,18 +9,10 @@ import inspect
 from typing import Any
 
 import torch
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.models.backends import LocalSpecProvider
-from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
 
@@ -119,40 +111,3 @@ def _pad(x_THD: torch.Tensor, slot_T: torch.Tensor, shape: tuple[int, int]) -> t
     """[T, H, D] -> [sequences, H, longest, D], zero in the padding."""
     grid = x_THD.new_zeros((shape[0] * shape[1], *x_THD.shape[1:])).index_copy(0, slot_T, x_THD)
     return grid.unflatten(0, shape).transpose(1, 2)
-
-
-class _Backend(LocalSpecProvider):
-    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type:
-        return RMSNorm
-
-    def core_attention(self) -> type:
-        return PackedAttention
-
-
-def block_spec(num_layers: int, qk_norm: bool) -> TransformerBlockSubmodules:
-    """Spec of a dense decoder block of `num_layers` equal layers."""
-    backend = _Backend()
-    head_norm = RMSNorm if qk_norm else IdentityOp
-    attention = ModuleSpec(
-        module=SelfAttention,
-        params={"attn_mask_type": AttnMaskType.causal},
-        submodules=SelfAttentionSubmodules(
-            linear_qkv=backend.column_parallel_linear(),
-            core_attention=PackedAttention,
-            linear_proj=backend.row_parallel_linear(),
-            q_layernorm=head_norm,
-            k_layernorm=head_norm,
-        ),
-    )
-    layer = ModuleSpec(
-        module=TransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
-            self_attention=attention,
-            self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
-            mlp=get_mlp_module_spec_for_backend(backend=backend, num_experts=None, moe_grouped_gemm=False),
-            mlp_bda=get_bias_dropout_add,
-        ),
-    )
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
