@@ -2,7 +2,8 @@
 
     python benchmarks/gpu/attention.py
 
-flash   torch.nn.attention.varlen, what the trainer calls
+flash   torch.nn.attention.varlen, what the trainer calls where FlashAttention 4 is not installed
+fa4     FlashAttention 4 (flash-attn-4), what the trainer calls where it is
 cudnn   scaled_dot_product_attention on cuDNN, one call a sequence
 ragged  the cuDNN operator that varlen_attn would call if its switch allowed it, all sequences in one call
 
@@ -40,6 +41,12 @@ def kernels(lengths: list[int]) -> dict[str, Attention]:
     def flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return varlen.varlen_attn(q, k, v, borders, borders, longest, longest, window_size=(-1, 0))
 
+    def fa4(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        from flash_attn.cute import flash_attn_varlen_func
+
+        packed = {"cu_seqlens_q": borders, "cu_seqlens_k": borders, "max_seqlen_q": longest, "max_seqlen_k": longest}
+        return flash_attn_varlen_func(q, k, v, **packed, causal=True)[0]
+
     def cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         found = []
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
@@ -51,7 +58,7 @@ def kernels(lengths: list[int]) -> dict[str, Attention]:
     def ragged(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return _Ragged.apply(q, k, v, borders, longest)
 
-    return {"flash": flash, "cudnn": cudnn, "ragged": ragged}
+    return {"flash": flash, "fa4": fa4, "cudnn": cudnn, "ragged": ragged}
 
 
 class _Ragged(torch.autograd.Function):
@@ -96,7 +103,11 @@ def measure(name: str, lengths: list[int], heads: int = 32, kv_heads: int = 8, d
         found, again = run(kernel)
         end.record()
         end.synchronize()
-    except (RuntimeError, IndexError) as error:  # a kernel that does not take these inputs is a result, too
+    except (
+        ImportError,
+        RuntimeError,
+        IndexError,
+    ) as error:  # a kernel that does not take these inputs is a result, too
         return [name, packed, str(error).splitlines()[0][:60], "", "", ""]
     with torch.no_grad():
         forward_ms = common.milliseconds(partial(kernel, q, k, v))
@@ -111,7 +122,12 @@ def main() -> None:
     print(common.machine(), flush=True)
     head = ["kernel", "packed", "forward TFLOP/s", "backward TFLOP/s", "first call", "distance"]
     common.say(head, head=True)
-    for name in ("flash", "cudnn", "ragged"):  # the last one may leave CUDA in a state that stops all that follows
+    for name in (
+        "flash",
+        "fa4",
+        "cudnn",
+        "ragged",
+    ):  # the last one may leave CUDA in a state that stops all that follows
         for lengths in (list(common.LENGTHS), [512] * 64):
             common.say(measure(name, lengths))
 
