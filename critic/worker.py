@@ -31,11 +31,6 @@ class CriticWorker(MegatronWorker):
     def _output_layer(self) -> Any:
         return lambda config: ValueHead(config, self.config.head_init_std, self.settings.seed, self.config.value_range)
 
-    def _forward(self, batch: MicroBatch, gpt: Any) -> torch.Tensor:
-        """[1, P]: value of the state before each predicted token."""
-        out = gpt(batch.tokens_1P, batch.packing.position_T[None], None, packed_seq_params=batch.packing)
-        return out[:, :, 0]
-
     def values(self, refs: Sequence[Any], grid: Grid) -> dict[int, Float32]:
         """Values, float32 [T] a sub-trace: index t holds the value of the state before token t."""
         return self.predict(refs, grid)
@@ -47,6 +42,7 @@ class CriticWorker(MegatronWorker):
         return self.predict(longer, grid)
 
     def _value_loss(self, out_1P: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, Sums, Sums]:
+        """`out_1P`: value of the state before each predicted token."""
         f, mask_P = batch.fields, batch.action_P
         loss_P, clipped_P = losses.value(out_1P[0], f["values"], f["returns"], self.config.value_clip)
         loss = torch.where(mask_P, loss_P, 0.0).sum()

@@ -41,6 +41,7 @@ class Parts:
     estimator: Estimator
     weights: Weights
     servers: list[Any]
+    model_folder: Path  # what the run started from
 
     @property
     def roles(self) -> list[WorkerGroup]:
@@ -169,4 +170,4 @@ def build(config: Config, inputs: Prepared, run_dir: Path) -> Parts:
     engines = EngineGroup(urls, inputs.vocab_size, config.rollout.compaction.context_tokens, config.rollout.engine)
     weights = build_weights(config, policy, engines, [policy, *frozen, *estimator.roles])
     weights.connect()
-    return Parts(buffer, rollout, engines, policy, reference, estimator, weights, servers)
+    return Parts(buffer, rollout, engines, policy, reference, estimator, weights, servers, inputs.model_folder)

@@ -2,9 +2,11 @@
 
     runs/<name>/checkpoints/step_000010/
         policy/  critic/     Megatron distributed checkpoints (no critic/ in runs without one)
-        state.json           step and the buffer's open tickets
+        state.json           step, the buffer's open tickets, folder of the model that the run started from
 
-A checkpoint is written beside its place and renamed when everything is on disk.
+Training goes on while the files are written: `save` returns when every rank has copied its state aside. A checkpoint
+is written beside its place (`.part`) and renamed when all roles are done and all of it is on the disk; one that is
+dropped is renamed (`.old`) before it is deleted. So a folder without a suffix is whole, whenever the power went.
 """
 
 from __future__ import annotations
@@ -12,12 +14,26 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
 import ray
+from ray.exceptions import RayError
 
-from slime.build import Parts
+if TYPE_CHECKING:  # the command line looks at checkpoints without what it takes to run
+    from slime.build import Parts
+
+GRACE_S = 60.0  # for a checkpoint that is being written when a run is stopped
+_POLL_S = (0.05, 2.0)  # first and longest pause between two questions to the ranks
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written or read. Says which, why, and which one is still good."""
 
 
 def _folder(run_dir: Path, step: int) -> Path:
@@ -30,44 +46,182 @@ def steps(run_dir: Path) -> list[int]:
     return sorted(int(path.parent.name.removeprefix("step_")) for path in found if not path.parent.suffix)
 
 
-def save(run_dir: Path, step: int, parts: Parts, keep: int) -> Path:
-    """Writes the checkpoint of a finished step and drops all but the newest `keep`."""
-    folder = _folder(run_dir, step)
-    part = folder.with_suffix(".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    saving = [role.submit("save", str((part / role.name).resolve())) for role in parts.roles]
-    for pending in saving:
-        pending.result()
-    state = {"step": step, "buffer": ray.get(parts.buffer.state_dict.remote(), timeout=60)}
-    (part / "state.json").write_text(json.dumps(state))
-    _sync(part)
-    shutil.rmtree(folder, ignore_errors=True)
-    part.rename(folder)
-    _sync(folder.parent)
-    for old in steps(run_dir)[:-keep]:
-        shutil.rmtree(_folder(run_dir, old))
-    return folder
+class Checkpoints:
+    """Writes the checkpoints of a run, one at a time, beside the training. Leaving the block waits for the last.
+
+    A failure is raised by the next call of any method, `CheckpointError` with its reason. When the block is left by
+    an error, what is being written gets `GRACE_S` to be finished.
+    """
+
+    def __init__(self, run_dir: Path, parts: Parts, keep: int) -> None:
+        self._run_dir = run_dir
+        self._parts = parts
+        self._keep = keep
+        self._timeout_s = parts.policy.timeout_s
+        self._pool = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[None] | None = None
+        self._stop = threading.Event()
+        for torn in (run_dir / "checkpoints").glob("step_*.*"):
+            shutil.rmtree(torn)
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self.wait()
+            else:
+                with suppress(CheckpointError):  # the first error is the one to be told
+                    self.wait(GRACE_S)
+        finally:
+            self._stop.set()
+            self._pool.shutdown(wait=False)
+
+    def save(self, step: int) -> None:
+        """Takes the state after a finished step; returns when training may go on. Waits for the save before it."""
+        self.wait()
+        part = _folder(self._run_dir, step).with_suffix(".part")
+        try:
+            part.mkdir(parents=True)
+            taking = [role.submit("save", str((part / role.name).resolve())) for role in self._parts.roles]
+            for pending in taking:
+                pending.result()
+            buffer = ray.get(self._parts.buffer.state_dict.remote(), timeout=60)
+        except (OSError, RayError) as error:
+            raise CheckpointError(self._failed(step, error)) from error
+        state = {"step": step, "buffer": buffer, "model_folder": str(self._parts.model_folder.resolve())}
+        self._writing = self._pool.submit(self._finish, step, part, state)
+
+    def check(self) -> None:
+        """Does not wait."""
+        if self._writing is not None and self._writing.done():
+            self.wait()
+
+    def wait(self, limit_s: float | None = None) -> None:
+        """Until what was saved is on the disk; `limit_s`: from now, else the ranks' own deadline holds."""
+        if self._writing is None:
+            return
+        writing, self._writing = self._writing, None
+        try:
+            writing.result(limit_s or 2 * self._timeout_s)
+        except TimeoutError:
+            raise CheckpointError("the checkpoint was not written in time") from None
+
+    def _finish(self, step: int, part: Path, state: dict[str, Any]) -> None:
+        """Runs beside the training, until the checkpoint is in its place."""
+        deadline = time.monotonic() + self._timeout_s
+        try:
+            for role in self._parts.roles:
+                of_ranks = self._written(role, deadline)
+                ray.get(role.actors[0].finish_save.remote(of_ranks), timeout=self._timeout_s)
+            (part / "state.json").write_text(json.dumps(state))
+            _sync(part)
+            _put_in_place(part, _folder(self._run_dir, step))
+            for old in steps(self._run_dir)[: -self._keep]:
+                _remove(_folder(self._run_dir, old))
+        except (OSError, RayError) as error:
+            raise CheckpointError(self._failed(step, error)) from error
+
+    def _written(self, role: Any, deadline: float) -> list[bytes]:
+        """What every rank has written, in rank order. TimeoutError names the ranks that are still writing."""
+        pause_s, longest_s = _POLL_S
+        while True:
+            answers = role.submit("saved").result()
+            late = [rank for rank, answer in enumerate(answers) if answer is None]
+            if not late:
+                return list(answers)
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{role.name}: ranks {late} have not written their files in {self._timeout_s:.0f} s")
+            if self._stop.wait(pause_s):
+                raise TimeoutError(f"{role.name}: the run ended before ranks {late} had written their files")
+            pause_s = min(longest_s, 1.5 * pause_s)
+
+    def _failed(self, step: int, error: Exception) -> str:
+        good = steps(self._run_dir)
+        last = f"the newest whole one is of step {good[-1]}" if good else "there is none before it"
+        return f"the checkpoint of step {step} could not be written: {_reason(error)}; {last}"
 
 
 def load(run_dir: Path, parts: Parts) -> int:
-    """Puts the newest checkpoint into the running parts; returns its step, 0 when there is none."""
+    """Puts the newest checkpoint into the running parts; returns its step, 0 when there is none.
+
+    CheckpointError: it can't be read, or is not of this model.
+    """
     found = steps(run_dir)
     if not found:
         return 0
     folder = _folder(run_dir, found[-1])
-    state: dict[str, Any] = json.loads((folder / "state.json").read_text())
-    loading = [role.submit("load", str((folder / role.name).resolve())) for role in parts.roles]
-    for pending in loading:
-        pending.result()
-    ray.get(parts.buffer.load_state_dict.remote(state["buffer"]), timeout=60)
+    try:
+        state: dict[str, Any] = json.loads((folder / "state.json").read_text())
+        loading = [role.submit("load", str((folder / role.name).resolve())) for role in parts.roles]
+        for pending in loading:
+            pending.result()
+        ray.get(parts.buffer.load_state_dict.remote(state["buffer"]), timeout=60)
+    except (ValueError, OSError, RayError) as error:
+        earlier = f"step {found[-2]}" if len(found) > 1 else "the beginning"
+        raise CheckpointError(
+            f"{folder} can't be loaded: {_reason(error)}; move the folder away to go on from {earlier}"
+        ) from error
     return int(state["step"])
 
 
+def export(run_dir: Path, step: int | None, out: Path) -> Path:
+    """Writes the policy of a checkpoint (None: the newest) as a Hugging Face folder; needs no GPU and no engine.
+
+    ValueError: no such checkpoint, or it can't be read; `out` is taken; the model that the run started from, whose
+    config and tokenizer go into the folder, is gone. OSError: the folder can't be written.
+    """
+    found = steps(run_dir)
+    if not found or (step is not None and step not in found):
+        there = f"there are those of steps {', '.join(map(str, found))}" if found else "it has none"
+        raise ValueError(f"no checkpoint{'' if step is None else f' of step {step}'}; {there}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out {out} is there already: name a new folder")
+    folder = _folder(run_dir, found[-1] if step is None else step)
+    try:
+        source = Path(json.loads((folder / "state.json").read_text())["model_folder"])
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{folder / 'state.json'} does not say which model the run started from") from error
+    if not (source / "config.json").is_file():
+        raise ValueError(f"{source} is gone: the run started from it, and its config and tokenizer are needed")
+
+    from trainer.megatron import stored
+
+    stored.export(folder / "policy", source, out)
+    return out
+
+
+def _put_in_place(part: Path, folder: Path) -> None:
+    _remove(folder)
+    part.rename(folder)
+    _sync_one(folder.parent)
+
+
+def _remove(folder: Path) -> None:
+    """Never leaves half of a folder under its name."""
+    if folder.exists():
+        old = folder.with_suffix(".old")
+        folder.rename(old)
+        shutil.rmtree(old)
+
+
 def _sync(folder: Path) -> None:
-    """Asks the disk to remember a folder's entries."""
-    handle = os.open(folder, os.O_RDONLY)
+    """Asks the disk to remember everything in a folder."""
+    for path in (*folder.rglob("*"), folder):
+        _sync_one(path)
+
+
+def _sync_one(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _reason(error: BaseException) -> str:
+    """What a rank said, without the trace of how it travelled."""
+    return str(getattr(error, "cause", None) or error)

@@ -1,4 +1,4 @@
-"""The command line: `slime train`, `slime config`, `slime report`, `slime advise`.
+"""The command line: `slime train`, `slime config`, `slime report`, `slime advise`, `slime export`.
 
 Nothing heavy is imported before it is needed, so that help answers at once. A user's mistake is one line on
 stderr and exit code 2.
@@ -27,6 +27,8 @@ slime trains language-model agents with reinforcement learning.
   slime config recipe=NAME ...   shows every value, where it comes from, and whether this machine can run it
   slime report RUN               makes the report.html of a run again (a name below runs/, or a folder)
   slime advise RUN               critic or group baseline: what the numbers of a run say
+  slime export RUN [--step N] --out DIR
+               writes the policy of a checkpoint as a Hugging Face folder (without --step: of the newest)
 
   slime train --help             lists recipes, models, clusters and keys
 
@@ -38,7 +40,12 @@ Usage: slime {command} recipe=NAME [model=NAME] [cluster=NAME] [key=value ...] [
 Values: schema < recipe < model < cluster < command line, the later winning key by key.
 --recipes DIR: a folder of your own with recipe/, model/ and cluster/ folders of YAML files
 (./recipes is found by itself)."""
-_COMMANDS = ("train", "config", "report", "advise")
+EXPORT_HELP = """\
+Usage: slime export RUN [--step N] --out DIR
+
+Writes the policy of a checkpoint as a Hugging Face folder: weights, config, tokenizer. Needs no GPU.
+RUN: a name below runs/, or a folder. --step N: of which checkpoint (default: the newest). --out DIR: a new folder."""
+_COMMANDS = ("train", "config", "report", "advise", "export")
 _COMMENT_COLUMN = 48
 _HELP_FLAGS = {"-h", "--help"}
 
@@ -55,6 +62,8 @@ def main(arguments: list[str] | None = None) -> int:
         return _refuse(f"unknown command {command!r}; {hint}")
     if command in _OF_A_RUN:
         return _of_a_run(command, rest)
+    if command == "export":
+        return _export(rest)
     return _compose_and_run(command, rest)
 
 
@@ -85,11 +94,12 @@ def _compose_and_run(command: str, rest: list[str]) -> int:
     if against:
         return _refuse("; ".join(against))
 
+    from slime.checkpoint import CheckpointError
     from slime.train import main as run
 
     try:
         run(loaded.config, recipes_dir)
-    except ConfigError as error:
+    except (ConfigError, CheckpointError) as error:
         return _refuse(str(error))
     return 0
 
@@ -102,14 +112,46 @@ def _of_a_run(command: str, rest: list[str]) -> int:
         return 0
     if len(rest) != 1:
         return _refuse(f"{command} takes one RUN, found {len(rest)}: slime {command} RUN")
-    run_dir = Path(rest[0]) if Path(rest[0]).is_dir() else Path("runs") / rest[0]
-    if not run_dir.is_dir():
-        runs = sorted(path.name for path in Path("runs").glob("*") if path.is_dir())
-        return _refuse(f"{command} {rest[0]}: no such run; {'runs: ' + ', '.join(runs) if runs else 'runs/ has none'}")
+    try:
+        run_dir = _run_dir(rest[0])
+    except ValueError as error:
+        return _refuse(f"{command} {rest[0]}: {error}")
     try:
         _say(run(run_dir))
     except (FileNotFoundError, ValueError) as error:
         return _refuse(f"{command} {run_dir}: {error}")
+    return 0
+
+
+def _run_dir(name: str) -> Path:
+    """A run's folder. ValueError: there is no such run."""
+    run_dir = Path(name) if Path(name).is_dir() else Path("runs") / name
+    if not run_dir.is_dir():
+        runs = sorted(path.name for path in Path("runs").glob("*") if path.is_dir())
+        raise ValueError(f"no such run; {'runs: ' + ', '.join(runs) if runs else 'runs/ has none'}")
+    return run_dir
+
+
+def _export(rest: list[str]) -> int:
+    if _HELP_FLAGS & set(rest):
+        print(EXPORT_HELP)
+        return 0
+    try:
+        names, options = _take_options(rest, {"--step": "N", "--out": "DIR"})
+        if len(names) != 1:
+            raise ValueError(f"takes one RUN, found {len(names)}: slime export RUN [--step N] --out DIR")
+        run_dir = _run_dir(names[0])
+        step = options.get("--step")
+        if step is not None and not step.isdigit():
+            raise ValueError(f"--step {step}: must be a number of steps")
+        if "--out" not in options:
+            raise ValueError("where to? --out DIR names the folder to write")
+
+        from slime.checkpoint import export
+
+        _say(str(export(run_dir, None if step is None else int(step), Path(options["--out"]))))
+    except (ValueError, OSError) as error:
+        return _refuse(f"export {' '.join(rest)}: {error}")
     return 0
 
 
@@ -142,22 +184,33 @@ def _refuse(message: str) -> int:
 
 
 def _take_recipes(arguments: list[str]) -> tuple[list[str], Path | None]:
-    """Splits `--recipes DIR` (or `--recipes=DIR`) off. ValueError: an unknown option, or DIR is missing."""
-    overrides: list[str] = []
-    recipes_dir: Path | None = None
+    """Splits `--recipes DIR` off. ValueError: see `_take_options`."""
+    overrides, options = _take_options(arguments, {"--recipes": "DIR"})
+    return overrides, Path(options["--recipes"]) if options else None
+
+
+def _take_options(arguments: list[str], known: dict[str, str]) -> tuple[list[str], dict[str, str]]:
+    """Splits `--option VALUE` (or `--option=VALUE`) off the other arguments; `known`: what to call each VALUE.
+
+    ValueError: an unknown option, or its value is missing.
+    """
+    others: list[str] = []
+    found: dict[str, str] = {}
     pending = iter(arguments)
     for argument in pending:
         option, equals, value = argument.partition("=")
-        if option == "--recipes":
+        if option in known:
             value = value if equals else next(pending, "")
             if not value or value.startswith("--"):
-                raise ValueError("--recipes needs a folder: --recipes DIR")
-            recipes_dir = Path(value)
+                folder = "a folder" if known[option] == "DIR" else "a number"
+                raise ValueError(f"{option} needs {folder}: {option} {known[option]}")
+            found[option] = value
         elif argument.startswith("-"):
-            raise ValueError(f"unknown option {argument!r}; options: --recipes DIR, --help")
+            options = ", ".join(f"{name} {what}" for name, what in known.items())
+            raise ValueError(f"unknown option {argument!r}; options: {options}, --help")
         else:
-            overrides.append(argument)
-    return overrides, recipes_dir
+            others.append(argument)
+    return others, found
 
 
 def _train_help(command: str, folders: list[Path]) -> str:

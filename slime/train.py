@@ -22,6 +22,8 @@ from slime.schema import Config, Kind
 
 # What may change between a run and its resume without making it another run.
 _FREE = ("steps", "resume", "eval.", "checkpoint.", "tracking.", "cluster.", "runs_dir", "cache_dir")
+_FREE += ("policy.layout.", "critic.layout.")  # checkpoints are read in any layout
+_FIXED = ("policy.layout.precision", "critic.layout.precision")  # of what they hold
 
 
 def open_run(config: Config) -> tuple[Path, int]:
@@ -32,7 +34,8 @@ def open_run(config: Config) -> tuple[Path, int]:
     if saved.exists() and not config.resume:
         raise ConfigError(f"{run_dir} exists: choose another run= name, or resume=true to go on with it")
     if done and saved.exists():
-        changed = [line for line in differences(saved.read_text(), config) if not line.startswith(_FREE)]
+        lines = differences(saved.read_text(), config)
+        changed = [line for line in lines if line.startswith(_FIXED) or not line.startswith(_FREE)]
         if changed:
             raise ConfigError(f"{run_dir} was started with other settings: {changed[0]}; choose another run= name")
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
@@ -120,16 +123,18 @@ def train(config: Config, parts: Parts, watch: Watch, run_dir: Path, step: int) 
             first |= loop.warm_up_critic(config, parts, watch)
         watch.phase("eval")
         watch.step(0, first | loop.evaluate(config, parts, watch, 0))
-    while step < config.steps:
-        step += 1
-        last = step == config.steps
-        evaluating = last or (config.eval.every > 0 and step % config.eval.every == 0)
-        metrics = loop.train_step(config, parts, watch, step, evaluating)
-        watch.step(step, metrics)  # before the checkpoint: a run goes on after a checkpoint, never before its metrics
-        if last:  # before the checkpoint, whose presence says that the run is finished
-            parts.policy.submit("export", str((run_dir / "model").resolve())).result()
-        if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
-            checkpoint.save(run_dir, step, parts, config.checkpoint.keep)
+    with checkpoint.Checkpoints(run_dir, parts, config.checkpoint.keep) as checkpoints:
+        while step < config.steps:
+            step += 1
+            last = step == config.steps
+            evaluating = last or (config.eval.every > 0 and step % config.eval.every == 0)
+            metrics = loop.train_step(config, parts, watch, step, evaluating)
+            checkpoints.check()
+            watch.step(step, metrics)  # before the checkpoint: a run goes on after a checkpoint, never before metrics
+            if last:  # before the checkpoint, whose presence says that the run is finished
+                parts.policy.submit("export", str((run_dir / "model").resolve())).result()
+            if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
+                checkpoints.save(step)
 
 
 def main(config: Config, recipes_dir: Path | None = None) -> None:

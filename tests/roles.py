@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,24 +17,30 @@ from buffer.types import Batch, Status, SubTrace, SubTraceInfo, SubTraceKind
 LIMIT_S = 300.0
 
 
-def random_qwen3(path: Path) -> Path:
-    """Writes a Hugging Face folder with a Qwen3 of two layers in float32; the same weights each time."""
+def random_qwen3(path: Path, num_layers: int = 2, experts: int = 0) -> Path:
+    """Writes a Hugging Face folder with a Qwen3, or a Qwen3-MoE, in float32; the same weights each time.
+
+    The dense one has tied embeddings, the other one has not.
+    """
     import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    config = Qwen3Config(
+    more = {"num_experts": experts, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
+    config = AutoConfig.for_model(
+        "qwen3_moe" if experts else "qwen3",
         vocab_size=97,  # odd: tensor parallelism has to pad it
         hidden_size=32,
-        num_hidden_layers=2,
+        num_hidden_layers=num_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=8,
         intermediate_size=48,
         max_position_embeddings=128,
-        tie_word_embeddings=True,
+        tie_word_embeddings=not experts,
+        **(more if experts else {}),
     )
-    Qwen3ForCausalLM(config).save_pretrained(path)
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
     return path
 
 
@@ -60,23 +69,81 @@ def batch_of(traces: Sequence[SubTrace]) -> Batch:
     return Batch(0, tuple(items), ())
 
 
+def seat() -> Any:
+    """A process in which one worker after the other runs: starting one takes longer than what is tested."""
+    import ray
+
+    class Seat:  # in here it travels by value: Ray's processes can't import this module
+        def __init__(self) -> None:
+            self.worker: Any = None
+
+        def sit(self, worker: type, *arguments: Any) -> None:
+            self.worker = worker(*arguments)
+
+        def ask(self, method: str, *arguments: Any) -> Any:
+            if method == "__ray_call__":
+                return arguments[0](self.worker, *arguments[1:])
+            return getattr(self.worker, method)(*arguments)
+
+        def leave(self) -> None:
+            self.worker.stop()
+            self.worker = None
+            gc.collect()
+
+    return ray.remote(Seat).remote()
+
+
+class Actor:
+    """The worker in a seat, called as Ray's actors are."""
+
+    def __init__(self, place: Any) -> None:
+        self._place = place
+
+    def __getattr__(self, method: str) -> Any:
+        return SimpleNamespace(remote=lambda *arguments: self._place.ask.remote(method, *arguments))
+
+
+_FREE: list[Any] = []  # seats without a worker
+
+
 @contextmanager
-def running(group_class: type, worker: type, folder: Path, config: Any) -> Iterator[Any]:
-    """A started role in its configuration's layout; its processes end with the block."""
+def running(group_class: type, worker: type, folder: Path, config: Any, optimizer: Any = None) -> Iterator[Any]:
+    """A started role in its configuration's layout; its processes are given to the next one."""
     import ray
 
     from trainer.config import OptimizerConfig
     from trainer.worker import WorkerSettings
 
-    layout, optimizer = config.layout, OptimizerConfig(lr=1e-2)
-    actors = [
-        ray.remote(worker).remote(WorkerSettings(rank, layout, optimizer, str(folder), 0, 1, LIMIT_S), config)
-        for rank in range(layout.num_processes)
-    ]
-    group = group_class(actors, config, LIMIT_S)
+    layout, optimizer = config.layout, optimizer or OptimizerConfig(lr=1e-2)
+    while len(_FREE) < layout.num_processes:
+        _FREE.append(seat())
+    seats = [_FREE.pop() for _ in range(layout.num_processes)]
     try:
+        settings = [WorkerSettings(rank, layout, optimizer, str(folder), 0, 1, LIMIT_S) for rank in range(len(seats))]
+        ray.get([at.sit.remote(worker, s, config) for at, s in zip(seats, settings, strict=True)], timeout=LIMIT_S)
+        group = group_class([Actor(at) for at in seats], config, LIMIT_S)
         group.start(LIMIT_S).result()
         yield group
-    finally:
-        for actor in actors:
-            ray.kill(actor)
+        ray.get([at.leave.remote() for at in seats], timeout=LIMIT_S)
+    except BaseException:
+        for at in seats:  # one may wait for another for ever
+            ray.kill(at)
+        raise
+    _FREE.extend(seats)
+
+
+def write_checkpoint(group: Any, folder: Path) -> None:
+    """Saves a role and waits until its checkpoint is complete."""
+    group.submit("save", str(folder)).result()
+    finish_checkpoint(group)
+
+
+def finish_checkpoint(group: Any) -> None:
+    """Waits for the files of a save that has begun."""
+    import ray
+
+    deadline = time.monotonic() + LIMIT_S
+    while None in (of_ranks := group.submit("saved").result()):
+        assert time.monotonic() < deadline, "not written"
+        time.sleep(0.02)
+    ray.get(group.actors[0].finish_save.remote(of_ranks), timeout=LIMIT_S)

@@ -15,9 +15,24 @@ from launch.preflight import Machine, problems
 from slime.config import ConfigError, check, dump, leaves, load, missing
 from slime.config.checks import RANGES
 from slime.schema import Config
+from trainer.layout import Sizes
 
 PPO = "recipe=ppo_coding"
+LAYOUT = [name for name in Sizes._fields if name != "sequence_parallel"]  # trainer/layout.py; tests/test_layouts.py
 GPU = [PPO, "model=qwen3_8b", "cluster=gpu_8"]
+QWEN3_8B = {
+    "model_type": "qwen3",
+    "num_hidden_layers": 36,
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+}
 # Recipes are tuned; tests of numbers bring their own.
 PINNED = [
     PPO,
@@ -99,7 +114,7 @@ def refusal(*arguments: str) -> str:
         ("policy.layout.sequence_parallel=true", ["policy.layout: sequence_parallel=true", "at least 2"]),
         (
             "critic.layout.num_processes=3 critic.layout.tensor_parallel=2",
-            ["critic.layout: num_processes=3", "nearest that works is 4"],
+            ["critic.layout: num_processes=3", "nearest that works is num_processes=4"],
         ),
     ],
 )
@@ -121,7 +136,7 @@ def test_ranges_name_every_number_of_the_schema() -> None:
         # BufferConfig.__post_init__
         *(f"buffer.{key}" for key in ("episodes_per_step", "episodes_per_prompt", "slots", "window")),
         "rollout.compaction.context_tokens",  # CompactionConfig.__post_init__
-        *(f"{role}.layout.{key}" for role in ("policy", "critic") for key in ("num_processes", "tensor_parallel")),
+        *(f"{role}.layout.{key}" for role in ("policy", "critic") for key in LAYOUT),
         *(f"{role}.layout.max_tokens_per_micro_batch" for role in ("policy", "critic")),  # at least the window
     }
     numbers = {
@@ -201,8 +216,19 @@ def test_a_warm_start_needs_no_gpus_for_a_critic() -> None:
     ("shape", "arguments", "parts"),
     [
         ({"max_position_embeddings": 16384}, [], ["context_tokens=32768", "=16384", "use at most 16384"]),
-        ({"num_attention_heads": 25}, [], ["policy.layout.tensor_parallel=2", "=25", "nearest that works is 1"]),
-        ({"num_key_value_heads": 1}, [], ["policy.layout.tensor_parallel=2", "num_key_value_heads=1", "works is 1"]),
+        ({"num_attention_heads": 25}, [], ["policy.layout: tensor_parallel=2", "=25", "works is tensor_parallel=1"]),
+        ({"num_key_value_heads": 1}, [], ["policy.layout: tensor_parallel=2", "num_key_value_heads=1"]),
+        (
+            {},
+            [
+                "critic.layout.tensor_parallel=1",
+                "critic.layout.sequence_parallel=false",
+                "critic.layout.pipeline_parallel=2",
+                "critic.layout.virtual_stages=5",
+            ],
+            ["critic.layout: pipeline_parallel*virtual_stages=2*5", "num_hidden_layers=36", "virtual_stages=6"],
+        ),
+        ({"model_type": "mamba"}, [], ["config.json", "'mamba' is not mapped"]),
         (
             {},
             ["rollout.engine.tensor_parallel=3", "rollout.engine.num_engines=1", "cluster.gpus_per_node=9"],
@@ -213,8 +239,7 @@ def test_a_warm_start_needs_no_gpus_for_a_critic() -> None:
 def test_the_model_must_fit_the_layout(
     tmp_path: Path, shape: dict[str, int], arguments: list[str], parts: list[str]
 ) -> None:
-    qwen = {"max_position_embeddings": 40960, "num_attention_heads": 32, "num_key_value_heads": 8}
-    write(tmp_path / "config.json", json.dumps(qwen | shape))
+    write(tmp_path / "config.json", json.dumps(QWEN3_8B | shape))
     message = refusal(*GPU_PINNED, f"model.path={tmp_path}", *arguments)
     for part in parts:
         assert part in message
@@ -226,7 +251,7 @@ def test_a_broken_model_folder_is_named(tmp_path: Path) -> None:
     assert [m for m in missing(empty) if "config.json" in m]
     write(tmp_path / "config.json", "{")
     assert "not JSON" in refusal(*GPU, f"model.path={tmp_path}")
-    write(tmp_path / "config.json", "{}")
+    write(tmp_path / "config.json", json.dumps(QWEN3_8B))
     assert missing(load([*GPU, f"model.path={tmp_path}"]).config) == []
 
 

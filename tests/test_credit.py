@@ -175,7 +175,7 @@ class Lab:
         self.first = self.parameters()
 
     def parameters(self) -> dict[str, Float32]:
-        return {name: p.detach().float().numpy().copy() for name, p in self.worker.ddp.named_parameters()}
+        return {name: p.detach().float().numpy().copy() for name, p in self.worker.models[0].named_parameters()}
 
     def reset(self) -> None:
         import torch
@@ -183,11 +183,11 @@ class Lab:
         from trainer.megatron.optimizer import build_optimizer
 
         with torch.no_grad():
-            for name, parameter in self.worker.ddp.named_parameters():
+            for name, parameter in self.worker.models[0].named_parameters():
                 parameter.copy_(torch.from_numpy(self.first[name]))
         w = self.worker
-        w.optimizer = build_optimizer(w.ddp, w.settings.optimizer, w.settings.layout.precision)
-        w.ddp.config.grad_scale_func = w.optimizer.scale_loss
+        w.optimizer = build_optimizer(w.chunks, w.settings.optimizer, w.settings.layout.precision)
+        w.chunks[0].config.grad_scale_func = w.optimizer.scale_loss
         w.updates_done = 0
 
     def update(

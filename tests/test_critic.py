@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import ray
 import torch
-from roles import batch_of, random_qwen3, running, sub_trace
+from roles import batch_of, random_qwen3, running, sub_trace, write_checkpoint
 
 from buffer.types import SubTrace, Targets
 from critic.config import CriticConfig
 from critic.group import CriticGroup
 from critic.worker import CriticWorker, one_longer
-from trainer.config import LayoutConfig, Recompute
+from trainer.config import LayoutConfig, Precision, Recompute
 from trainer.megatron import hf
 from trainer.megatron.optimizer import freeze, frozen_names
 
@@ -50,12 +50,15 @@ def test_freezing_everything_is_refused() -> None:
 
 
 def test_freeze_takes_the_gradient_from_what_matches() -> None:
+    """Also where another pipeline stage has it: a pattern must match a name of the whole model."""
     model = torch.nn.Module()
-    model.embedding, model.head = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
-    freeze(model, ["head.*"])
-    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["embedding.weight", "embedding.bias"]
+    model.pre_process, model.embedding, model.head = True, torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    own = dict(model.named_parameters())
+    names = [*own, "elsewhere.weight"]
+    freeze([model], own, names, ["head.*", "elsewhere*"])
+    assert [name for name, p in own.items() if p.requires_grad] == ["embedding.weight", "embedding.bias"]
     with pytest.raises(ValueError, match="'tail' matches none"):
-        freeze(model, ["tail"])
+        freeze([model], own, names, ["tail"])
 
 
 @pytest.fixture(scope="module")
@@ -81,13 +84,13 @@ def targets_of(traces: Sequence[SubTrace], values: dict[int, np.ndarray]) -> lis
 
 def weights(group: CriticGroup) -> list[Arrays]:
     """Each rank's shard, by Megatron name."""
-    of = lambda worker: {name: p.detach().clone().numpy() for name, p in worker.ddp.module.named_parameters()}  # noqa: E731
+    of = lambda worker: {name: p.detach().float().numpy().copy() for name, p in worker.models[0].named_parameters()}  # noqa: E731
     return ray.get([actor.__ray_call__.remote(of) for actor in group.actors], timeout=LIMIT_S)
 
 
 def trunk(group: CriticGroup) -> Arrays:
     """The whole model but for its head, under Hugging Face names."""
-    of = lambda worker: {name: t.clone().numpy() for name, t in hf.export(worker.ddp.module, worker.shape)}  # noqa: E731
+    of = lambda worker: {name: t.clone().numpy() for name, t in hf.export(worker.models, worker.shape)}  # noqa: E731
     return ray.get([actor.__ray_call__.remote(of) for actor in group.actors], timeout=LIMIT_S)[0]
 
 
@@ -128,7 +131,7 @@ def test_trunk_is_the_policys_and_frozen_attention_stays_so(
         metrics = three_updates(group, traces, seed=3)
         middle = weights(group)
         assert_frozen(begin, middle, [ATTENTION])
-        group.submit("save", str(tmp_path / "one")).result()
+        write_checkpoint(group, tmp_path / "one")
         three_updates(group, traces, seed=4)
         end, values = weights(group), group.values(batch).result()
         assert_frozen(middle, end, [ATTENTION])
@@ -174,3 +177,23 @@ def test_bounds_the_state_after_the_end_and_frozen_embeddings(
         assert len(further[i]) == len(trace.tokens) + 1
         np.testing.assert_allclose(further[i][:-1], values[i], atol=1e-6)
         np.testing.assert_allclose(further[i], longer[i][: len(further[i])], atol=1e-6)
+
+
+@pytest.mark.e2e
+def test_a_critic_in_bf16_with_a_head_in_fp32_is_saved_whole(
+    folder: Path, traces: list[SubTrace], ray_cluster: None, tmp_path: Path
+) -> None:
+    """Weights, moments and master weights of both precisions: after a load training goes on bit for bit."""
+    config = CriticConfig(LayoutConfig(precision=Precision.bf16), head_init_std=0.1)
+    with running(CriticGroup, CriticWorker, folder, config) as group:
+        three_updates(group, traces, seed=3)
+        middle = weights(group)[0]
+        rounded = {name for name, a in middle.items() if np.array_equal(torch.tensor(a).bfloat16().float().numpy(), a)}
+        assert set(middle) - rounded == {"output_layer.weight", "output_layer.bias"}
+        write_checkpoint(group, tmp_path / "bf16")
+        three_updates(group, traces, seed=4)
+        end = weights(group)[0]
+        group.submit("load", str(tmp_path / "bf16")).result()
+        assert all(np.array_equal(middle[name], now) for name, now in weights(group)[0].items())
+        three_updates(group, traces, seed=4)
+        assert all(np.array_equal(end[name], now) for name, now in weights(group)[0].items())

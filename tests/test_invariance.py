@@ -86,7 +86,7 @@ def step(config: PolicyConfig, traces: list[SubTrace], values: list[Float32], gr
     total, sums, tokens = torch.zeros((), dtype=torch.float64), dict[str, float](), 0
     for row in grid:
         for indices in row:
-            micro = micro_batch(indices, dict(enumerate(traces)), fields, torch.device("cpu"), multiple_of=8)
+            micro = micro_batch(indices, dict(enumerate(traces)), fields, torch.device("cpu"), (1, 8))
             all_PV = torch.log_softmax(model_VV[micro.tokens_1P[0]], -1)
             logprobs_P = all_PV.gather(1, micro.labels_1P[0][:, None])[:, 0]
             # Near the old ones, so that some tokens are clipped and most are not.

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from roles import batch_of, random_qwen3, running, sub_trace
+from roles import batch_of, random_qwen3, running, sub_trace, write_checkpoint
 
 from buffer.types import SubTrace, Targets
 from critic.config import CriticConfig
@@ -121,7 +121,7 @@ def test_critic_layouts_agree_and_checkpoints_resume_in_another(
     with critic(LAYOUTS["one process"]) as group:
         values = group.values(batch).result()
         metrics = group.update(batch, targets, np.random.default_rng(3)).result()
-        group.submit("save", str(tmp_path / "one")).result()
+        write_checkpoint(group, tmp_path / "one")
         after = group.values(batch).result()
         group.update(batch, targets, np.random.default_rng(4)).result()
         later = group.values(batch).result()

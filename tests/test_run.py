@@ -6,6 +6,7 @@ import json
 import math
 import signal
 import subprocess
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -61,6 +62,12 @@ class Diary:
         self.events.append(f"evaluate {step}")
         return {"eval/pass_rate": 0.5}
 
+    def check(self) -> None:
+        self.events.append("check")
+
+    def save(self, step: int) -> None:
+        self.events.append(f"save {step}")
+
     def step(self, step: int, metrics: dict[str, float]) -> None:
         self.events.append(f"log {step}{' with pass rate' if 'eval/pass_rate' in metrics else ''}")
 
@@ -71,14 +78,15 @@ class Diary:
         (
             0,
             [
-                *("publish 0", "play", "evaluate 0", "log 0 with pass rate", "train 1", "log 1"),
-                *("train 2", "log 2", "save 2", "train 3", "evaluate 3", "log 3 with pass rate"),
-                *("train 4", "log 4", "save 4", "train 5", "evaluate 5", "log 5 with pass rate", "export", "save 5"),
+                *("publish 0", "play", "evaluate 0", "log 0 with pass rate", "train 1", "check"),
+                *("log 1", "train 2", "check", "log 2", "save 2", "train 3", "evaluate 3", "check"),
+                *("log 3 with pass rate", "train 4", "check", "log 4", "save 4", "train 5", "evaluate 5", "check"),
+                *("log 5 with pass rate", "export", "save 5"),
             ],
         ),
         (
             4,
-            ["load", "publish 4", "play", "train 5", "evaluate 5", "log 5 with pass rate", "export", "save 5"],
+            ["load", "publish 4", "play", "train 5", "evaluate 5", "check", "log 5 with pass rate", "export", "save 5"],
         ),
     ],
 )
@@ -88,7 +96,7 @@ def test_order_of_a_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, begin: 
     note = diary.events.append
     monkeypatch.setattr(loop, "train_step", diary.train_step)
     monkeypatch.setattr(loop, "evaluate", diary.evaluate)
-    monkeypatch.setattr(checkpoint, "save", lambda run_dir, step, parts, keep: note(f"save {step}"))
+    monkeypatch.setattr(checkpoint, "Checkpoints", lambda run_dir, parts, keep: nullcontext(diary))
     monkeypatch.setattr(checkpoint, "load", lambda run_dir, parts: note("load") or begin)
     parts: Any = SimpleNamespace(
         weights=SimpleNamespace(publish=lambda version: note(f"publish {version}")),

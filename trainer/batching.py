@@ -6,6 +6,7 @@ way in and shifted back on the way out: index t of a SubTrace array belongs to p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,7 +19,10 @@ from trainer.megatron.modules import Packing
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Sequences of one forward pass, one after the other. P = predictions, all sequences together."""
+    """Sequences of one forward pass, one after the other. P = this process's predictions, all sequences together.
+
+    Under context parallelism a process has only some of each sequence (Packing); A = predictions of all of them.
+    """
 
     tokens_1P: torch.Tensor  # int64
     labels_1P: torch.Tensor  # int64, the token that each position predicts
@@ -26,7 +30,8 @@ class MicroBatch:
     fields: dict[str, torch.Tensor]  # name -> float32 [P], 0 where action_P is False
     packing: Packing
     indices: tuple[int, ...]  # which sub-traces, in order; empty for a padding micro-batch
-    lengths: tuple[int, ...]  # predictions of each sequence, padding sequence included
+    lengths: tuple[int, ...]  # predictions of each whole sequence with its padding, and of the padding sequence
+    predictions: tuple[int, ...]  # of each sub-trace, without padding
     names: tuple[str, ...]  # of the sequences, for people
 
     @property
@@ -36,15 +41,27 @@ class MicroBatch:
     @property
     def sequence_P(self) -> torch.Tensor:
         """Number of the sequence that each prediction belongs to, int64."""
-        lengths_N = torch.tensor(self.lengths, device=self.action_P.device)
+        share = sum(self.lengths) // len(self.action_P)
+        lengths_N = torch.tensor(self.lengths, device=self.action_P.device) // share
         return torch.repeat_interleave(torch.arange(len(self.lengths), device=lengths_N.device), lengths_N)
 
     def name_of(self, prediction: int) -> str:
-        """Which token a prediction is: episode, sub-trace, index."""
+        """Which token a prediction of this process is: episode, sub-trace, index."""
+        place = int(self.packing.own_T[prediction])
         ends = np.cumsum(self.lengths)
-        k = int(np.searchsorted(ends, prediction, side="right"))
+        k = int(np.searchsorted(ends, place, side="right"))
         start = int(ends[k - 1]) if k else 0
-        return f"{self.names[k]}, index {prediction - start + 1}"
+        return f"{self.names[k]}, index {place - start + 1}"
+
+
+def length_multiples(tensor: int, sequence_parallel: bool, context: int) -> tuple[int, int]:
+    """What the length of each sequence and of all together must be a multiple of, in a layout of these sizes.
+
+    Context parallelism cuts every sequence into 2 `context` pieces; sequence parallelism cuts what a process then
+    holds into `tensor` slices.
+    """
+    each = 2 * context if context > 1 else 1
+    return each, math.lcm(each, context * tensor if sequence_parallel else 1)
 
 
 def micro_batch(
@@ -52,21 +69,30 @@ def micro_batch(
     sub_traces: Mapping[int, SubTrace],
     fields: Mapping[str, Mapping[int, Float32]],
     device: torch.device,
-    multiple_of: int = 1,
+    multiples: tuple[int, int] = (1, 1),
+    context: tuple[int, int] = (1, 0),
 ) -> MicroBatch:
-    """Packs the sub-traces named by `indices`.
+    """Packs the sub-traces named by `indices`; of them, what the process `context` = (size, rank) holds.
 
-    `fields[name][index]` is float32 [T] of that sub-trace. A padding sequence without actions is
-    added where there is none or where the length must be a multiple (sequence parallelism).
+    `fields[name][index]` is float32 [T] of that sub-trace. `multiples`: see `length_multiples`. Sequences are padded
+    at their end; a padding sequence is added where there is none or where the whole length is no multiple. Padding
+    has no actions.
     """
     chosen = [sub_traces[index] for index in indices]
-    lengths = [len(s.tokens) - 1 for s in chosen]
-    missing = -sum(lengths) % multiple_of if lengths else multiple_of
-    pad = np.zeros(missing, np.int32)
+    predictions = [len(s.tokens) - 1 for s in chosen]
+    lengths = [-(-n // multiples[0]) * multiples[0] for n in predictions]
+    missing = -sum(lengths) % multiples[1] if lengths else multiples[1]
     lengths += [missing] if missing else []
+    packing = Packing(lengths, device, *context)
+    whole = np.zeros(sum(lengths), np.bool_)  # True: no padding
+    for end, length, n in zip(np.cumsum(lengths), lengths, predictions, strict=False):
+        whole[end - length : end - length + n] = True
+    own = packing.own_T.numpy()
 
     def joined(parts: list[np.ndarray], dtype: type) -> torch.Tensor:
-        return torch.from_numpy(np.concatenate([*parts, pad]).astype(dtype)).to(device)
+        padded: np.ndarray = np.zeros(len(whole), dtype)
+        padded[whole] = np.concatenate(parts) if parts else 0
+        return torch.from_numpy(padded[own]).to(device)
 
     action = joined([s.action_mask[1:] for s in chosen], np.bool_)
     return MicroBatch(
@@ -74,19 +100,25 @@ def micro_batch(
         labels_1P=joined([s.tokens[1:] for s in chosen], np.int64)[None],
         action_P=action,
         fields={name: joined([of[i][1:] for i in indices], np.float32) * action for name, of in fields.items()},
-        packing=Packing(lengths, device),
+        packing=packing,
         indices=tuple(indices),
         lengths=tuple(lengths),
+        predictions=tuple(predictions),
         names=tuple(s.name for s in chosen),
     )
 
 
-def per_sub_trace(batch: MicroBatch, out_P: torch.Tensor) -> dict[int, Float32]:
-    """Model outputs back on SubTrace indices: float32 [T] per sub-trace, 0 at index 0."""
-    flat = out_P.detach().float().cpu().numpy()
+def per_sub_trace(batch: MicroBatch, out_A: torch.Tensor) -> dict[int, Float32]:
+    """Model outputs back on SubTrace indices: float32 [T] per sub-trace, 0 at index 0.
+
+    `out_A`: the outputs of all processes of the context-parallel group, one process's after the other's.
+    """
+    flat = out_A.detach().float().cpu()
+    if batch.packing.place_A is not None:
+        flat = flat[batch.packing.place_A]
     found: dict[int, Float32] = {}
     start = 0
-    for index, length in zip(batch.indices, batch.lengths, strict=False):  # the padding sequence has no index
-        found[index] = np.concatenate([np.zeros(1, np.float32), flat[start : start + length]])
+    for index, length, n in zip(batch.indices, batch.lengths, batch.predictions, strict=False):  # padding: no index
+        found[index] = np.concatenate([np.zeros(1, np.float32), flat[start : start + n].numpy()])
         start += length
     return found

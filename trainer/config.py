@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+from trainer.layout import refuse_layout
+
 
 class Loss(str, Enum):
     """Policy loss; formulas in trainer/losses/."""
@@ -71,31 +73,39 @@ class Recompute(str, Enum):
 
 @dataclass
 class LayoutConfig:
-    """How one role is spread over processes; the data-parallel size follows."""
+    """How one role is spread over processes; the data-parallel size follows.
+
+    Tensor, pipeline and context parallelism multiply to the processes that hold one data-parallel row. Experts are
+    spread over the processes of a pipeline stage: `expert_parallel` divides num_processes / pipeline_parallel.
+    """
 
     num_processes: int = 1
     tensor_parallel: int = 1
     sequence_parallel: bool = False
+    pipeline_parallel: int = 1
+    virtual_stages: int = 1  # parts of the model that each pipeline process holds, not next to each other
+    context_parallel: int = 1  # processes that share the tokens of a sequence
+    expert_parallel: int = 1  # 1: the experts are split like other layers are by tensor_parallel
     precision: Precision = Precision.fp32
     max_tokens_per_micro_batch: int = 8192
     recompute: Recompute = Recompute.none
 
     def __post_init__(self) -> None:
-        if self.num_processes < 1 or self.tensor_parallel < 1:
-            raise ValueError(
-                f"num_processes={self.num_processes}, tensor_parallel={self.tensor_parallel}: both must be at least 1"
-            )
-        if self.num_processes % self.tensor_parallel:
-            raise ValueError(
-                f"num_processes={self.num_processes} is not divisible by tensor_parallel={self.tensor_parallel}: "
-                f"the nearest that works is {-(-self.num_processes // self.tensor_parallel) * self.tensor_parallel}"
-            )
-        if self.sequence_parallel and self.tensor_parallel == 1:
-            raise ValueError("sequence_parallel=true needs tensor_parallel of at least 2")
+        refuse_layout(self)
+
+    @property
+    def row_size(self) -> int:
+        """Processes that work on the same sequences."""
+        return self.tensor_parallel * self.pipeline_parallel * self.context_parallel
 
     @property
     def data_parallel(self) -> int:
-        return self.num_processes // self.tensor_parallel
+        return self.num_processes // self.row_size
+
+    @property
+    def expert_tensor_parallel(self) -> int:
+        """Processes that share one expert's tensors."""
+        return self.tensor_parallel if self.expert_parallel == 1 else 1
 
 
 @dataclass
@@ -143,6 +153,11 @@ class PolicyConfig:
             raise ValueError(
                 f"policy.correction_bounds={self.correction_bounds}: must be [low, high] with 0 <= low < high, "
                 "or [] for the correction's usual ones"
+            )
+        if self.loss is Loss.gspo and self.layout.context_parallel > 1:
+            raise ValueError(
+                f"policy.loss=gspo takes means over whole sequences, policy.layout.context_parallel="
+                f"{self.layout.context_parallel} cuts them: use context_parallel=1, or another loss"
             )
 
     @property

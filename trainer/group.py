@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import ray
 
-from buffer.packing import pack, split
+from buffer.packing import QUADRATIC, pack, split
 from buffer.types import Batch, Float32, Grid, SubTrace, Targets
 from trainer.config import LayoutConfig, PolicyConfig
 from trainer.fields import policy_fields
@@ -45,10 +46,12 @@ class Pending(Generic[T]):
         self._finish = finish
 
     def result(self, timeout_s: float | None = None) -> T:
-        """Waits. TimeoutError names the ranks that are missing; a rank's own error passes through."""
+        """Waits. TimeoutError names the ranks that are missing; a rank's own error passes through, at once."""
         limit = timeout_s or self._group.timeout_s
-        done, late = ray.wait(self._refs, num_returns=len(self._refs), timeout=limit)
-        ray.get(done, timeout=60)  # a rank that failed explains why the others wait
+        late, deadline = list(self._refs), time.monotonic() + limit
+        while late and (left_s := deadline - time.monotonic()) > 0:
+            done, late = ray.wait(late, num_returns=len(late), timeout=min(1.0, left_s))
+            ray.get(done, timeout=60)  # raises when a rank failed: the others may be waiting for it
         if late:
             ranks = sorted({self._refs.index(ref) % len(self._group.actors) for ref in late})
             raise TimeoutError(f"{self._group.name}.{self._method}: no answer from ranks {ranks} in {limit:.0f} s")
@@ -63,6 +66,7 @@ class WorkerGroup:
         self.actors = list(actors)
         self.layout = layout
         self.timeout_s = timeout_s
+        self._quadratic = QUADRATIC
 
     def submit(self, method: str, *args: Any) -> Pending[list[Any]]:
         """Asks every rank; the result is their answers in rank order."""
@@ -72,11 +76,17 @@ class WorkerGroup:
     def start(self, timeout_s: float) -> Pending[list[Any]]:
         """Lets the ranks meet at rank 0 and build their shards."""
         host, port = ray.get(self.actors[0].address.remote(), timeout=timeout_s)
-        return self.submit("start", host, port)
+        refs = [actor.start.remote(host, port) for actor in self.actors]
+        return Pending(self, "start", refs, self._started)
+
+    def _started(self, hidden_sizes: list[int]) -> list[int]:
+        self._quadratic = 1 / (12 * hidden_sizes[0])  # see buffer/packing.py
+        return hidden_sizes
 
     def grid(self, indices: Sequence[int], num_tokens: Sequence[int]) -> Grid:
         """Micro-batches of the named sub-traces for this role's data-parallel ranks."""
-        places = pack(num_tokens, self.layout.data_parallel, self.layout.max_tokens_per_micro_batch)
+        layout = self.layout
+        places = pack(num_tokens, layout.data_parallel, layout.max_tokens_per_micro_batch, quadratic=self._quadratic)
         return [[[indices[place] for place in micro] for micro in row] for row in places]
 
     def predict(self, method: str, batch: Batch) -> Pending[dict[int, Float32]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,22 +32,12 @@ class PolicyWorker(MegatronWorker):
         self.config = config
         self.update_group: Any = None
 
-    def _forward(self, batch: MicroBatch, gpt: Any) -> torch.Tensor:
-        """[2, P]: log-probability of each predicted token at temperature 1, and entropy of what it was drawn from."""
-        found_2P: torch.Tensor = gpt(
-            batch.tokens_1P,
-            batch.packing.position_T[None],
-            None,
-            labels=batch.labels_1P,
-            packed_seq_params=batch.packing,
-        )
-        return found_2P
-
     def logprobs(self, refs: Sequence[Any], grid: Grid) -> dict[int, Any]:
         """Log-probabilities under the present weights, float32 [T] a sub-trace."""
         return self.predict(refs, grid)
 
     def _policy_loss(self, out_2P: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, Sums, Sums]:
+        """`out_2P`: log-probabilities at temperature 1, and entropies of what the tokens were drawn from."""
         logprobs_P, entropy_P = out_2P
         f, mask_P = batch.fields, batch.action_P
         loss_P, _, _ = self._objective(logprobs_P, entropy_P, batch)
@@ -106,7 +97,7 @@ class PolicyWorker(MegatronWorker):
 
     def weight_names(self) -> list[tuple[str, str, list[int]]]:
         """(Hugging Face name, dtype, shape) of every tensor, in the order in which they are sent."""
-        dtype = str(next(self.ddp.parameters()).dtype).removeprefix("torch.")
+        dtype = str(next(self.chunks[0].parameters()).dtype).removeprefix("torch.")
         return weight_shapes(self.shape, dtype)
 
     def join_engines(self, host: str, port: int, world_size: int, name: str, backend: str, timeout_s: float) -> None:
@@ -117,7 +108,7 @@ class PolicyWorker(MegatronWorker):
     def send_weights(self) -> int:
         """Broadcasts every tensor to the engines. All ranks call it (shards are gathered); returns bytes sent."""
         sent = 0
-        for _, tensor in hf.export(self.ddp.module, self.shape):
+        for _, tensor in hf.export(self.models, self.shape):
             if self.update_group is not None:
                 broadcast([tensor.contiguous()], self.update_group)
                 sent += tensor.numel() * tensor.element_size()
@@ -125,9 +116,11 @@ class PolicyWorker(MegatronWorker):
 
     def export(self, folder: str) -> None:
         """Writes a Hugging Face folder with the present weights (rank 0 writes, all ranks call)."""
-        weights = dict(hf.export(self.ddp.module, self.shape))
+        weights = hf.export(self.models, self.shape)
         if dist.get_rank() == 0:
             hf.save(weights, Path(self.settings.model_folder), Path(folder))
+        else:
+            deque(weights, maxlen=0)  # takes part in the gathering
         dist.barrier()
 
 

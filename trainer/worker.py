@@ -21,8 +21,9 @@ import torch
 from torch import distributed as dist
 
 from buffer.types import Float32, Grid, SubTrace
-from trainer.batching import MicroBatch, micro_batch, per_sub_trace
+from trainer.batching import MicroBatch, length_multiples, micro_batch, per_sub_trace
 from trainer.config import LayoutConfig, OptimizerConfig
+from trainer.layout import check_layout
 from trainer.megatron import cpu
 
 cpu.enable()
@@ -32,10 +33,12 @@ from megatron.core.distributed import finalize_model_grads  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 
 from trainer.megatron import checkpoint, hf, model, optimizer  # noqa: E402
+from trainer.megatron.models.mapping import entries  # noqa: E402
 from trainer.megatron.models.shape import read_shape  # noqa: E402
 
 Fields = dict[str, dict[int, Float32]]
-# output of the model [C, P] and its micro-batch -> summed loss, sums and maxima for the metrics
+# output of the model (log-probabilities and entropies [2, P], or values [1, P]) and its micro-batch -> summed loss,
+# sums and maxima for the metrics
 LossFunction = Callable[
     [torch.Tensor, MicroBatch], tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]
 ]
@@ -71,35 +74,54 @@ class MegatronWorker:
             probe.bind(("", 0))
             return ray.util.get_node_ip_address(), probe.getsockname()[1]
 
-    def start(self, master: str, port: int) -> None:
-        """Joins the process group, builds the model, reads its weights."""
+    def start(self, master: str, port: int) -> int:
+        """Joins the process group, builds the model, reads its weights. Returns the model's hidden size."""
         s = self.settings
+        self.shape = read_shape(Path(s.model_folder))
+        check_layout(self.shape, s.layout)
         model.start_process(s.rank, s.layout, master, port, s.seed, s.timeout_s, s.threads)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.shape = read_shape(Path(s.model_folder))
-        gpt = model.build_gpt(self.shape, s.layout, self._output_layer())
-        self._read_weights(gpt)
+        self.chunks: list[Any] = model.build_models(self.shape, s.layout, self._output_layer())
+        self._read_weights(self.chunks)
         self.run_schedule = get_forward_backward_func()
         if s.frozen:
-            self.ddp = gpt.requires_grad_(False)
-            return
-        optimizer.freeze(gpt, self.freeze)
-        self.ddp = optimizer.wrap_ddp(gpt)
-        self.optimizer = optimizer.build_optimizer(self.ddp, s.optimizer, s.layout.precision)
-        self.ddp.config.finalize_model_grads_func = finalize_model_grads
-        self.ddp.config.grad_scale_func = self.optimizer.scale_loss
+            for chunk in self.chunks:
+                chunk.requires_grad_(False)
+            return self.shape.hidden
+        optimizer.freeze(self.chunks, hf.named(self.chunks), self._parameter_names(), self.freeze)
+        self.chunks = optimizer.wrap_ddp(self.chunks)
+        self.optimizer = optimizer.build_optimizer(self.chunks, s.optimizer, s.layout.precision)
+        self.chunks[0].config.finalize_model_grads_func = finalize_model_grads
+        self.chunks[0].config.grad_scale_func = self.optimizer.scale_loss
+        return self.shape.hidden
 
-    def _read_weights(self, gpt: torch.nn.Module) -> None:
+    def _read_weights(self, models: Sequence[torch.nn.Module]) -> None:
         folder = Path(self.settings.model_folder)
-        hf.load(gpt, self.shape, folder, value_head=self.value_head_std is not None)
+        hf.load(models, self.shape, folder, value_head=self.value_head_std is not None)
+
+    @property
+    def models(self) -> list[Any]:
+        """The bare models of this rank's chunks."""
+        return [chunk if self.settings.frozen else chunk.module for chunk in self.chunks]
 
     def _output_layer(self) -> Any:
         return None
 
+    def _parameter_names(self) -> list[str]:
+        """Of the whole model, whichever process has them."""
+        head = [] if self.value_head_std is None else ["output_layer.weight", "output_layer.bias"]
+        return [entry.ours for entry in entries(self.shape, bool(head))] + head
+
+    @property
+    def _counts(self) -> bool:
+        """One process for each slice of the tokens tells their sums; only the last pipeline stage knows them."""
+        last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+        return bool(last) and parallel_state.get_tensor_model_parallel_rank() == 0
+
     @property
     def _speaks(self) -> bool:
-        """One rank of every data-parallel row answers for it."""
-        return parallel_state.get_tensor_model_parallel_rank() == 0
+        """One process of every data-parallel row answers for it."""
+        return self._counts and parallel_state.get_context_parallel_rank() == 0
 
     def _own_row(self, grid: Grid) -> list[list[int]]:
         return grid[parallel_state.get_data_parallel_rank()]
@@ -108,30 +130,36 @@ class MegatronWorker:
         self, row: Sequence[Sequence[int]], sub_traces: dict[int, SubTrace], fields: Fields
     ) -> Iterator[MicroBatch]:
         layout = self.settings.layout
-        multiple = layout.tensor_parallel if layout.sequence_parallel else 1
-        for indices in row:
-            yield micro_batch(indices, sub_traces, fields, self.device, multiple)
-
-    def _forward(self, batch: MicroBatch, gpt: Any) -> torch.Tensor:
-        """[C, P] per predicted token: what the role reads off the model. `predict` returns the first of the C."""
-        raise NotImplementedError
+        multiples = length_multiples(layout.tensor_parallel, layout.sequence_parallel, layout.context_parallel)
+        context = layout.context_parallel, parallel_state.get_context_parallel_rank()
+        # Virtual stages take micro-batches in groups as large as the pipeline; empty ones fill the last group.
+        missing = -len(row) % layout.pipeline_parallel if layout.virtual_stages > 1 else 0
+        for indices in [*row, *([()] * missing)]:
+            yield micro_batch(indices, sub_traces, fields, self.device, multiples, context)
 
     def _run(self, batches: list[MicroBatch], loss: LossFunction | None) -> list[Any]:
+        """All micro-batches through all chunks; what comes of each on the last pipeline stage, nothing elsewhere.
+
+        That is the first row of the model's output [C, P], or, with a loss, sums and maxima for the metrics.
+        """
+
         def step(iterator: Iterator[MicroBatch], gpt: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
             batch = next(iterator)
 
             def reduce(out: torch.Tensor, non_loss_data: bool = False) -> Any:
                 if loss is None:
-                    return per_sub_trace(batch, out[0])
+                    return batch, out[0].detach()
                 total, sums, maxima = loss(out, batch)
                 return total, torch.tensor(batch.num_actions, dtype=torch.int), (sums, maxima)
 
-            return self._forward(batch, gpt), reduce
+            position_1P = batch.packing.position_T[None]
+            out = gpt(batch.tokens_1P, position_1P, None, labels=batch.labels_1P, packed_seq_params=batch.packing)
+            return out, reduce
 
         return self.run_schedule(
             forward_step_func=step,
-            data_iterator=iter(batches),
-            model=self.ddp,
+            data_iterator=[iter(batches) for _ in self.chunks],
+            model=self.chunks,
             num_microbatches=len(batches),
             seq_length=max(batch.tokens_1P.shape[1] for batch in batches),
             micro_batch_size=1,
@@ -143,11 +171,25 @@ class MegatronWorker:
         """Forward only: float32 [T] for each sub-trace of this rank's row (empty on ranks that do not speak)."""
         row = self._own_row(grid)
         sub_traces = fetch(refs, row)
-        self.ddp.eval()
+        batches = list(self._micro_batches(row, sub_traces, {}))
+        for chunk in self.chunks:
+            chunk.eval()
         with torch.no_grad():
-            found: list[dict[int, Float32]] = self._run(list(self._micro_batches(row, sub_traces, {})), None)
-        self.ddp.train()
-        return {index: out for part in found for index, out in part.items()} if self._speaks else {}
+            found = [(batch, self._whole(out_P)) for batch, out_P in self._run(batches, None)]
+        for chunk in self.chunks:
+            chunk.train()
+        if not self._speaks:
+            return {}
+        return {index: out for batch, out_A in found for index, out in per_sub_trace(batch, out_A).items()}
+
+    def _whole(self, out_P: torch.Tensor) -> torch.Tensor:
+        """[A]: the outputs of all processes that share the sequences, one process's after the other's."""
+        group = parallel_state.get_context_parallel_group()
+        if group.size() == 1:
+            return out_P
+        parts = [torch.empty_like(out_P) for _ in range(group.size())]
+        dist.all_gather(parts, out_P.contiguous(), group=group)
+        return torch.cat(parts)
 
     def _update(self, refs: Sequence[Any], fields: Fields, grids: Sequence[Grid], loss: LossFunction) -> dict[str, Any]:
         """One optimizer step for each grid. Returns sums and maxima over this rank's tokens, lists over the steps."""
@@ -160,7 +202,8 @@ class MegatronWorker:
             lr = optimizer.learning_rate(self.settings.optimizer, self.updates_done)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
-            self.ddp.zero_grad_buffer()
+            for chunk in self.chunks:
+                chunk.zero_grad_buffer()
             self.optimizer.zero_grad()
             found = self._run(list(self._micro_batches(row, sub_traces, fields)), loss)
             done, grad_norm, _ = self.optimizer.step()
@@ -174,27 +217,38 @@ class MegatronWorker:
                     sums[name] = sums.get(name, 0.0) + float(number)
                 for name, number in of_maxima.items():
                     maxima[name] = max(maxima.get(name, float("-inf")), float(number))
-        if not self._speaks:
+        if not self._counts:
             sums, maxima = {}, {}
         return {"sums": sums, "maxima": maxima, "steps": steps}
 
     def save(self, folder: str) -> float:
-        """Writes weights and optimizer state; returns seconds."""
+        """Takes weights, optimizer state and generators as they are now and writes them in the background.
+
+        Returns the seconds for which training stood still. All ranks call it; OSError: no room on the disk.
+        """
         began = time.perf_counter()
-        checkpoint.save(Path(folder), self.ddp, self.optimizer, {"updates_done": self.updates_done})
+        self.writing = checkpoint.begin(Path(folder), self.chunks, self.optimizer, self.updates_done)
         return time.perf_counter() - began
 
+    def saved(self) -> bytes | None:
+        """None while `save` is still writing, then what `finish_save` wants. OSError: it could not be written."""
+        return self.writing.result()
+
+    def finish_save(self, of_ranks: Sequence[bytes]) -> None:
+        """On rank 0: makes the files of all ranks one checkpoint."""
+        self.writing.finish(of_ranks)
+
     def load(self, folder: str) -> None:
-        """Reads what `save` wrote, in this or another layout."""
-        self.updates_done = checkpoint.load(Path(folder), self.ddp, self.optimizer)["updates_done"]
+        """Reads what `save` wrote, in this or another layout. ValueError: see `checkpoint.load`."""
+        self.updates_done = checkpoint.load(Path(folder), self.chunks, self.optimizer)
 
     def free_cache(self) -> None:
         """Gives GPU memory that is not in use back to the other processes on the GPU."""
         torch.cuda.empty_cache()
 
     def stop(self) -> None:
-        """Leaves the process group."""
-        dist.destroy_process_group()
+        """Leaves the process group; another worker may start in this process."""
+        model.leave_process()
 
 
 def fetch(refs: Sequence[Any], row: Sequence[Sequence[int]]) -> dict[int, SubTrace]:

@@ -33,14 +33,6 @@ from benchmarks.gpu.engine import CONTEXT, GROUP, publish
 from benchmarks.gpu.train import RandomPolicy
 
 
-class _Bare:
-    """A model without data parallelism where the worker expects one with it."""
-
-    def __init__(self, module: torch.nn.Module) -> None:
-        self.module = module
-        self.parameters = module.parameters
-
-
 def broadcast_rank(options: argparse.Namespace) -> None:
     """One of two ranks: broadcasts of 1 GiB, and of the sizes of a layer's tensors one after the other."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(options.port), NCCL_CUMEM_ENABLE=options.cumem)
@@ -70,9 +62,8 @@ def frozen_policy(folder: Path) -> Any:
     settings = WorkerSettings(0, layout, OptimizerConfig(), str(folder), 0, 1, 300.0, frozen=True)
     worker = RandomPolicy(settings, PolicyConfig(layout=layout))
     worker.start("127.0.0.1", common.free_port())
-    worker.ddp = _Bare(worker.ddp)
     out = folder / "weights"
-    hf.save(dict(hf.export(worker.ddp.module, worker.shape)), folder, out)
+    hf.save(hf.export(worker.models, worker.shape), folder, out)
     return worker, out
 
 

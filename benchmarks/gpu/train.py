@@ -21,7 +21,8 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,10 @@ from trainer.policy import PolicyWorker
 from trainer.worker import Fields, WorkerSettings
 
 
-def random_weights(gpt: torch.nn.Module) -> None:
+def random_weights(models: Sequence[torch.nn.Module]) -> None:
     """Normal numbers of standard deviation 0.02 in matrices; norms and heads stay as they are made."""
     torch.manual_seed(0)
-    for parameter in gpt.parameters():
+    for parameter in chain.from_iterable(gpt.parameters() for gpt in models):
         if parameter.dim() == 2 and parameter.shape[0] > 1:
             torch.nn.init.normal_(parameter, 0.0, 0.02)
 
@@ -49,15 +50,15 @@ def random_weights(gpt: torch.nn.Module) -> None:
 class RandomPolicy(PolicyWorker):
     """The policy's worker without a weight file."""
 
-    def _read_weights(self, gpt: torch.nn.Module) -> None:
-        random_weights(gpt)
+    def _read_weights(self, models: Sequence[torch.nn.Module]) -> None:
+        random_weights(models)
 
 
 class RandomCritic(CriticWorker):
     """The critic's worker without a weight file."""
 
-    def _read_weights(self, gpt: torch.nn.Module) -> None:
-        random_weights(gpt)
+    def _read_weights(self, models: Sequence[torch.nn.Module]) -> None:
+        random_weights(models)
 
 
 def fields_of(role: str, traces: list[SubTrace]) -> Fields:
@@ -132,7 +133,7 @@ def measure(role: str, options: argparse.Namespace, folder: Path, port: int) -> 
         profile(lambda: worker.update(traces, fields, [grid]), options.profile if options.rank == 0 else 0)
     found = {
         "role": role,
-        "parameters": sum(p.numel() for p in worker.ddp.parameters()) * options.tensor_parallel,
+        "parameters": sum(p.numel() for p in worker.chunks[0].parameters()) * options.tensor_parallel,
         "tokens": sum(lengths) * num_rows,
         "forward_s": middle(forward),
         "update_s": middle(update),

@@ -5,7 +5,6 @@ Every message names the number that is wrong and the nearest that works.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator
@@ -18,6 +17,8 @@ from critic.config import Baseline, Credit, Truncation
 from launch.config import Sharing
 from slime.schema import Config, Kind
 from trainer.config import Correction, LayoutConfig, Loss, Precision
+from trainer.layout import check_layout
+from trainer.megatron.models.shape import read_shape
 
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 TARGET = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
@@ -304,7 +305,7 @@ def _processes(config: Config) -> Iterator[str]:
             )
     roles = [("rollout.engine.num_engines", engine.num_engines, engine.tensor_parallel, engine.tensor_parallel)]
     roles += [
-        (f"{role}.layout.num_processes", layout.num_processes, copies, layout.tensor_parallel)
+        (f"{role}.layout.num_processes", layout.num_processes, copies, layout.row_size)
         for (role, layout), copies in zip(_layouts(config), (2 if config.policy.kl_coef else 1, 1), strict=False)
     ]  # the policy's reference, with a KL, is as large as the policy
     gpus = cluster.gpus_per_node * cluster.num_nodes
@@ -349,33 +350,28 @@ def _model(config: Config) -> Iterator[str]:
     if not config.model.path or not path.is_file():
         return
     try:
-        shape = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        yield f"{path}: not JSON: {error}"
+        shape = read_shape(path.parent)
+    except ValueError as error:
+        yield str(error)
         return
-    shape = shape.get("text_config", shape)
-    longest, window = shape.get("max_position_embeddings"), config.rollout.compaction.context_tokens
-    if longest is not None and window > longest:
+    window = config.rollout.compaction.context_tokens
+    if window > shape.max_positions:
         yield (
-            f"rollout.compaction.context_tokens={window} is above the model's max_position_embeddings={longest} "
-            f"({path}): use at most {longest}"
+            f"rollout.compaction.context_tokens={window} is above the model's max_position_embeddings="
+            f"{shape.max_positions} ({path}): use at most {shape.max_positions}"
         )
-    heads = shape.get("num_attention_heads")
-    groups = shape.get("num_key_value_heads", heads)
-    sizes: list[tuple[str, int, tuple[tuple[str, int | None], ...]]] = [
-        ("rollout.engine", config.rollout.engine.tensor_parallel, (("num_attention_heads", heads),))
-    ]
+    size = config.rollout.engine.tensor_parallel
+    if shape.heads % size:
+        nearest = next(n for n in range(min(size, shape.heads), 0, -1) if shape.heads % n == 0)
+        yield (
+            f"rollout.engine.tensor_parallel={size} does not divide the model's num_attention_heads={shape.heads} "
+            f"({path}): the nearest that works is {nearest}"
+        )
     for role, layout in _layouts(config):
-        both = (("num_attention_heads", heads), ("num_key_value_heads", groups))
-        sizes.append((f"{role}.layout", layout.tensor_parallel, both))
-    for key, size, counts in sizes:
-        for name, count in counts:
-            if count and count % size:
-                nearest = next(n for n in range(min(size, count), 0, -1) if count % n == 0)
-                yield (
-                    f"{key}.tensor_parallel={size} does not divide the model's {name}={count} ({path}): "
-                    f"the nearest that works is {nearest}"
-                )
+        try:
+            check_layout(shape, layout)
+        except ValueError as error:
+            yield f"{role}.layout: {error} ({path})"
 
 
 def _eval(config: Config) -> Iterator[str]:

@@ -1,54 +1,291 @@
-"""Megatron distributed checkpoints: weights and optimizer state, loadable in another layout.
+"""Megatron distributed checkpoints: weights, optimizer state, generators; written in the background.
 
-The caller owns atomicity: it saves into a folder of its own and renames that when every role is done.
+    begin    all ranks together   copies what belongs to the checkpoint into host memory; training may go on
+    result   each rank            None while its file is being written, then what it wrote
+    finish   rank 0               the index over all ranks' files: from here on the folder is complete
+
+A thread of the rank's own process writes (writing files does not hold up the interpreter), and between `begin` and
+`finish` no rank waits for another: one that fails blocks none. megatron-core's own asynchronous save forks a process
+that has CUDA and network threads in it, and finishes with a collective that has to come between two training steps on
+all ranks.
+
+The caller owns atomicity: it saves into a folder of its own and renames that when every role is done. `load` reads
+into any layout; the generators' states are for the one that they were saved in.
 """
 
 from __future__ import annotations
 
+import os
+import pickle
 import queue
+import random
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from shutil import disk_usage
 from typing import Any
 
+import numpy as np
 import torch
 from torch import distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import SerializationFormat, _write_item
 
-from trainer.megatron import cpu
+from trainer.megatron import cpu, moments
+from trainer.megatron.stored import cut_off, read_index
 
 cpu.enable()
 
-from megatron.core import dist_checkpointing  # noqa: E402
+from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
+from megatron.core.dist_checkpointing.core import (  # noqa: E402
+    CheckpointingConfig,
+    CheckpointingException,
+    save_config,
+)
+from megatron.core.dist_checkpointing.dict_utils import nested_values  # noqa: E402
+from megatron.core.dist_checkpointing.mapping import (  # noqa: E402
+    ShardedObject,
+    ShardedTensor,
+    ShardedTensorFactory,
+    is_main_replica,
+)
 from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa: E402
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy  # noqa: E402
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker  # noqa: E402
 
-# The default format of megatron-core 0.16.1 fails on load; this one also reshards over TP and DP.
-_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": False}
-
-
-def _sharded(model: Any, optimizer: Any, loading: bool) -> dict[str, Any]:
-    weights = model.module.sharded_state_dict(prefix="model.")
-    state = optimizer.sharded_state_dict(weights, is_loading=loading, metadata=_METADATA)
-    return {"weights": weights, "optimizer": state}
+_FORMAT = {"non_homogeneous_layers": True}  # each layer's tensor under a name of its own, not all layers in one
+_UNREADABLE = (CheckpointException, CheckpointingException, OSError, RuntimeError, EOFError, pickle.UnpicklingError)
 
 
-def save(folder: Path, model: Any, optimizer: Any, extra: dict[str, int]) -> None:
-    """All ranks call it; returns when the files are on disk. `model` is the DDP-wrapped one."""
+class _Strategy(TorchDistSaveShardedStrategy):
+    """Plans a save as megatron-core does and leaves the writing to `Writing`."""
+
+    def __init__(self) -> None:
+        super().__init__("torch_dist", 1, thread_count=1)
+
+    def _get_save_and_finalize_callbacks(self, writer: Any, planned: Sequence[Any]) -> Any:
+        self.writer, self.index = writer, planned[1]
+        return super()._get_save_and_finalize_callbacks(writer, planned)
+
+
+class Writing:
+    """One rank's part of a checkpoint on its way to disk."""
+
+    def __init__(self, folder: Path, strategy: _Strategy, live: set[int]) -> None:
+        self._folder = folder
+        self._writer = strategy.writer
+        self._index = strategy.index
+        if self._index is not None:  # rank 0's
+            vars(self._index).pop("all_local_plans", None)  # as large as the index, and of no use to a reader
+        buckets = self._writer.write_buckets
+        self._writer.write_buckets = None
+        files = [(Path(path), key, [*objects, *_staged(tensors, live)]) for path, key, (objects, tensors) in buckets]
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self._written: list[Any] = []
+        self._error: OSError | None = None
+        self._thread = threading.Thread(target=self._write, args=(files,), name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def _write(self, files: list[tuple[Path, str, list[tuple[Any, Any]]]]) -> None:
+        for path, key, items in files:
+            try:
+                with path.open("wb") as stream:
+                    items.reverse()
+                    while items:  # memory goes back as it is written
+                        item, data = items.pop()
+                        one = _write_item(
+                            self._writer.transforms, stream, data, item, key, SerializationFormat.TORCH_SAVE
+                        )
+                        self._written.append(one)
+                    stream.flush()
+                    os.fsync(stream.fileno())
+            except (OSError, RuntimeError) as error:  # RuntimeError: torch's zip writer, when a write fails under it
+                cause = error if isinstance(error, OSError) else error.__context__
+                number = cause.errno if isinstance(cause, OSError) else None
+                self._error = OSError(number, os.strerror(number) if number else str(error), str(path))
+                return
+
+    def result(self) -> bytes | None:
+        """What `finish` needs from this rank; None while it is being written. OSError: it could not be written."""
+        if self._thread.is_alive():
+            return None
+        if self._error is not None:
+            raise self._error
+        return pickle.dumps(self._written)
+
+    def finish(self, of_ranks: Sequence[bytes]) -> None:
+        """On rank 0, with the results of all ranks in rank order: writes the index. OSError: it could not."""
+        self._writer.finish(self._index, [pickle.loads(one) for one in of_ranks])
+        save_config(CheckpointingConfig("torch_dist", 1), str(self._folder))
+
+
+def _staged(tensors: Sequence[tuple[Any, torch.Tensor]], live: set[int]) -> Iterator[tuple[Any, torch.Tensor]]:
+    """Tensors that no later step changes: copies, except of what was made for this checkpoint alone."""
+    for item, tensor in tensors:
+        if tensor.device.type != "cpu":
+            yield item, tensor.to("cpu", non_blocking=True)
+        else:
+            yield item, tensor.clone() if tensor.untyped_storage().data_ptr() in live else tensor
+
+
+def begin(folder: Path, chunks: Sequence[Any], optimizer: Any, updates_done: int) -> Writing:
+    """All ranks call it, with their DDP-wrapped chunks; what is trained after it is not in the checkpoint.
+
+    It needs as much free host memory as this rank writes. OSError, on all ranks: the folder can't be made, or the
+    disk has no room for it.
+    """
+    problem = ""
     if dist.get_rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-    dist.barrier()
-    # A synchronous save collects its results in this process. The default queue lives in a server process
-    # that is spawned for it, imports everything again (15 s) and outlives the job.
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            problem = str(error)
+    weights = _weights(chunks)
+    state = weights | {"optimizer": moments.gather(optimizer, weights) if updates_done else {}}
+    state["generators"] = _generators_object()
+    size = sum(t.data.nbytes for t in _tensors(state) if t.data is not None and is_main_replica(t.replica_id))
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, (problem, size))
+    _require_room(folder, found)
+    # Else megatron-core starts a server process for results, which imports everything again and outlives the job.
     filesystem_async._results_queue = queue.Queue()
-    state = _sharded(model, optimizer, loading=False) | {"extra": extra}
-    dist_checkpointing.save(state, str(folder), content_metadata=_METADATA)
-    dist.barrier()
+    strategy = _Strategy()
+    common = {"extra": {"updates_done": updates_done, "layout": _layout()}}
+    dist_checkpointing.save(
+        state | common, str(folder), strategy, async_sharded_save=True, content_metadata=dict(_FORMAT)
+    )
+    tensors = [t for chunk in chunks for t in (*chunk.module.parameters(), *chunk.module.buffers())]
+    return Writing(folder, strategy, {t.untyped_storage().data_ptr() for t in tensors})
 
 
-def load(folder: Path, model: Any, optimizer: Any) -> dict[str, int]:
-    """All ranks call it. Returns `extra`. ValueError: no complete checkpoint there."""
-    if not (folder / "metadata.json").is_file():
-        raise ValueError(f"{folder}: not a complete checkpoint (metadata.json is missing)")
-    state = _sharded(model, optimizer, loading=True) | {"extra": {}}
-    loaded = dist_checkpointing.load(state, str(folder))
+def _require_room(folder: Path, found: Sequence[tuple[str, int]]) -> None:
+    """OSError: a rank had a problem, or all ranks' bytes do not fit. The same on all ranks, which share the disk."""
+    problem = next((text for text, _ in found if text), "")
+    if problem:
+        raise OSError(f"{folder}: {problem}")
+    need, free = sum(size for _, size in found), disk_usage(folder).free
+    answer: list[Any] = [free]
+    dist.broadcast_object_list(answer, src=0)  # other ranks' view of a shared disk may be older
+    if answer[0] < need:
+        raise OSError(f"{folder}: the checkpoint needs {need:,} bytes, the disk has {answer[0]:,} free")
+
+
+def load(folder: Path, chunks: Sequence[Any], optimizer: Any) -> int:
+    """All ranks call it, in any layout; returns `updates_done`.
+
+    ValueError, on all ranks: the checkpoint is not complete, a file is cut off or can't be read, a tensor is missing
+    or has another shape; it names the file or tensor.
+    """
+    problem, index, extra = "", None, {}
+    try:
+        index = read_index(folder)
+        extra = dist_checkpointing.load_common_state_dict(str(folder))["extra"]
+    except ValueError as error:
+        problem = str(error)
+    except (*_UNREADABLE, KeyError) as error:
+        problem = f"{folder / 'common.pt'}: can't be read: {error}"
+    _require_same(problem)
+    updates_done = int(extra["updates_done"])
+    weights = _weights(chunks)
+    state = weights | {"optimizer": moments.wanted(optimizer, weights, updates_done) if updates_done else {}}
+    same_layout = extra["layout"] == _layout()
+    if same_layout:
+        state["generators"] = _generators_object()
+    _require_same(_mismatch(folder, state, index))
+    problem = ""
+    try:
+        # Without its check that all ranks together read all: each reads the optimizer state of its own slices.
+        loaded = dist_checkpointing.load(state, str(folder), validate_access_integrity=False)
+    except _UNREADABLE as error:
+        failures = getattr(error, "failures", None)
+        cause = next(iter(failures.values()))[0] if failures else error
+        problem = f"{folder}: can't be read: {cause}"
+    _require_same(problem)
     with torch.no_grad():
-        model.module.load_state_dict({name.removeprefix("model."): t for name, t in loaded["weights"].items()})
-        optimizer.load_state_dict(loaded["optimizer"])
-    return dict(loaded["extra"])
+        for i, chunk in enumerate(chunks):
+            own = {name.removeprefix("model."): tensor for name, tensor in loaded[f"model{i}"].items()}
+            chunk.module.load_state_dict(own)
+        if updates_done:
+            moments.put(optimizer, loaded["optimizer"])
+        else:
+            optimizer.reload_model_params()
+    if same_layout:
+        _set_generators(loaded["generators"])
+    return updates_done
+
+
+def _weights(chunks: Sequence[Any]) -> dict[str, Any]:
+    return {
+        f"model{i}": chunk.module.sharded_state_dict(prefix="model.", metadata=dict(_FORMAT))
+        for i, chunk in enumerate(chunks)
+    }
+
+
+def _tensors(state: Any) -> Iterator[Any]:
+    for value in nested_values(state):
+        if isinstance(value, ShardedTensorFactory):
+            yield from nested_values(value.build())
+        elif isinstance(value, ShardedTensor):
+            yield value
+
+
+def _mismatch(folder: Path, state: dict[str, Any], index: Any) -> str:
+    """What keeps the checkpoint from being loaded into this rank's part of the model; "" when nothing does."""
+    wanted = set()
+    for tensor in _tensors(state):
+        stored = index.state_dict_metadata.get(tensor.key)
+        if stored is None:
+            return f"{folder}: tensor {tensor.key} is missing ({len(index.state_dict_metadata)} tensors found)"
+        shapes = tuple(stored.size), tuple(tensor.global_shape)
+        if tensor.allow_shape_mismatch:  # padding of the vocabulary, which depends on the layout
+            shapes = shapes[0][1:], shapes[1][1:]
+        if shapes[0] != shapes[1]:
+            return (
+                f"{folder}: tensor {tensor.key} has shape {tuple(stored.size)}, "
+                f"the model's is {tuple(tensor.global_shape)}"
+            )
+        wanted.add(tensor.key)
+    return cut_off(folder, index, wanted)
+
+
+def _require_same(problem: str) -> None:
+    """ValueError on all ranks when one has a problem: none is left to wait for another."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, problem)
+    for text in found:
+        if text:
+            raise ValueError(text)
+
+
+def _layout() -> list[int]:
+    """Sizes of the process groups: all, tensor, pipeline, context, expert."""
+    return [
+        dist.get_world_size(),
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+        parallel_state.get_context_parallel_world_size(),
+        parallel_state.get_expert_model_parallel_world_size(),
+    ]
+
+
+def _generators_object() -> ShardedObject:
+    numpy_state: Any = np.random.get_state()
+    states = {
+        "python": random.getstate(),
+        "numpy": [numpy_state[0], numpy_state[1].tolist(), *numpy_state[2:]],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "model_parallel": get_cuda_rng_tracker().get_states(),
+    }
+    return ShardedObject("generators", states, (dist.get_world_size(),), (dist.get_rank(),))
+
+
+def _set_generators(states: dict[str, Any]) -> None:
+    random.setstate(states["python"])
+    kind, words, *rest = states["numpy"]
+    np.random.set_state((kind, np.array(words, np.uint32), *rest))
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] is not None:
+        torch.cuda.set_rng_state(states["cuda"])
+    get_cuda_rng_tracker().set_states(states["model_parallel"])

@@ -1,37 +1,204 @@
-"""Weights between a Hugging Face folder and this process's Megatron shard, both ways, bit for bit.
+"""Weights between a Hugging Face folder and this process's Megatron chunks, both ways, bit for bit.
 
-Which tensor is which stands in models/mapping.py.
+Which tensor is which stands in models/mapping.py. No process ever holds a whole model: loading reads from the files
+only what a process keeps, exporting passes one whole tensor at a time to the role's rank 0.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import distributed as dist
 
+from trainer.layout import pipeline_rank_of
 from trainer.megatron import cpu
 
 cpu.enable()
 
 from megatron.core import parallel_state  # noqa: E402
 
-from trainer.megatron.models.mapping import Split, entries, merge, shard, unmerge  # noqa: E402
-from trainer.megatron.models.shape import ModelShape  # noqa: E402
+from trainer.megatron.models.mapping import (  # noqa: E402
+    Entry,
+    Merge,
+    Split,
+    entries,
+    is_kept,
+    merge,
+    padded_vocab,
+    strays,
+    tensors,
+    unmerge,
+)
+from trainer.megatron.models.shape import ModelShape, read_shape  # noqa: E402
+
+FILE_BYTES = 4 << 30  # of an exported file, at most, where no single tensor is larger
 
 
-def _gather(shard: torch.Tensor, split: Split) -> torch.Tensor:
-    group = parallel_state.get_tensor_model_parallel_group()
+def named(models: Sequence[Any]) -> dict[str, torch.Tensor]:
+    """This process's tensors under the names that they have in the whole model (`Entry.ours`).
+
+    A chunk counts its layers from its first one, a process its experts from its first one. On the last pipeline stage
+    a tied projection is a copy of the embedding, and called so.
+    """
+    found: dict[str, torch.Tensor] = {}
+    for model in models:
+        tied = model.share_embeddings_and_output_weights
+        numbers = {i: layer.layer_number - 1 for i, layer in enumerate(model.decoder.layers)}
+        for name, tensor in tensors(model).items():
+            words = name.split(".")
+            if words[:2] == ["decoder", "layers"]:
+                words[2] = str(numbers[int(words[2])])
+            if "local_experts" in words:
+                at = words.index("local_experts")
+                experts = model.config.num_moe_experts // model.config.expert_model_parallel_size
+                words[at + 1] = str(int(words[at + 1]) + experts * parallel_state.get_expert_model_parallel_rank())
+            tied_copy = tied and words[0] == "output_layer"
+            found["embedding.word_embeddings.weight" if tied_copy else ".".join(words)] = tensor
+    return found
+
+
+def load(models: Sequence[Any], shape: ModelShape, folder: Path, value_head: bool = False) -> None:
+    """Reads a folder's weights into this process's chunks.
+
+    ValueError, on all processes alike: a tensor is missing, misshapen, or not one of the model's.
+    """
+    own = named(models)
+    with ExitStack() as stack:
+        files = [stack.enter_context(safe_open(f, "pt")) for f in sorted(folder.glob("*.safetensors"))]
+        where = {name: file for file in files for name in file.keys()}  # noqa: SIM118 (no mapping)
+        wanted = entries(shape, value_head)
+        _check(folder, {name: file.get_slice(name).get_shape() for name, file in where.items()}, wanted, shape)
+        for entry in wanted:
+            target = own.pop(entry.ours, None)
+            if target is None:
+                continue  # another process's
+            group = _group(entry)
+            read = [where[name].get_slice(name) for name in entry.theirs]
+            found = _own_part(read, entry, shape, group.size(), group.rank())
+            assert found.shape == target.shape, (entry, found.shape, target.shape)
+            with torch.no_grad():
+                target.copy_(found)
+            # Megatron sets this in the initialisation that we skip; the gradient norm counts shards by it.
+            target.tensor_model_parallel = entry.expert is not None or entry.split is not Split.NONE
+    left = [name for name in own if not (value_head and name.startswith("output_layer."))]
+    assert not left, f"parameters without a mapping: {left}"
+
+
+def _check(folder: Path, found: dict[str, list[int]], wanted: Sequence[Entry], shape: ModelShape) -> None:
+    for entry in wanted:
+        for name, size in zip(entry.theirs, entry.shapes, strict=True):
+            if name not in found:
+                raise ValueError(f"{folder}: tensor {name} is missing ({len(found)} tensors found)")
+            if tuple(found[name]) != size:
+                raise ValueError(f"{folder}: tensor {name} has shape {tuple(found[name])}, config.json asks for {size}")
+    unknown = strays(shape, found)
+    if unknown:
+        raise ValueError(f"{folder}: tensor {unknown[0]} is not mapped, nor are {len(unknown) - 1} others")
+
+
+def _group(entry: Entry) -> Any:
+    """The processes over which a tensor's split goes."""
+    if entry.expert is not None:
+        return parallel_state.get_expert_tensor_parallel_group()
+    return parallel_state.get_tensor_model_parallel_group()
+
+
+def _own_part(read: Sequence[Any], entry: Entry, shape: ModelShape, size: int, rank: int) -> torch.Tensor:
+    """What process `rank` of `size` keeps of a tensor. `read[i][rows, columns]` reads from the file of `theirs[i]`."""
+    if entry.split is Split.NONE:
+        parts = [r[:] for r in read]
+    elif entry.split is Split.COLUMNS:
+        columns = entry.shapes[0][1] // size
+        parts = [r[:, rank * columns : (rank + 1) * columns] for r in read]
+    elif entry.merge is Merge.VOCAB:
+        rows = padded_vocab(shape.vocab, size) // size
+        part = read[0][rank * rows : min((rank + 1) * rows, shape.vocab)]
+        return torch.nn.functional.pad(part, (0, 0, 0, rows - len(part)))
+    else:
+        halves = 2 if entry.split is Split.GATED and entry.merge is Merge.ONE else 1
+        parts = []
+        for r, (rows, *_) in zip(read, entry.shapes, strict=True):
+            each = rows // halves // size
+            for half in range(halves):
+                first = half * (rows // halves) + rank * each
+                parts.append(r[first : first + each])
+    if entry.merge is Merge.QKV:
+        return merge(parts, entry, replace(shape, kv_heads=shape.kv_heads // size), size)
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def export(models: Sequence[Any], shape: ModelShape, value_head: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor under its Hugging Face name, in the order of `entries`; all processes of the role must iterate.
+
+    On the role's rank 0 tensors are whole, on its device. The others get tensors of the same shapes and dtypes on the
+    device "meta", which hold nothing.
+    """
+    own, dtype = named(models), models[0].config.params_dtype
+    for entry in entries(shape, value_head):
+        kind = torch.float32 if entry.float32 else dtype
+        full = _collect(own.get(entry.ours), entry, shape, kind, models[0].config)
+        if full is None:
+            found = [torch.empty(size, dtype=kind, device="meta") for size in entry.shapes]
+        else:
+            found = unmerge(full, entry, shape)
+        yield from zip(entry.theirs, found, strict=True)
+
+
+def _collect(own: torch.Tensor | None, entry: Entry, shape: ModelShape, dtype: torch.dtype, config: Any) -> Any:
+    """The whole tensor on rank 0, None elsewhere.
+
+    Of the processes that hold it the first copy's gather it: ranks count tensor-parallel ones first, pipeline stages
+    last, and of experts the data-parallel copies just before those. The first of them passes it on to rank 0.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    stages = config.pipeline_model_parallel_size
+    if entry.layer is None:
+        stage = 0 if entry.ours.startswith("embedding.") else stages - 1
+    else:
+        virtual = config.virtual_pipeline_model_parallel_size or 1
+        stage = pipeline_rank_of(entry.layer, shape.num_layers, stages, virtual)
+    leader = stage * (world // stages)
+    group = _group(entry)
+    if entry.expert is not None:
+        leader += entry.expert // (config.num_moe_experts // config.expert_model_parallel_size) * group.size()
+    full = None
+    if leader <= rank < leader + group.size():
+        assert own is not None, (entry.ours, rank)
+        full = _gather(own.detach(), entry.split, group, leader)
+    if leader == 0:
+        return full if rank == 0 else None
+    if rank == leader:
+        assert full is not None
+        dist.send(full.contiguous(), 0)
+    if rank != 0:
+        return None
+    rows = sum(size[0] for size in entry.shapes)
+    if entry.merge is Merge.VOCAB:
+        rows = padded_vocab(shape.vocab, config.tensor_model_parallel_size)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    full = torch.empty((rows, *entry.shapes[0][1:]), dtype=dtype, device=device)
+    dist.recv(full, leader)
+    return full
+
+
+def _gather(part: torch.Tensor, split: Split, group: Any, leader: int) -> torch.Tensor | None:
+    """The whole tensor on rank `leader`, None on the other ranks of the group."""
+    first = dist.get_rank() == leader
     if split is Split.NONE or group.size() == 1:
-        return shard
-    parts = [torch.empty_like(shard) for _ in range(group.size())]
-    dist.all_gather(parts, shard.contiguous(), group=group)
+        return part if first else None
+    parts = [torch.empty_like(part) for _ in range(group.size())] if first else None
+    dist.gather(part.contiguous(), parts, dst=leader, group=group)
+    if parts is None:
+        return None
     if split is Split.COLUMNS:
         return torch.cat(parts, dim=1)
     if split is Split.ROWS:
@@ -40,52 +207,65 @@ def _gather(shard: torch.Tensor, split: Split) -> torch.Tensor:
     return torch.cat([half[i] for i in range(2) for half in halves])
 
 
-def load(model: torch.nn.Module, shape: ModelShape, folder: Path, value_head: bool = False) -> None:
-    """Reads a folder's weights into this rank's shard. ValueError: a tensor is missing or misshapen."""
-    tp = parallel_state.get_tensor_model_parallel_world_size()
-    rank = parallel_state.get_tensor_model_parallel_rank()
-    parameters = dict(model.named_parameters())
-    with ExitStack() as stack:
-        files = [stack.enter_context(safe_open(f, "pt")) for f in sorted(folder.glob("*.safetensors"))]
-        where = {name: file for file in files for name in file.keys()}  # noqa: SIM118 (no mapping)
-        for entry in entries(shape, value_head):
-            missing = [name for name in entry.theirs if name not in where]
-            if missing:
-                raise ValueError(f"{folder}: tensor {missing[0]} is missing ({len(where)} tensors found)")
-            full = merge([where[name].get_tensor(name) for name in entry.theirs], entry, shape, tp)
-            own = shard(full, entry.split, tp, rank)
-            target = parameters.pop(entry.ours)
-            if own.shape != target.shape:
-                raise ValueError(
-                    f"{folder}: {entry.theirs[0]} gives {tuple(own.shape)}, the model has {tuple(target.shape)}"
-                )
-            with torch.no_grad():
-                target.copy_(own)
-            # Megatron sets this in the initialisation that we skip; the gradient norm counts shards by it.
-            target.tensor_model_parallel = entry.split is not Split.NONE
-    left = [name for name in parameters if not (value_head and name.startswith("output_layer."))]
-    assert not left, f"parameters without a mapping: {left}"
+def save(weights: Iterable[tuple[str, torch.Tensor]], source: Path, folder: Path) -> None:
+    """A Hugging Face folder with these weights and the config and tokenizer of `source`; whole or not at all.
 
-
-def export(model: torch.nn.Module, shape: ModelShape) -> Iterator[tuple[str, torch.Tensor]]:
-    """Full tensors under their Hugging Face names, gathered over tensor-parallel ranks (all must iterate)."""
-    parameters = dict(model.named_parameters())
-    for entry in entries(shape):
-        full = _gather(parameters[entry.ours].detach(), entry.split)
-        yield from zip(entry.theirs, unmerge(full, entry, shape), strict=True)
-
-
-def save(weights: dict[str, torch.Tensor], source: Path, folder: Path) -> None:
-    """A Hugging Face folder with these weights and the config and tokenizer of `source`; whole or not at all."""
+    Tensors of `source` that are not trained (further layers that predict further tokens) come along. One file is held
+    in memory at a time. OSError: no room on the disk.
+    """
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     for file in source.iterdir():
         if file.suffix in {".json", ".txt", ".model", ".jinja"} and not file.name.endswith(".index.json"):
             shutil.copy(file, part / file.name)
-    save_file({name: tensor.contiguous().cpu() for name, tensor in weights.items()}, part / "model.safetensors")
+    dtype = _write_files(weights, _kept(source), part)
     config = json.loads((part / "config.json").read_text())
-    config["dtype"] = str(next(iter(weights.values())).dtype).removeprefix("torch.")
+    config["dtype"] = str(dtype).removeprefix("torch.")
     (part / "config.json").write_text(json.dumps(config, indent=2))
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
+
+
+def _kept(source: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    shape = read_shape(source)
+    for path in sorted(source.glob("*.safetensors")) if shape.num_mtp else []:
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 (no mapping)
+                if is_kept(shape, name):
+                    yield name, file.get_tensor(name)
+
+
+def _write_files(
+    weights: Iterable[tuple[str, torch.Tensor]], kept: Iterable[tuple[str, torch.Tensor]], folder: Path
+) -> torch.dtype | None:
+    """`weights`, then `kept`, in files of at most FILE_BYTES, with an index where there are several.
+
+    Returns the dtype of the first tensor.
+    """
+    files: list[dict[str, int]] = []  # name -> bytes, of each file
+    held: dict[str, torch.Tensor] = {}
+    dtype = None
+
+    def write() -> None:
+        save_file(held, folder / f"{len(files)}.part", metadata={"format": "pt"})
+        files.append({name: tensor.nbytes for name, tensor in held.items()})
+        held.clear()
+
+    for stream in (weights, kept):
+        for name, tensor in stream:
+            if held and sum(t.nbytes for t in held.values()) + tensor.nbytes > FILE_BYTES:
+                write()
+            dtype = dtype or tensor.dtype
+            held[name] = tensor.detach().contiguous().cpu()
+    write()
+    place: dict[str, str] = {}
+    for i, sizes in enumerate(files):
+        name = "model.safetensors" if len(files) == 1 else f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
+        (folder / f"{i}.part").rename(folder / name)
+        place |= dict.fromkeys(sizes, name)
+    if len(files) > 1:
+        total = sum(sum(sizes.values()) for sizes in files)
+        index = {"metadata": {"total_size": total}, "weight_map": place}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    return dtype

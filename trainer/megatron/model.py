@@ -1,7 +1,8 @@
-"""From a Hugging Face config to a megatron-core GPT model on this process's shard."""
+"""From a Hugging Face config to the chunks of a megatron-core GPT model that this process has."""
 
 from __future__ import annotations
 
+import math
 import os
 from datetime import timedelta
 from typing import Any
@@ -11,6 +12,7 @@ from torch import distributed as dist
 from torch.nn import functional as F
 
 from trainer.config import LayoutConfig, Precision, Recompute
+from trainer.layout import layers_of
 from trainer.megatron import cpu
 
 cpu.enable()
@@ -24,6 +26,7 @@ from megatron.core.tensor_parallel.mappings import (  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
 from trainer.megatron.models.mapping import padded_vocab  # noqa: E402
+from trainer.megatron.models.options import config_class, finish, model_options  # noqa: E402
 from trainer.megatron.models.shape import ModelShape  # noqa: E402
 from trainer.megatron.models.spec import block_spec  # noqa: E402
 from trainer.megatron.scores import scores  # noqa: E402
@@ -52,21 +55,32 @@ def start_process(
         world_size=layout.num_processes,
         timeout=timedelta(seconds=timeout_s),
     )
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=layout.tensor_parallel)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor_parallel,
+        pipeline_model_parallel_size=layout.pipeline_parallel,
+        virtual_pipeline_model_parallel_size=_virtual(layout),
+        context_parallel_size=layout.context_parallel,
+        expert_model_parallel_size=layout.expert_parallel,
+        expert_tensor_parallel_size=layout.expert_tensor_parallel,
+        distributed_timeout_minutes=math.ceil(timeout_s / 60),
+    )
     tensor_parallel.random.model_parallel_cuda_manual_seed(seed)
+
+
+def leave_process() -> None:
+    """Undoes `start_process`; the same process may start anew, in another layout."""
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def _virtual(layout: LayoutConfig) -> int | None:
+    return layout.virtual_stages if layout.virtual_stages > 1 else None
 
 
 def transformer_config(shape: ModelShape, layout: LayoutConfig) -> TransformerConfig:
     dtype = DTYPES[layout.precision]
-    return TransformerConfig(
-        num_layers=shape.num_layers,
-        hidden_size=shape.hidden,
-        num_attention_heads=shape.heads,
-        num_query_groups=shape.kv_heads,
-        kv_channels=shape.head_dim,
-        ffn_hidden_size=shape.ffn,
-        layernorm_epsilon=shape.norm_eps,
-        qk_layernorm=shape.qk_norm,
+    found: TransformerConfig = config_class(shape)(
+        **model_options(shape),
         normalization="RMSNorm",
         gated_linear_unit=True,
         activation_func=F.silu,
@@ -75,6 +89,15 @@ def transformer_config(shape: ModelShape, layout: LayoutConfig) -> TransformerCo
         hidden_dropout=0.0,
         tensor_model_parallel_size=layout.tensor_parallel,
         sequence_parallel=layout.sequence_parallel,
+        pipeline_model_parallel_size=layout.pipeline_parallel,
+        virtual_pipeline_model_parallel_size=_virtual(layout),
+        context_parallel_size=layout.context_parallel,
+        expert_model_parallel_size=layout.expert_parallel,
+        expert_tensor_parallel_size=layout.expert_tensor_parallel,
+        variable_seq_lengths=layout.pipeline_parallel > 1,  # micro-batches differ in length
+        # With virtual stages the other way of sending trains on wrong values, without an error.
+        overlap_p2p_comm=layout.virtual_stages > 1,
+        batch_p2p_comm=layout.virtual_stages == 1,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=layout.precision is Precision.bf16,
@@ -82,7 +105,7 @@ def transformer_config(shape: ModelShape, layout: LayoutConfig) -> TransformerCo
         perform_initialization=False,  # weights are read from a folder right away
         calculate_per_token_loss=True,  # gradients are divided by the global number of action tokens
         moe_token_dispatcher_type="alltoall",  # the default refuses sequences of varying length
-        **_RECOMPUTE[layout.recompute],
+        **_recompute(shape, layout),
         # torch.compile, which needs a compiler: keeps one activation of SwiGLU less and passes once over the others
         bias_activation_fusion=torch.cuda.is_available(),
         # other fused kernels need Apex or Transformer Engine
@@ -91,32 +114,64 @@ def transformer_config(shape: ModelShape, layout: LayoutConfig) -> TransformerCo
         gradient_accumulation_fusion=False,
         apply_rope_fusion=False,
     )
+    return found
+
+
+def _recompute(shape: ModelShape, layout: LayoutConfig) -> dict[str, Any]:
+    found = dict(_RECOMPUTE[layout.recompute])
+    if layout.recompute is Recompute.mlp and shape.moe:
+        found["recompute_modules"] = ["mlp", "moe"]  # layers with experts have another name for the same
+    return found
 
 
 class ScoringGPT(GPTModel):
-    """A GPT model that can answer with log-probabilities and entropies instead of logits."""
+    """A chunk of a GPT model whose last stage answers with log-probabilities and entropies, or with values."""
 
     real_vocab = 0  # ids that are no padding, all ranks together
+    has_value_head = False
 
     def _postprocess(self, hidden_states: torch.Tensor, labels: torch.Tensor | None = None, **rest: Any) -> Any:
-        """[2, P] for `labels` int64 [1, P] (see trainer/megatron/scores.py); without labels logits [1, P, V]."""
+        """On the last pipeline stage: [2, P] for `labels` int64 [1, P] (trainer/megatron/scores.py), logits [1, P, V]
+        without labels, values [1, P] with a value head. Elsewhere the hidden states that the next stage takes.
+        """
+        if not self.post_process:
+            return hidden_states
+        if self.has_value_head:
+            values_P11, _ = self.output_layer(hidden_states)
+            return values_P11[:, :, 0].t()
         if labels is None:
             return super()._postprocess(hidden_states=hidden_states, labels=None, **rest)
         if self.config.sequence_parallel:
             hidden_states = gather_from_sequence_parallel_region(hidden_states)
         else:
             hidden_states = copy_to_tensor_model_parallel_region(hidden_states)
-        weight = self.shared_embedding_or_output_weight()
+        shared = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if shared else self.output_layer.weight
         group = parallel_state.get_tensor_model_parallel_group()
         return scores(hidden_states[:, 0], weight, labels[0], self.real_vocab, group)
 
 
-def build_gpt(shape: ModelShape, layout: LayoutConfig, output_layer: Any = None) -> GPTModel:
-    """A GPT model without weights; `output_layer(config)` replaces the vocabulary projection (a value head)."""
+def build_models(shape: ModelShape, layout: LayoutConfig, output_layer: Any = None) -> list[ScoringGPT]:
+    """This process's chunks, one for each virtual stage, without weights.
+
+    `output_layer(config)` replaces the vocabulary projection (a value head).
+    """
     config = transformer_config(shape, layout)
+    return [_build(shape, layout, config, stage, output_layer) for stage in range(layout.virtual_stages)]
+
+
+def _build(
+    shape: ModelShape, layout: LayoutConfig, config: TransformerConfig, stage: int, output_layer: Any
+) -> ScoringGPT:
+    rank = parallel_state.get_pipeline_model_parallel_rank()
+    layers = layers_of(shape.num_layers, layout.pipeline_parallel, layout.virtual_stages, rank, stage)
+    last = layers.stop == shape.num_layers
     model = ScoringGPT(
         config,
-        block_spec(shape.num_layers, shape.qk_norm),
+        block_spec(shape, layers),
+        pre_process=layers.start == 0,
+        post_process=last,
+        vp_stage=stage if layout.virtual_stages > 1 else None,
         vocab_size=padded_vocab(shape.vocab, layout.tensor_parallel),
         max_sequence_length=shape.max_positions,
         position_embedding_type="rope",
@@ -124,6 +179,8 @@ def build_gpt(shape: ModelShape, layout: LayoutConfig, output_layer: Any = None)
         share_embeddings_and_output_weights=shape.tied and output_layer is None,
     )
     model.real_vocab = shape.vocab
-    if output_layer is not None:
+    finish(model, shape)
+    if output_layer is not None and last:
         model.output_layer = output_layer(config)
+        model.has_value_head = True
     return model.cuda() if torch.cuda.is_available() else model

@@ -5,19 +5,18 @@ megatron-core's own choices need Transformer Engine or Apex; these need only PyT
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import distributed as dist
 from torch.nn import functional as F
-from torch.nn.attention.varlen import varlen_attn
 
-# torch 2.11 takes fewer key and value heads than queries as they are; later versions want it said.
-_VARLEN_ASKS_FOR_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
+from trainer.megatron.flash import causal_attention
 
 
 class RMSNorm(torch.nn.Module):
@@ -34,13 +33,17 @@ class RMSNorm(torch.nn.Module):
 
 
 class Packing(PackedSeqParams):
-    """Borders of the sequences in one packed micro-batch, with the index map that attention on a CPU needs.
+    """Borders of the sequences in one packed micro-batch, and which of its tokens this process holds.
 
-    `slot_T[t]` is the place of packed token t in a [sequences * longest] grid padded on the right.
+    With context parallelism over C processes each sequence, whose length is a multiple of 2 C, is cut into 2 C equal
+    pieces; process c holds pieces c and 2 C - 1 - c of every sequence, so that all have the same work under a causal
+    mask. Borders and `max_seqlen` are those of whole sequences, which is what megatron-core's rope asks for.
+
+    T = tokens of this process, A = tokens of all C processes (A = C T).
     """
 
-    def __init__(self, lengths: list[int], device: torch.device) -> None:
-        lengths_N = torch.tensor(lengths, dtype=torch.int32)
+    def __init__(self, lengths: list[int], device: torch.device, context_size: int = 1, context_rank: int = 0) -> None:
+        lengths_N = torch.tensor(lengths, dtype=torch.int64)
         borders = F.pad(lengths_N.cumsum(0), (1, 0)).to(device=device, dtype=torch.int32)
         longest = int(lengths_N.max())
         super().__init__(
@@ -50,17 +53,72 @@ class Packing(PackedSeqParams):
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
         )
-        self.num_sequences = len(lengths)
-        self.position_T = torch.cat([torch.arange(length) for length in lengths]).to(device)
-        row_T = torch.repeat_interleave(torch.arange(len(lengths)), lengths_N).to(device)
-        self.slot_T = row_T * longest + self.position_T
+        start_N = lengths_N.cumsum(0) - lengths_N
+        self.calls: list[Call] = []
+        self.back_T: torch.Tensor | None = None  # where each query lies when the calls' queries are joined
+        self.place_A: torch.Tensor | None = None  # where each token lies when all processes' tokens are joined; CPU
+        if context_size == 1:
+            self.own_T = torch.arange(int(lengths_N.sum()))  # this process's tokens among all; CPU
+            self.calls.append(Call(lengths_N, lengths_N, device))
+        else:
+            piece_N = lengths_N // (2 * context_size)
+            held = [[rank, 2 * context_size - 1 - rank] for rank in range(context_size)]
+            own = [_ranges(start_N, piece_N, numbers) for numbers in held]
+            self.own_T = own[context_rank]
+            self.place_A = torch.cat(own).argsort()
+            own_start_N = torch.cumsum(2 * piece_N, 0) - 2 * piece_N
+            queries = [_ranges(own_start_N, piece_N, [second]) for second in range(2)]
+            for number, of_piece in zip(held[context_rank], queries, strict=True):
+                keys = self.place_A[_ranges(start_N, (number + 1) * piece_N, [0])]
+                self.calls.append(Call(piece_N, (number + 1) * piece_N, device, of_piece, keys))
+            self.back_T = torch.cat(queries).argsort().to(device)
+        self.position_T = (self.own_T - torch.repeat_interleave(start_N, lengths_N // context_size)).to(device)
+
+
+class Call:
+    """One call of an attention kernel: consecutive queries of each sequence and the keys up to the last of them.
+
+    `queries` and `keys` are places among this process's queries and among all processes' keys; None: all of them.
+    """
+
+    def __init__(
+        self,
+        queries_N: torch.Tensor,
+        keys_N: torch.Tensor,
+        device: torch.device,
+        queries: torch.Tensor | None = None,
+        keys: torch.Tensor | None = None,
+    ) -> None:
+        self.queries = None if queries is None else queries.to(device)
+        self.keys = None if keys is None else keys.to(device)
+        self.longest_q, self.longest_k = int(queries_N.max()), int(keys_N.max())
+        self.borders_q, self.borders_k = (
+            F.pad(n.cumsum(0), (1, 0)).to(device=device, dtype=torch.int32) for n in (queries_N, keys_N)
+        )
+        if device.type == "cpu":  # what attention in plain torch needs: a place in a grid [sequences * longest]
+            self.slot_q, self.slot_k = _slots(queries_N), _slots(keys_N)
+            self.mask = None if keys is None else _bottom_right(queries_N, keys_N)
+
+    def __call__(self, q_THD: torch.Tensor, k_SGD: torch.Tensor, v_SGD: torch.Tensor, scale: float | None) -> Any:
+        """[T, H, D]: causal attention; the last query of a sequence sees all its keys."""
+        if q_THD.is_cuda:
+            borders = self.borders_q, self.borders_k, self.longest_q, self.longest_k
+            return causal_attention(q_THD, k_SGD, v_SGD, *borders, scale)
+        sequences = len(self.borders_q) - 1
+        q = _pad(q_THD, self.slot_q, (sequences, self.longest_q))
+        k, v = (_pad(x, self.slot_k, (sequences, self.longest_k)) for x in (k_SGD, v_SGD))
+        out = F.scaled_dot_product_attention(
+            q, k, v, self.mask, is_causal=self.mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        return out.transpose(1, 2).flatten(0, 1).index_select(0, self.slot_q)
 
 
 class PackedAttention(MegatronModule):
     """Causal attention inside each packed sequence, none across borders.
 
-    CUDA: `torch.nn.attention.varlen`. CPU (which has no such kernel): one padded batch.
+    CUDA: trainer/megatron/flash.py. CPU (which has no such kernel): one padded batch.
     Query [T, heads, d], key and value [T, kv_heads, d] -> [T, heads * d]. Source: Dao 2023 (varlen), Vaswani 2017.
+    With context parallelism keys and values of all processes are gathered; a process attends for its own queries.
     """
 
     def __init__(
@@ -86,25 +144,55 @@ class PackedAttention(MegatronModule):
         packed_seq_params: Packing | None = None,
     ) -> torch.Tensor:
         assert packed_seq_params is not None, "every micro-batch here is packed"
-        p = packed_seq_params
-        grouped = query.shape[1] != key.shape[1]
-        if query.is_cuda:
-            return varlen_attn(
-                query,
-                key,
-                value,
-                p.cu_seqlens_q,
-                p.cu_seqlens_kv,
-                p.max_seqlen_q,
-                p.max_seqlen_kv,
-                scale=self.scale,
-                window_size=(-1, 0),
-                **({"enable_gqa": grouped} if _VARLEN_ASKS_FOR_GQA else {}),
-            ).flatten(1)
-        shape = (p.num_sequences, p.max_seqlen_q)
-        q, k, v = (_pad(x, p.slot_T, shape) for x in (query, key, value))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=grouped)
-        return out.transpose(1, 2).flatten(0, 1).index_select(0, p.slot_T).flatten(1)
+        calls = packed_seq_params.calls
+        if len(calls) == 1:
+            return calls[0](query, key, value, self.scale).flatten(1)
+        pairs_A2GD = _Gather.apply(torch.stack([key, value], 1), parallel_state.get_context_parallel_group())
+        out = []
+        for call in calls:
+            k_SGD, v_SGD = pairs_A2GD.index_select(0, call.keys).unbind(1)
+            out.append(call(query.index_select(0, call.queries), k_SGD, v_SGD, self.scale))
+        return torch.cat(out).index_select(0, packed_seq_params.back_T).flatten(1)
+
+
+class _Gather(torch.autograd.Function):
+    """[T, ...] of every process of a group, one below the other; backward adds up what each got for its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: Any) -> torch.Tensor:
+        ctx.group = group
+        found = x.new_empty((group.size() * x.shape[0], *x.shape[1:]))
+        dist.all_gather_into_tensor(found, x.contiguous(), group=group)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        own = grad.new_empty((grad.shape[0] // ctx.group.size(), *grad.shape[1:]))
+        dist.reduce_scatter_tensor(own, grad.contiguous(), group=ctx.group)
+        return own, None
+
+
+def _ranges(start_N: torch.Tensor, length_N: torch.Tensor, numbers: list[int]) -> torch.Tensor:
+    """Of each sequence i its pieces `numbers`; piece k is the places start_N[i] + k * length_N[i] + 0, 1, ..."""
+    found = [
+        torch.arange(start + number * length, start + (number + 1) * length)
+        for start, length in zip(start_N.tolist(), length_N.tolist(), strict=True)
+        for number in numbers
+    ]
+    return torch.cat(found)
+
+
+def _slots(lengths_N: torch.Tensor) -> torch.Tensor:
+    """Place of each packed token in a [sequences * longest] grid padded on the right."""
+    rows_N = torch.arange(len(lengths_N)) * lengths_N.max() - (lengths_N.cumsum(0) - lengths_N)
+    return torch.arange(int(lengths_N.sum())) + torch.repeat_interleave(rows_N, lengths_N)
+
+
+def _bottom_right(queries_N: torch.Tensor, keys_N: torch.Tensor) -> torch.Tensor:
+    """bool [sequences, 1, longest query, longest key]: True where a key is not later than the query."""
+    at_Q, at_K = torch.arange(int(queries_N.max())), torch.arange(int(keys_N.max()))
+    last_NQ = (keys_N - queries_N)[:, None] + at_Q
+    return (at_K <= last_NQ[:, :, None])[:, None]
 
 
 def _pad(x_THD: torch.Tensor, slot_T: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:

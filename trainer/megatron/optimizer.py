@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import SequenceMatcher
 from fnmatch import fnmatchcase
 from typing import Any
@@ -19,7 +19,13 @@ cpu.enable()
 
 import megatron.core.optimizer as megatron_optimizer  # noqa: E402
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig  # noqa: E402
-from megatron.core.optimizer import distrib_optimizer, get_megatron_optimizer  # noqa: E402
+from megatron.core.optimizer import (  # noqa: E402
+    ParamKey,
+    ParamPredicate,
+    distrib_optimizer,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
 
 from trainer.megatron.model import DTYPES  # noqa: E402
 
@@ -86,17 +92,21 @@ def _use_group_step_adam() -> None:
     distrib_optimizer.USING_APEX_OPTIMIZER = True
 
 
-def freeze(model: Any, patterns: Sequence[str]) -> None:
-    """Parameters of a GPT whose name matches one of the patterns get no gradient: call it before `wrap_ddp`.
+def freeze(
+    models: Sequence[Any], own: Mapping[str, torch.Tensor], names: Sequence[str], patterns: Sequence[str]
+) -> None:
+    """Parameters whose name in the whole model matches one of the patterns get no gradient.
 
-    ValueError: see `frozen_names`.
+    Call it before `wrap_ddp`, with this process's chunks, its tensors by name, and the names of all processes'
+    tensors. ValueError: see `frozen_names`.
     """
-    parameters = dict(model.named_parameters())
-    for name in frozen_names(list(parameters), patterns):
-        parameters[name].requires_grad_(False)
-    if patterns and not any(p.requires_grad for p in model.embedding.parameters()):
-        # A recomputed layer passes no gradient to its own weights unless its input asks for one.
-        model.embedding.register_forward_hook(lambda module, args, out: out.requires_grad_())
+    for name in frozen_names(names, patterns):
+        if name in own:
+            own[name].requires_grad_(False)
+    for model in models:
+        if patterns and model.pre_process and not any(p.requires_grad for p in model.embedding.parameters()):
+            # A recomputed layer passes no gradient to its own weights unless its input asks for one.
+            model.embedding.register_forward_hook(lambda module, args, out: out.requires_grad_())
 
 
 def frozen_names(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
@@ -122,14 +132,14 @@ def _likeness(name: str, pattern: str) -> float:
     return max(SequenceMatcher(None, wanted, part).ratio() for part in (name, *name.split(".")))
 
 
-def wrap_ddp(model: Any) -> DistributedDataParallel:
-    """Megatron data parallelism with gradients summed in fp32."""
+def wrap_ddp(models: Sequence[Any]) -> list[DistributedDataParallel]:
+    """Megatron data parallelism around each of this rank's chunks, with gradients summed in fp32."""
     settings = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
-    return DistributedDataParallel(model.config, settings, model)
+    return [DistributedDataParallel(model.config, settings, model) for model in models]
 
 
-def build_optimizer(ddp: DistributedDataParallel, config: OptimizerConfig, precision: Precision) -> Any:
-    """Megatron's distributed optimizer over one model chunk."""
+def build_optimizer(chunks: Sequence[DistributedDataParallel], config: OptimizerConfig, precision: Precision) -> Any:
+    """Megatron's distributed optimizer over this rank's model chunks."""
     _use_group_step_adam()
     settings = megatron_optimizer.OptimizerConfig(
         optimizer="adam",
@@ -143,7 +153,20 @@ def build_optimizer(ddp: DistributedDataParallel, config: OptimizerConfig, preci
         bf16=precision is Precision.bf16,
         params_dtype=DTYPES[precision],
     )
-    return get_megatron_optimizer(settings, [ddp])
+    return get_megatron_optimizer(settings, list(chunks), _groups(settings))
+
+
+def _groups(settings: megatron_optimizer.OptimizerConfig) -> dict[ParamKey, Any]:
+    """Megatron's parameter groups (no weight decay of norms and biases), none of them of two precisions.
+
+    The distributed optimizer puts a group's fp32 parameters before the others and looks them up as if it had not: it
+    would save the value head of a bf16 critic as some other parameter. The rate is every group's; it makes a group.
+    """
+    found: dict[ParamKey, Any] = get_standard_config_overrides(settings)
+    if settings.bf16:
+        in_fp32 = ParamPredicate(name="fp32", fn=lambda parameter: parameter.dtype is torch.float32)
+        found[ParamKey(predicate=in_fp32)] = {"max_lr": settings.lr}
+    return found
 
 
 def learning_rate(config: OptimizerConfig, step: int) -> float:

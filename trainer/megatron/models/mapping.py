@@ -1,20 +1,18 @@
-"""Every tensor of a model: its Megatron name, the Hugging Face names that are merged into it, and how it is spread.
-
-Mapped: Qwen3 (dense).
-"""
+"""Every tensor of a model: its Megatron name, the Hugging Face names that are merged into it, and how it is spread."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
 import torch
 
-from trainer.megatron.models.shape import ModelShape
+from trainer.megatron.models.shape import MlaShape, ModelShape, MoeShape
 
 
 class Split(Enum):
-    """How a full tensor is spread over tensor-parallel ranks."""
+    """How a full tensor is spread over tensor-parallel ranks (of the experts' own group where it is an expert's)."""
 
     NONE = "replicated"
     ROWS = "dim 0"
@@ -33,42 +31,169 @@ class Merge(Enum):
 
 @dataclass(frozen=True)
 class Entry:
+    """One tensor. Layers and experts are counted over the whole model, not over what one rank holds."""
+
     ours: str
     theirs: tuple[str, ...]
-    merge: Merge
-    split: Split
+    shapes: tuple[tuple[int, ...], ...]  # of each of `theirs`
+    merge: Merge = Merge.ONE
+    split: Split = Split.NONE
+    layer: int | None = None  # None: outside the layers
+    expert: int | None = None  # None: no expert's
+    float32: bool = False  # kept and written in float32 whatever the model's precision
 
 
 def entries(shape: ModelShape, value_head: bool = False) -> list[Entry]:
     """Every tensor of the model; with `value_head` the vocabulary projection is left out."""
+    vocab = ((shape.vocab, shape.hidden),)
     found = [
-        Entry("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), Merge.VOCAB, Split.ROWS),
-        Entry("decoder.final_layernorm.weight", ("model.norm.weight",), Merge.ONE, Split.NONE),
+        Entry("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), vocab, Merge.VOCAB, Split.ROWS),
+        Entry("decoder.final_layernorm.weight", ("model.norm.weight",), ((shape.hidden,),)),
     ]
     if not shape.tied and not value_head:
-        found.append(Entry("output_layer.weight", ("lm_head.weight",), Merge.VOCAB, Split.ROWS))
+        found.append(Entry("output_layer.weight", ("lm_head.weight",), vocab, Merge.VOCAB, Split.ROWS))
     for layer in range(shape.num_layers):
-        m, h = f"decoder.layers.{layer}.", f"model.layers.{layer}."
-        attention = h + "self_attn."
-        qkv = tuple(f"{attention}{x}_proj.weight" for x in "qkv")
-        gated = (h + "mlp.gate_proj.weight", h + "mlp.up_proj.weight")
-        found += [
-            Entry(m + "self_attention.linear_qkv.weight", qkv, Merge.QKV, Split.ROWS),
-            Entry(m + "self_attention.linear_proj.weight", (attention + "o_proj.weight",), Merge.ONE, Split.COLUMNS),
-            Entry(m + "self_attention.q_layernorm.weight", (attention + "q_norm.weight",), Merge.ONE, Split.NONE),
-            Entry(m + "self_attention.k_layernorm.weight", (attention + "k_norm.weight",), Merge.ONE, Split.NONE),
-            Entry(m + "input_layernorm.weight", (h + "input_layernorm.weight",), Merge.ONE, Split.NONE),
-            Entry(m + "pre_mlp_layernorm.weight", (h + "post_attention_layernorm.weight",), Merge.ONE, Split.NONE),
-            Entry(m + "mlp.linear_fc1.weight", gated, Merge.STACK, Split.GATED),
-            Entry(m + "mlp.linear_fc2.weight", (h + "mlp.down_proj.weight",), Merge.ONE, Split.COLUMNS),
-        ]
+        found += _layer(shape, layer)
     return found
 
 
-def _group_rows(shape: ModelShape) -> list[int]:
-    """Rows of queries, key and value in one key/value group."""
-    d = shape.head_dim
-    return [shape.heads // shape.kv_heads * d, d, d]
+@dataclass(frozen=True)
+class _Layer:
+    """Makes the entries of one layer; names without the layer's prefix."""
+
+    index: int
+
+    def entry(
+        self,
+        ours: str,
+        theirs: tuple[str, ...] | str,
+        *shapes: tuple[int, ...],
+        merge: Merge = Merge.ONE,
+        split: Split = Split.NONE,
+        expert: int | None = None,
+        float32: bool = False,
+    ) -> Entry:
+        names = (theirs,) if isinstance(theirs, str) else theirs
+        return Entry(
+            f"decoder.layers.{self.index}.{ours}",
+            tuple(f"model.layers.{self.index}.{name}" for name in names),
+            shapes,
+            merge,
+            split,
+            self.index,
+            expert,
+            float32,
+        )
+
+    def mlp(self, ours: str, theirs: str, hidden: int, ffn: int, expert: int | None = None) -> list[Entry]:
+        gated = (f"{theirs}.gate_proj.weight", f"{theirs}.up_proj.weight")
+        rows = ((ffn, hidden), (ffn, hidden))
+        return [
+            self.entry(f"{ours}.linear_fc1.weight", gated, *rows, merge=Merge.STACK, split=Split.GATED, expert=expert),
+            self.entry(
+                f"{ours}.linear_fc2.weight",
+                f"{theirs}.down_proj.weight",
+                (hidden, ffn),
+                split=Split.COLUMNS,
+                expert=expert,
+            ),
+        ]
+
+
+def _layer(shape: ModelShape, index: int) -> list[Entry]:
+    layer, width = _Layer(index), (shape.hidden,)
+    found = [
+        *(_latent_attention(shape, shape.mla, layer) if shape.mla else _attention(shape, layer)),
+        layer.entry("input_layernorm.weight", "input_layernorm.weight", width),
+        layer.entry("pre_mlp_layernorm.weight", "post_attention_layernorm.weight", width),
+    ]
+    if shape.moe and shape.has_experts(index):
+        return found + _experts(shape.hidden, shape.moe, layer)
+    if not shape.sandwich:
+        return found + layer.mlp("mlp", "mlp", shape.hidden, shape.ffn)
+    gated = (2 * shape.ffn, shape.hidden)
+    return [
+        *found,
+        layer.entry("self_attention.linear_proj.norm.weight", "post_self_attn_layernorm.weight", width),
+        layer.entry("mlp.linear_fc1.weight", "mlp.gate_up_proj.weight", gated, split=Split.GATED),
+        layer.entry("mlp.linear_fc2.weight", "mlp.down_proj.weight", (shape.hidden, shape.ffn), split=Split.COLUMNS),
+        layer.entry("mlp.linear_fc2.norm.weight", "post_mlp_layernorm.weight", width),
+    ]
+
+
+def _attention(shape: ModelShape, layer: _Layer) -> list[Entry]:
+    h, d = shape.hidden, shape.head_dim
+    rows = [shape.heads * d, shape.kv_heads * d, shape.kv_heads * d]
+
+    def qkv(kind: str, *width: int) -> Entry:
+        theirs = tuple(f"self_attn.{x}_proj.{kind}" for x in "qkv")
+        sizes = [(n, *width) for n in rows]
+        return layer.entry(f"self_attention.linear_qkv.{kind}", theirs, *sizes, merge=Merge.QKV, split=Split.ROWS)
+
+    found = [
+        qkv("weight", h),
+        layer.entry("self_attention.linear_proj.weight", "self_attn.o_proj.weight", (h, rows[0]), split=Split.COLUMNS),
+    ]
+    if shape.qkv_bias:
+        found.append(qkv("bias"))
+    if shape.qk_norm:
+        found += [layer.entry(f"self_attention.{x}_layernorm.weight", f"self_attn.{x}_norm.weight", (d,)) for x in "qk"]
+    return found
+
+
+def _latent_attention(shape: ModelShape, mla: MlaShape, layer: _Layer) -> list[Entry]:
+    h, heads = shape.hidden, shape.heads
+    m, t = "self_attention.", "self_attn."
+    queries, values = heads * shape.head_dim, heads * mla.value_dim
+    both = heads * (mla.plain_dim + mla.value_dim)
+    down = mla.kv_rank + mla.rotary_dim
+    if mla.q_rank is None:
+        found = [layer.entry(f"{m}linear_q_proj.weight", f"{t}q_proj.weight", (queries, h), split=Split.ROWS)]
+    else:
+        r = mla.q_rank
+        found = [
+            layer.entry(f"{m}linear_q_down_proj.weight", f"{t}q_a_proj.weight", (r, h)),
+            layer.entry(f"{m}q_layernorm.weight", f"{t}q_a_layernorm.weight", (r,)),
+            layer.entry(f"{m}linear_q_up_proj.weight", f"{t}q_b_proj.weight", (queries, r), split=Split.ROWS),
+        ]
+    return [
+        *found,
+        layer.entry(f"{m}linear_kv_down_proj.weight", f"{t}kv_a_proj_with_mqa.weight", (down, h)),
+        layer.entry(f"{m}kv_layernorm.weight", f"{t}kv_a_layernorm.weight", (mla.kv_rank,)),
+        layer.entry(f"{m}linear_kv_up_proj.weight", f"{t}kv_b_proj.weight", (both, mla.kv_rank), split=Split.ROWS),
+        layer.entry(f"{m}linear_proj.weight", f"{t}o_proj.weight", (h, values), split=Split.COLUMNS),
+    ]
+
+
+def _experts(hidden: int, moe: MoeShape, layer: _Layer) -> list[Entry]:
+    found = [layer.entry("mlp.router.weight", "mlp.gate.weight", (moe.experts, hidden))]
+    if moe.correction:
+        bias = "mlp.gate.e_score_correction_bias"
+        found.append(layer.entry("mlp.router.expert_bias", bias, (moe.experts,), float32=True))
+    if moe.shared_ffn:
+        found += layer.mlp("mlp.shared_experts", "mlp.shared_experts", hidden, moe.shared_ffn)
+    for n in range(moe.experts):
+        found += layer.mlp(f"mlp.experts.local_experts.{n}", f"mlp.experts.{n}", hidden, moe.ffn, n)
+    return found
+
+
+def tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Every tensor of a model that has an entry: its parameters, and the routers' corrections, which are buffers."""
+    corrections = {name: t for name, t in model.named_buffers() if name.endswith(".router.expert_bias")}
+    return dict(model.named_parameters()) | corrections
+
+
+def is_kept(shape: ModelShape, name: str) -> bool:
+    """Whether a Hugging Face tensor is not trained but goes from the source folder to an exported one as it is."""
+    return any(name.startswith(f"model.layers.{shape.num_layers + i}.") for i in range(shape.num_mtp))
+
+
+def strays(shape: ModelShape, names: Iterable[str]) -> list[str]:
+    """Tensors of a Hugging Face folder that no entry takes and that are neither kept nor copies of what is taken."""
+    taken = {name for entry in entries(shape) for name in entry.theirs}
+    if shape.tied:
+        taken.add("lm_head.weight")  # some folders hold the tied matrix twice
+    return [n for n in names if n not in taken and not is_kept(shape, n) and not n.endswith("rotary_emb.inv_freq")]
 
 
 def merge(parts: list[torch.Tensor], entry: Entry, shape: ModelShape, tp: int) -> torch.Tensor:
@@ -86,15 +211,17 @@ def merge(parts: list[torch.Tensor], entry: Entry, shape: ModelShape, tp: int) -
 def unmerge(full: torch.Tensor, entry: Entry, shape: ModelShape) -> list[torch.Tensor]:
     if entry.merge is Merge.ONE:
         return [full]
+    rows = [s[0] for s in entry.shapes]
     if entry.merge is Merge.STACK:
-        return list(full.chunk(len(entry.theirs)))
+        return list(full.split(rows))
     if entry.merge is Merge.VOCAB:
-        return [full[: shape.vocab]]
-    parts = full.unflatten(0, (shape.kv_heads, -1)).split(_group_rows(shape), dim=1)
+        return [full[: rows[0]]]
+    parts = full.unflatten(0, (shape.kv_heads, -1)).split([n // shape.kv_heads for n in rows], dim=1)
     return [part.flatten(0, 1) for part in parts]
 
 
 def shard(full: torch.Tensor, split: Split, tp: int, rank: int) -> torch.Tensor:
+    """What rank `rank` of `tp` holds of a merged tensor."""
     if split is Split.NONE:
         return full
     if split is Split.COLUMNS:
@@ -106,22 +233,11 @@ def shard(full: torch.Tensor, split: Split, tp: int, rank: int) -> torch.Tensor:
 
 def weight_shapes(shape: ModelShape, dtype: str) -> list[tuple[str, str, list[int]]]:
     """(name, dtype, shape) of what `export` yields, in its order, without weights."""
-    h, d = shape.hidden, shape.head_dim
-    rows = {
-        "q_proj": [shape.heads * d, h],
-        "k_proj": [shape.kv_heads * d, h],
-        "v_proj": [shape.kv_heads * d, h],
-        "o_proj": [h, shape.heads * d],
-        "q_norm": [d],
-        "k_norm": [d],
-        "gate_proj": [shape.ffn, h],
-        "up_proj": [shape.ffn, h],
-        "down_proj": [h, shape.ffn],
-        "embed_tokens": [shape.vocab, h],
-        "lm_head": [shape.vocab, h],
-    }
-    names = [name for entry in entries(shape) for name in entry.theirs]
-    return [(name, dtype, rows.get(name.split(".")[-2], [h])) for name in names]
+    return [
+        (name, "float32" if entry.float32 else dtype, list(size))
+        for entry in entries(shape)
+        for name, size in zip(entry.theirs, entry.shapes, strict=True)
+    ]
 
 
 def padded_vocab(vocab: int, tensor_parallel_size: int) -> int:

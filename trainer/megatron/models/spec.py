@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from trainer.megatron import cpu
 
 cpu.enable()
@@ -12,45 +14,76 @@ from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_bac
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules  # noqa: E402
 from megatron.core.transformer.enums import AttnMaskType  # noqa: E402
 from megatron.core.transformer.identity_op import IdentityOp  # noqa: E402
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules  # noqa: E402
 from megatron.core.transformer.spec_utils import ModuleSpec  # noqa: E402
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules  # noqa: E402
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules  # noqa: E402
 
+from trainer.megatron.models.parts import LatentAttention, LatentDown, LatentNorm, RowThenNorm  # noqa: E402
+from trainer.megatron.models.shape import ModelShape  # noqa: E402
 from trainer.megatron.modules import PackedAttention, RMSNorm  # noqa: E402
 
 
 class _Backend(LocalSpecProvider):
+    def __init__(self, sandwich: bool = False) -> None:
+        self.sandwich = sandwich
+
     def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type:
         return RMSNorm
 
     def core_attention(self) -> type:
         return PackedAttention
 
+    def row_parallel_linear(self) -> type:
+        row: type = RowThenNorm if self.sandwich else super().row_parallel_linear()
+        return row
 
-def block_spec(num_layers: int, qk_norm: bool) -> TransformerBlockSubmodules:
-    """Spec of a dense decoder block of `num_layers` equal layers."""
-    backend = _Backend()
-    head_norm = RMSNorm if qk_norm else IdentityOp
-    attention = ModuleSpec(
-        module=SelfAttention,
-        params={"attn_mask_type": AttnMaskType.causal},
-        submodules=SelfAttentionSubmodules(
-            linear_qkv=backend.column_parallel_linear(),
-            core_attention=PackedAttention,
-            linear_proj=backend.row_parallel_linear(),
-            q_layernorm=head_norm,
-            k_layernorm=head_norm,
-        ),
+
+def _attention(shape: ModelShape, backend: _Backend) -> ModuleSpec:
+    params = {"attn_mask_type": AttnMaskType.causal}
+    column, row = backend.column_parallel_linear(), backend.row_parallel_linear()
+    if shape.mla:
+        latent = MLASelfAttentionSubmodules(
+            linear_q_proj=column,
+            linear_q_down_proj=LatentDown,
+            linear_q_up_proj=column,
+            linear_kv_down_proj=LatentDown,
+            linear_kv_up_proj=column,
+            core_attention=LatentAttention,
+            linear_proj=row,
+            q_layernorm=LatentNorm,
+            kv_layernorm=LatentNorm,
+        )
+        return ModuleSpec(module=MLASelfAttention, params=params, submodules=latent)
+    head_norm = RMSNorm if shape.qk_norm else IdentityOp
+    heads = SelfAttentionSubmodules(
+        linear_qkv=column,
+        core_attention=PackedAttention,
+        linear_proj=row,
+        q_layernorm=head_norm,
+        k_layernorm=head_norm,
     )
-    layer = ModuleSpec(
+    return ModuleSpec(module=SelfAttention, params=params, submodules=heads)
+
+
+def _layer(shape: ModelShape, experts: int | None) -> ModuleSpec:
+    backend = _Backend(shape.sandwich)
+    return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
-            self_attention=attention,
+            self_attention=_attention(shape, backend),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=get_mlp_module_spec_for_backend(backend=backend, num_experts=None, moe_grouped_gemm=False),
+            mlp=get_mlp_module_spec_for_backend(backend=backend, num_experts=experts, moe_grouped_gemm=False),
             mlp_bda=get_bias_dropout_add,
         ),
     )
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
+
+
+def block_spec(shape: ModelShape, layers: Sequence[int]) -> TransformerBlockSubmodules:
+    """Spec of a decoder block that holds the layers `layers`, counted from 0 over the whole model."""
+    dense = _layer(shape, None)
+    sparse = _layer(shape, shape.moe.experts) if shape.moe else dense
+    specs = [sparse if shape.has_experts(layer) else dense for layer in layers]
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=RMSNorm)

@@ -1,0 +1,80 @@
+"""Typed reading of a `config.json`; what is missing or not mapped is refused with file, field and value."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+_REQUIRED = object()
+
+
+class Fields:
+    """The fields of one `config.json`, or of an object in it. A field that is null counts as not there."""
+
+    def __init__(self, where: str, found: dict[str, Any]) -> None:
+        self.where = where
+        self._found = found
+
+    @staticmethod
+    def read(path: Path) -> Fields:
+        """ValueError: no such file, or no JSON object in it."""
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file; a model is a Hugging Face folder")
+        try:
+            found = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}: not JSON: {error}") from error
+        if not isinstance(found, dict):
+            raise ValueError(f"{path}: holds a {type(found).__name__}, not an object")
+        return Fields(str(path), found)
+
+    def __contains__(self, name: str) -> bool:
+        return self._found.get(name) is not None
+
+    def __bool__(self) -> bool:
+        return bool(self._found)
+
+    def value(self, name: str, default: Any = _REQUIRED) -> Any:
+        if name in self:
+            return self._found[name]
+        if default is _REQUIRED:
+            raise ValueError(f"{self.where}: {name} is missing")
+        return default
+
+    def int(self, name: str, default: Any = _REQUIRED) -> int:
+        return int(self._typed(name, default, "an integer", int))
+
+    def float(self, name: str, default: Any = _REQUIRED) -> float:
+        return float(self._typed(name, default, "a number", int, float))
+
+    def bool(self, name: str, default: bool = False) -> bool:
+        return bool(self._typed(name, default, "true or false", bool))
+
+    def list(self, name: str) -> list[Any]:
+        """Empty where the field is not there."""
+        return list(self._typed(name, [], "a list", list))
+
+    def inside(self, name: str) -> Fields:
+        """The fields of an object; none where it is not there."""
+        return Fields(f"{self.where}: {name}", dict(self._typed(name, {}, "an object", dict)))
+
+    def only(self, name: str, mapped: Any) -> None:
+        """ValueError: the field is there with another value."""
+        found = self.value(name, mapped)
+        if found != mapped:
+            raise self.refused(name, found, repr(mapped))
+
+    def absent(self, name: str) -> None:
+        """ValueError: the field is there."""
+        if name in self:
+            raise self.refused(name, self.value(name), "a model without it")
+
+    def refused(self, name: str, found: Any, mapped: str) -> ValueError:
+        return ValueError(f"{self.where}: {name} is {found!r}, which is not mapped; mapped: {mapped}")
+
+    def _typed(self, name: str, default: Any, what: str, *types: type) -> Any:
+        found = self.value(name, default)
+        if not isinstance(found, types) or (isinstance(found, bool) and bool not in types):
+            raise ValueError(f"{self.where}: {name} is {found!r}, which is not {what}")
+        return found

@@ -1,0 +1,134 @@
+"""Reads the tensors of a distributed checkpoint one by one, and exports a model so: no process group, no GPU.
+
+A tensor may lie in pieces, in the files of the ranks that held them; here it is whole again, whatever the layout.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import shutil
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+
+from trainer.megatron import hf
+from trainer.megatron.models.mapping import Entry, Merge, entries, unmerge
+from trainer.megatron.models.shape import ModelShape, read_shape
+
+
+def read_index(folder: Path) -> Any:
+    """torch's `Metadata` of a checkpoint: names, shapes and pieces of its tensors. ValueError: it has none."""
+    for name in ("metadata.json", ".metadata"):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder}: not a complete checkpoint ({name} is missing)")
+    try:
+        return FileSystemReader(folder).read_metadata()
+    except (OSError, EOFError, pickle.UnpicklingError, AttributeError, ImportError, ValueError) as error:
+        raise ValueError(f"{folder / '.metadata'}: can't be read: {error}") from error
+
+
+def cut_off(folder: Path, index: Any, names: Collection[str]) -> str:
+    """Says which file of these tensors is missing or shorter than the index knows it; "" when all are whole."""
+    ends: dict[str, int] = {}
+    for piece, info in index.storage_data.items():
+        if piece.fqn in names:
+            ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
+    for name, end in ends.items():
+        path = folder / name
+        size = path.stat().st_size if path.is_file() else 0
+        if size < end:
+            return f"{path}: is cut off or missing: it has {size:,} of at least {end:,} bytes"
+    return ""
+
+
+class Stored:
+    """The tensors of a checkpoint. ValueError: it is not complete, or a file is cut off."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._index = read_index(folder)
+        problem = cut_off(folder, self._index, {piece.fqn for piece in self._index.storage_data})
+        if problem:
+            raise ValueError(problem)
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """Of the whole tensor; None when there is no such tensor."""
+        found = self._index.state_dict_metadata.get(name)
+        return tuple(found.size) if isinstance(found, TensorStorageMetadata) else None
+
+    def read(self, name: str, first: int | None = None) -> torch.Tensor:
+        """The whole tensor, or with `first` its part [first] of dimension 0. ValueError: a piece can't be read."""
+        known = self._index.state_dict_metadata[name]
+        size = list(known.size)
+        low, high = (0, size[0]) if first is None else (first, first + 1)
+        whole = torch.empty([high - low, *size[1:]], dtype=known.properties.dtype)
+        filled = 0
+        for chunk in known.chunks:
+            begin, end = chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0]
+            begin, end = max(begin, low), min(end, high)
+            if begin >= end:
+                continue
+            piece = self._piece(name, chunk.offsets)[begin - chunk.offsets[0] : end - chunk.offsets[0]]
+            rest = [slice(o, o + n) for o, n in zip(chunk.offsets[1:], chunk.sizes[1:], strict=True)]
+            whole[(slice(begin - low, end - low), *rest)] = piece
+            filled += piece.numel()
+        if filled != whole.numel():
+            raise ValueError(f"{self.folder}: {name}: pieces for {filled:,} of {whole.numel():,} numbers")
+        return whole if first is None else whole[0]
+
+    def _piece(self, name: str, offsets: torch.Size) -> torch.Tensor:
+        info = self._index.storage_data[MetadataIndex(name, offsets)]
+        path = self.folder / info.relative_path
+        try:
+            with path.open("rb") as file:
+                file.seek(info.offset)
+                found: torch.Tensor = torch.load(io.BytesIO(file.read(info.length)), map_location="cpu")
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise ValueError(f"{path}: tensor {name} can't be read: {error}") from error
+        return found
+
+
+def export(folder: Path, source: Path, out: Path) -> None:
+    """Writes the model of a checkpoint as a Hugging Face folder; `source`: the one that its training started from.
+
+    It holds one file of the result in memory at a time. ValueError: the checkpoint is not complete, a file is cut off,
+    a tensor is missing or misshapen. OSError: no room on the disk. Then nothing is left at `out`.
+    """
+    try:
+        hf.save(weights(Stored(folder), read_shape(source)), source, out)
+    except (OSError, ValueError, SafetensorError) as error:
+        shutil.rmtree(out.with_name(out.name + ".part"), ignore_errors=True)
+        if isinstance(error, SafetensorError):
+            raise OSError(f"{out}: {error}") from error
+        raise
+
+
+def weights(stored: Stored, shape: ModelShape) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every trained tensor under its Hugging Face name, whole, in the order of `entries`. ValueError: see `export`."""
+    for entry in entries(shape):
+        name, expert = _name_in_checkpoint(entry)
+        known = stored.shape(name)
+        if known is None:
+            raise ValueError(f"{stored.folder}: tensor {name} is missing")
+        rows = sum(size[0] for size in entry.shapes)
+        wanted = (rows, *entry.shapes[0][1:])
+        found = known if expert is None else known[1:]
+        if entry.merge is Merge.VOCAB and found[:1] > (rows,):
+            found = wanted[:1] + found[1:]  # padding
+        if found != wanted or (expert is not None and expert >= known[0]):
+            raise ValueError(f"{stored.folder}: tensor {name} has shape {known}, the model's is {wanted}")
+        yield from zip(entry.theirs, unmerge(stored.read(name, expert), entry, shape), strict=True)
+
+
+def _name_in_checkpoint(entry: Entry) -> tuple[str, int | None]:
+    """The experts of a layer are one tensor there, in its first dimension."""
+    name = f"model.{entry.ours}"
+    if entry.expert is None:
+        return name, None
+    return name.replace(f".local_experts.{entry.expert}.", ".experts."), entry.expert
