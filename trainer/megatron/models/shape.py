@@ -178,7 +178,7 @@ def _partial(f: Fields) -> float:
 
 def _glm4(f: Fields) -> ModelShape:
     bias = f.bool("attention_bias", True)
-    return ModelShape(**_common(f), qkv_bias=bias, rotary_fraction=_partial(f), rotary_pairs=False, sandwich=True)
+    return ModelShape(**_common(f), qkv_bias=bias, rotary_fraction=_partial(f), rotary_pairs=True, sandwich=True)
 
 
 def _sigmoid_moe(f: Fields, num_layers: int) -> MoeShape:
