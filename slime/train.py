@@ -21,8 +21,10 @@ from slime.report import write_report
 from slime.schema import Config, Kind
 
 # What may change between a run and its resume without making it another run.
-_FREE = ("steps", "resume", "eval.", "checkpoint.", "tracking.", "cluster.", "runs_dir", "cache_dir")
-_FREE += ("policy.layout.", "critic.layout.")  # checkpoints are read in any layout
+_FREE = (
+    *("steps", "resume", "eval.", "checkpoint.", "tracking.", "cluster.", "runs_dir", "cache_dir"),
+    *("policy.layout.", "critic.layout."),  # checkpoints are read in any layout
+)
 _FIXED = ("policy.layout.precision", "critic.layout.precision")  # of what they hold
 
 
