@@ -17,7 +17,7 @@ from typing import Any
 
 from buffer.tasks import TaskRow, read_rows, write_rows
 from rollout.environment import Task
-from slime.config import ConfigError
+from slime.config import ConfigError, check_model
 from slime.schema import Config
 
 TRAIN_ROWS = 8192  # rows that a task makes for itself
@@ -79,13 +79,14 @@ def _rows(config: Config, task: Task, split: str, count: int) -> list[TaskRow]:
 
 
 def untrained_model(config: Config, task: Task) -> Path:
-    """The folder of model.path, or the task's own small model, made when it is missing."""
+    """The folder of model.path, or the task's own small model, made when it is missing. ConfigError: `check_model`."""
     if config.model.path:
         return Path(config.model.path)
     folder = Path(config.cache_dir) / "models" / f"{config.model.name}-{digest([config.task.target, config.seed])}"
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         task.make_model(folder, config.seed)
+    check_model(config, folder)
     return folder.resolve()
 
 

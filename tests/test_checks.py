@@ -14,6 +14,7 @@ from launch.config import ClusterConfig
 from launch.preflight import Machine, problems
 from slime.config import ConfigError, check, dump, leaves, load, missing
 from slime.config.checks import RANGES
+from slime.prepare import make_task, untrained_model
 from slime.schema import Config
 from trainer.layout import Sizes
 
@@ -243,6 +244,15 @@ def test_the_model_must_fit_the_layout(
     message = refusal(*GPU_PINNED, f"model.path={tmp_path}", *arguments)
     for part in parts:
         assert part in message
+
+
+def test_a_model_that_the_task_makes_must_fit_the_layout_too(tmp_path: Path) -> None:
+    two = ["critic.layout.num_processes=2", "critic.layout.pipeline_parallel=2"]
+    config = load([PPO, f"cache_dir={tmp_path}", *two]).config  # nothing is known of the model yet
+    with pytest.raises(
+        ConfigError, match=r"critic\.layout: pipeline_parallel.*num_hidden_layers=3.*pipeline_parallel=1"
+    ):
+        untrained_model(config, make_task(config))
 
 
 def test_a_broken_model_folder_is_named(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """From `key=value` arguments and YAML recipes to one checked `Config`; nothing else knows Hydra."""
 
-from slime.config.checks import ConfigError, check, missing
+from slime.config.checks import ConfigError, check, check_model, missing
 from slime.config.compose import Loaded, differences, dump, leaves, load, parse
 
-__all__ = ["ConfigError", "Loaded", "check", "differences", "dump", "leaves", "load", "missing", "parse"]
+__all__ = ["ConfigError", "Loaded", "check", "check_model", "differences", "dump", "leaves", "load", "missing", "parse"]

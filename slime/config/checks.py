@@ -346,11 +346,20 @@ def _shared_gpu(config: Config) -> Iterator[str]:
 
 
 def _model(config: Config) -> Iterator[str]:
-    path = Path(config.model.path) / "config.json"
-    if not config.model.path or not path.is_file():
-        return
+    if config.model.path and (Path(config.model.path) / "config.json").is_file():
+        yield from _in_folder(config, Path(config.model.path))
+
+
+def check_model(config: Config, folder: Path) -> None:
+    """The part of `check` about the model, for one that a task has made. ConfigError: the first problem found."""
+    for problem in _in_folder(config, folder):
+        raise ConfigError(problem)
+
+
+def _in_folder(config: Config, folder: Path) -> Iterator[str]:
+    path = folder / "config.json"
     try:
-        shape = read_shape(path.parent)
+        shape = read_shape(folder)
     except ValueError as error:
         yield str(error)
         return
