@@ -33,6 +33,8 @@ LAYOUTS = {
     "DP2": LayoutConfig(num_processes=2, precision=Precision.bf16),
     "TP2": LayoutConfig(num_processes=2, tensor_parallel=2, precision=Precision.bf16),
     "TP2+SP": LayoutConfig(num_processes=2, tensor_parallel=2, sequence_parallel=True, precision=Precision.bf16),
+    "PP2": LayoutConfig(num_processes=2, pipeline_parallel=2, precision=Precision.bf16),
+    "CP2": LayoutConfig(num_processes=2, context_parallel=2, precision=Precision.bf16),
 }
 DEVICE = "cuda"
 VOCAB = 32003  # odd: tensor parallelism has to pad it
