@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,17 @@ def test_critic_layouts_agree_and_checkpoints_resume_in_another(
         assert_close(group.values(batch).result(), after, 5e-6)
         group.update(batch, targets, np.random.default_rng(4)).result()  # the optimizer's state came along
         assert_close(group.values(batch).result(), later, 2e-4)
+
+
+@pytest.mark.e2e
+def test_a_process_keeps_nothing_of_a_worker_that_has_left(folder: Path, ray_cluster: None) -> None:
+    """Process groups end with the last reference to them, and each has threads."""
+    threads = []
+    for _ in range(3):
+        with policy(folder, LAYOUTS["one process"]) as group:
+            count = lambda worker: len(os.listdir("/proc/self/task"))  # noqa: E731
+            threads += group.submit("__ray_call__", count).result()
+    assert threads[1] == pytest.approx(threads[2], abs=5)  # without it 50 more
 
 
 @pytest.mark.e2e

@@ -248,6 +248,9 @@ class MegatronWorker:
 
     def stop(self) -> None:
         """Leaves the process group; another worker may start in this process."""
+        # Optimizer -> autograd's nodes -> their hooks -> model -> this -> optimizer: a circle that no collector sees,
+        # with the groups and their threads on it.
+        self.chunks[0].config.grad_scale_func = None
         model.leave_process()
 
 
