@@ -98,6 +98,7 @@ def sub_trace(mask: np.ndarray, episode_id: str, position: int, last: bool) -> S
         logprobs=np.where(mask, -0.5, 0).astype(np.float32),
         rewards=rewards,
         versions=np.where(mask, 0, -1).astype(np.int32),
+        stale_mask=np.zeros(length, bool),
         summary_mask=np.zeros(length, bool),
         episode_id=episode_id,
         position=position,

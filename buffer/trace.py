@@ -81,10 +81,10 @@ def _check(episode: Episode) -> None:
                 "and a sub-agent comes after the agent that started it"
             )
     for index, turn in enumerate(episode.turns):
-        sizes = (len(turn.output_ids), len(turn.logprobs), len(turn.versions))
+        sizes = (len(turn.output_ids), len(turn.logprobs), len(turn.versions), len(turn.stale_mask))
         if len(set(sizes)) != 1:
             raise ValueError(
-                f"{name}, turn {index}: output_ids, logprobs, versions have lengths {sizes}: must be equal"
+                f"{name}, turn {index}: output_ids, logprobs, versions, stale_mask have lengths {sizes}: must be equal"
             )
         if not 0 <= turn.agent < len(episode.parents):
             raise ValueError(f"{name}, turn {index}: agent {turn.agent} is not among {len(episode.parents)} agents")
@@ -159,12 +159,14 @@ def _sub_trace(
     logprobs = np.zeros(num_tokens, np.float32)
     rewards = np.zeros(num_tokens, np.float32)
     versions = np.full(num_tokens, -1, np.int32)
+    stale_mask = np.zeros(num_tokens, np.bool_)
     for turn in turns:
         sampled = slice(len(turn.prompt_ids), len(turn.prompt_ids) + len(turn.output_ids))
         action_mask[sampled] = True
         summary_mask[sampled] = turn.kind is TurnKind.SUMMARY
         logprobs[sampled] = turn.logprobs
         versions[sampled] = turn.versions
+        stale_mask[sampled] = turn.stale_mask
         rewards[sampled.stop - 1] = turn.reward
     kind = SubTraceKind.COMPACTED
     if segment.agent != 0:
@@ -178,6 +180,7 @@ def _sub_trace(
         logprobs=logprobs,
         rewards=rewards,
         versions=versions,
+        stale_mask=stale_mask,
         summary_mask=summary_mask,
         episode_id=episode.episode_id,
         position=position,

@@ -55,6 +55,7 @@ class Turn:
     output_ids: Int32  # [N] the ids that it sampled, the stop id included when there was one
     logprobs: Float32  # [N] log-probability of each output id under the weights that sampled it
     versions: Int32  # [N] weight version that sampled each output id
+    stale_mask: Bool  # [N] True = sampled over keys and values that other weights than its version's had computed
     finish_reason: str  # "stop" | "length" | "abort"
     kind: TurnKind = TurnKind.ACT
     agent: int = 0  # index into Episode.parents
@@ -104,6 +105,7 @@ class SubTrace:
     logprobs: Float32  # [T] engine log-probability of each action token, 0 elsewhere
     rewards: Float32  # [T] reward given at each action token (a turn's at its last one), 0 elsewhere
     versions: Int32  # [T] weight version of each action token, -1 elsewhere
+    stale_mask: Bool  # [T] True = action token whose context's keys and values are not its own version's: off-policy
     summary_mask: Bool  # [T] True = action token of a summary turn
     episode_id: str
     position: int  # index among the sub-traces of its episode, from 0, in time order

@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from buffer.tasks import TaskRow
-from buffer.types import Episode, Float32, Int32, Status, Turn, TurnKind
+from buffer.types import Bool, Episode, Float32, Int32, Status, Turn, TurnKind
 from rollout.config import RolloutConfig
 from rollout.environment import Demonstrator, Environment
 from rollout.rendering import Renderer
@@ -30,6 +30,8 @@ class Sampled(Protocol):
     def logprobs(self) -> Float32: ...
     @property
     def versions(self) -> Int32: ...
+    @property
+    def stale_mask(self) -> Bool: ...
     @property
     def finish_reason(self) -> str: ...
 
@@ -113,6 +115,7 @@ class Agent:
             output_ids=sampled.output_ids,
             logprobs=sampled.logprobs,
             versions=sampled.versions,
+            stale_mask=sampled.stale_mask,
             finish_reason=sampled.finish_reason,
             kind=kind,
         )
@@ -147,6 +150,7 @@ class _Scripted:
     output_ids: Int32
     logprobs: Float32
     versions: Int32
+    stale_mask: Bool
     finish_reason: str
 
 
@@ -161,5 +165,6 @@ class ScriptedSampler:
         text = self._demonstrator.summary() if kind is TurnKind.SUMMARY else self._demonstrator.action()
         ids = np.asarray(self._renderer.encode_reply(text)[:max_tokens], np.int32)
         done = bool(len(ids)) and int(ids[-1]) == self._renderer.stop_id
-        zeros = np.zeros(len(ids), np.float32)
-        return _Scripted(ids, zeros, np.zeros(len(ids), np.int32), "stop" if done else "length")
+        size = len(ids)
+        zeros = np.zeros(size, np.float32), np.zeros(size, np.int32), np.zeros(size, np.bool_)
+        return _Scripted(ids, *zeros, "stop" if done else "length")

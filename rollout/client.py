@@ -7,6 +7,10 @@ samples may be trained; a greedy answer (temperature 0) also comes with those of
 Loading new weights while requests run (the trainer broadcasts into the group between begin and end):
 
     pause(mode) -> begin_update() -> update_bucket(...) per bucket -> end_update() -> resume()
+
+When weights are swapped "in_place", requests go on over the keys and values of the old weights. A request then names
+the version under whose name the engine files its keys and values (the newest that this client has seen sampled), and
+finds only those of requests that named the same. So whatever was sampled by another version than that is stale.
 """
 
 from __future__ import annotations
@@ -21,7 +25,8 @@ from typing import Any
 import aiohttp
 import numpy as np
 
-from buffer.types import Float32, Int32
+from buffer.types import Bool, Float32, Int32
+from rollout.config import PauseMode
 
 MAX_CONNECTIONS = 1024  # requests in flight to one server
 IDLE_CONNECTION_S = 2.0  # below the 5 s after which the server closes an idle connection
@@ -35,12 +40,16 @@ class Generation:
     output_ids: Int32  # [N] the stop id included when it stopped at one
     logprobs: Float32  # [N] log-probability of each output id under the weights that sampled it
     versions: Int32  # [N] weight version that sampled each output id
+    stale_mask: Bool  # [N] True = sampled over keys and values that other weights than its version's had computed
     finish_reason: str  # "stop" | "length" | "abort"
     cached_tokens: int  # prompt tokens whose keys and values were found in the prefix cache
 
 
-def parse_generation(answer: dict[str, Any]) -> Generation:
-    """A Generation from the server's JSON. RuntimeError: ids without log-probability or without version."""
+def parse_generation(answer: dict[str, Any], cache_version: int | None = None) -> Generation:
+    """A Generation from the server's JSON. RuntimeError: ids without log-probability or without version.
+
+    `cache_version`: whose keys and values the request may have met, None: always those of the sampling weights.
+    """
     meta = answer["meta_info"]
     output_ids = np.asarray(answer["output_ids"], dtype=np.int32)
     # An aborted request that never ran has no log-probabilities at all.
@@ -57,6 +66,7 @@ def parse_generation(answer: dict[str, Any]) -> Generation:
         output_ids=output_ids,
         logprobs=np.asarray(logprobs, dtype=np.float32),
         versions=versions,
+        stale_mask=np.full(len(versions), False) if cache_version is None else versions != cache_version,
         finish_reason=meta["finish_reason"]["type"],
         cached_tokens=int(meta.get("cached_tokens") or 0),
     )
@@ -76,12 +86,15 @@ class EngineClient:
         context_tokens: int,
         request_timeout_s: float = 600.0,
         connect_timeout_s: float = 30.0,
+        pause_mode: PauseMode = PauseMode.retract,
     ) -> None:
         self.url = url.rstrip("/")
         self.vocab_size = vocab_size
         self.context_tokens = context_tokens
         self.request_timeout_s = request_timeout_s  # one call, from sending to the last byte of the answer
         self.connect_timeout_s = connect_timeout_s  # all attempts to reach the server together
+        self.pause_mode = pause_mode  # of whoever publishes weights to this server
+        self._seen_version = -1  # newest that has sampled a token for this client
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> EngineClient:
@@ -130,7 +143,23 @@ class EngineClient:
             "repetition_penalty": 1.0,
         }
         request = {"input_ids": self._checked_ids(prompt_ids, "prompt"), "sampling_params": sampling, "rid": rid}
-        return parse_generation(await self._post("/generate", {**request, "return_logprob": True}))
+        cache_version = await self._cache_version()
+        if cache_version is not None:
+            request["extra_key"] = str(cache_version)  # SGLang's prefix cache has a tree for each
+        found = parse_generation(await self._post("/generate", {**request, "return_logprob": True}), cache_version)
+        self._seen_version = max(self._seen_version, int(found.versions.max(initial=-1)))
+        return found
+
+    async def _cache_version(self) -> int | None:
+        """The version whose keys and values a request may meet; None where a swap leaves no others.
+
+        Never newer than the engine's: else keys and values of older weights would be filed under its name.
+        """
+        if self.pause_mode is PauseMode.retract:
+            return None
+        if self._seen_version < 0:
+            self._seen_version = await self.version()
+        return self._seen_version
 
     async def score(self, ids: Sequence[int]) -> Float32:
         """float32[len(ids) - 1]: log-probability of each id given the ones before it, under the loaded weights."""
@@ -203,12 +232,14 @@ class EngineClient:
         group_name: str,
         version: int,
         flush: bool = True,
+        load_format: str | None = None,
     ) -> None:
         """Receives weights from the group's rank 0, one broadcast each in this order, and loads them.
 
         `names` are those of the Hugging Face checkpoint, `dtypes` "float32", "bfloat16", ... The prefix cache still
         holds the old weights' keys and values: `flush` empties it afterwards, which works when requests were
-        retracted or aborted and is refused while they are paused "in_place".
+        retracted or aborted and is refused while they are paused "in_place". `load_format`: None, or that of
+        rollout/delta.py, where other things are broadcast.
         """
         if not len(names) == len(dtypes) == len(shapes):
             raise ValueError(
@@ -221,6 +252,7 @@ class EngineClient:
             "group_name": group_name,
             "weight_version": str(version),
             "flush_cache": flush,
+            "load_format": load_format,
         }
         await self._post("/update_weights_from_distributed", request)
 
@@ -247,9 +279,13 @@ class EngineClient:
         return int((await self._request("GET", "/model_info", None))["weight_version"])
 
     async def checksums(self) -> list[dict[str, str]]:
-        """One {engine's tensor name: hash} per rank; equal weights have equal hashes."""
+        """One {engine's tensor name: hash} per tensor-parallel rank; equal weights have equal hashes."""
         answer = await self._post("/weights_checker", {"action": "checksum"})
         return [rank["checksums"] for rank in answer["ranks"]]
+
+    async def scramble(self) -> None:
+        """Overwrites every tensor that `checksums` covers with random numbers, until the next update."""
+        await self._post("/weights_checker", {"action": "reset_tensors"})
 
     # --- transport
 

@@ -24,6 +24,7 @@ class EngineConfig:
     memory_fraction: float = 0.8  # of a GPU, for weights and KV cache
     attention: str = ""  # SGLang's attention backend on a GPU, e.g. "triton"; "": its own choice
     pause: PauseMode = PauseMode.retract
+    delta: bool = False  # True: after the first publication only elements that changed are sent
     start_timeout_s: float = 600.0
     request_timeout_s: float = 600.0
 

@@ -62,6 +62,7 @@ def server_arguments(
         "--skip-server-warmup",
         "--sleep-on-idle",
         *("--grammar-backend", "none"),
+        *("--tp-size", str(config.tensor_parallel)),
     ]
     if cpu:
         # By default every running request fills its context, and as much again stays cached for turns to come.
@@ -76,7 +77,7 @@ def server_arguments(
             *("--max-total-tokens", str(total_tokens)),
             "--disable-overlap-schedule",
         ]
-    arguments += ["--dtype", "bfloat16", "--tp-size", str(config.tensor_parallel)]
+    arguments += ["--dtype", "bfloat16"]
     arguments += ["--mem-fraction-static", str(config.memory_fraction)]
     if config.attention:
         arguments += ["--attention-backend", config.attention]
@@ -87,7 +88,7 @@ def server_arguments(
     return arguments
 
 
-def server_environment(cpu: bool, threads: int) -> dict[str, str]:
+def server_environment(config: EngineConfig, cpu: bool, threads: int) -> dict[str, str]:
     """Environment variables of an engine, the only place that sets any."""
     variables = {
         # torch would take every core for one engine.
@@ -100,6 +101,14 @@ def server_environment(cpu: bool, threads: int) -> dict[str, str]:
     if cpu:
         # The model classes that are imported at start; one that is not there makes SGLang import all its own.
         variables["SGLANG_EXTERNAL_MODEL_PACKAGE"] = "rollout.cpu.models"
+        if config.tensor_parallel > 1:
+            # SGLang refuses more ranks than NUMA nodes unless each is told its cores. Nothing here binds to them.
+            cores = sorted(os.sched_getaffinity(0))
+            bound = [str(cores[rank % len(cores)]) for rank in range(config.tensor_parallel)]
+            variables["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(bound)
+    if config.delta:
+        # Read by the platform plugin, which nothing else reaches before SGLang loads its model.
+        variables["SLIME_ENGINE_DELTA"] = "1"
     return variables
 
 
@@ -140,7 +149,7 @@ class EngineServer:
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **server_environment(cpu, threads)},
+                env={**os.environ, **server_environment(config, cpu, threads)},
                 start_new_session=True,
             )
 

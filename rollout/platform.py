@@ -1,12 +1,14 @@
 """SGLang's out-of-tree platform for machines without a GPU.
 
 The entry point `sglang.srt.platforms: slime_cpu` names `activate`; SGLang calls it inside `import sglang`, in every
-process of an engine. Nothing heavy is imported here: the platform's class lives in rollout/cpu/platform.py.
+process of an engine, on machines with a GPU, too. Nothing heavy is imported here: the platform's class lives in
+rollout/cpu/platform.py.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
@@ -82,6 +84,10 @@ def activate() -> str | None:
     import torch
 
     install_stubs()
+    if os.environ.get("SLIME_ENGINE_DELTA"):
+        from rollout import delta
+
+        delta.install()
     if torch.cuda.is_available():
         return None
     return "rollout.cpu.platform.CpuPlatform"

@@ -105,8 +105,11 @@ class RolloutWorker:
         tokenizer = AutoTokenizer.from_pretrained(s.model_folder)
         self._renderer = Renderer(tokenizer, s.template)
         context = s.config.compaction.context_tokens
-        timeout_s = s.config.engine.request_timeout_s
-        self._clients = [EngineClient(url, s.vocab_size, context, timeout_s) for url in s.engine_urls]
+        engine = s.config.engine
+        self._clients = [
+            EngineClient(url, s.vocab_size, context, engine.request_timeout_s, pause_mode=engine.pause)
+            for url in s.engine_urls
+        ]
         self._pool = make_pool(s.config.sandbox)  # in the loop's own thread, which sandboxes follow into death
 
     def _sampler(self, episode_number: int) -> Sampler:

@@ -118,6 +118,7 @@ def train(config: Config, parts: Parts, watch: Watch, run_dir: Path, step: int) 
         assert loaded == step, f"checkpoint of step {loaded}, expected {step}"
         watch.view.note(f"resumed at step {step}")
     parts.weights.publish(step)
+    parts.weights.verify()
     parts.rollout.run(parts.buffer)
     if step == 0:
         first: dict[str, float] = {"weights/version": 0.0}

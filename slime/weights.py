@@ -11,35 +11,19 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
-
-import ray
 
 from rollout.client import EngineClient
 from rollout.config import PauseMode
+from rollout.delta import LOAD_FORMAT
 from rollout.group import EngineGroup
+from trainer.broadcast import buckets
 from trainer.group import PolicyGroup, WorkerGroup
 
 GROUP = "slime_weights"
-BUCKET_BYTES = 1 << 29
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-Bucket = list[tuple[str, str, list[int]]]
-
-
-def buckets(tensors: Sequence[tuple[str, str, list[int]]], limit: int = BUCKET_BYTES) -> list[Bucket]:
-    """Splits (name, dtype, shape) in order into buckets of at most `limit` bytes, or of one larger tensor."""
-    found: list[Bucket] = []
-    size = limit + 1
-    for name, dtype, shape in tensors:
-        count = _BYTES[dtype]
-        for n in shape:
-            count *= n
-        if size + count > limit:
-            found.append([])
-            size = 0
-        found[-1].append((name, dtype, shape))
-        size += count
-    return found
+NAMES_SHOWN = 8  # of tensors, in an error
+Checksums = list[list[dict[str, str]]]  # [engine][tensor-parallel rank] {engine's tensor name: hash}
 
 
 class Weights:
@@ -51,15 +35,15 @@ class Weights:
         self.timeout_s = timeout_s
         self._backend = backend
         self.version = -1
+        self._held: Checksums = []  # where changes are sent: of what the engines were left with
 
     def connect(self) -> None:
         """Makes the group that weights travel over."""
+        self._buckets = buckets(self.policy.submit("weight_names").result(self.timeout_s)[0])
         asyncio.run(self._connect())
-        names = ray.get(self.policy.actors[0].weight_names.remote(), timeout=self.timeout_s)
-        self._buckets = buckets(names)
 
     async def _connect(self) -> None:
-        host, port = ray.get(self.policy.actors[0].address.remote(), timeout=self.timeout_s)
+        host, port = self.policy.submit("address").result(self.timeout_s)[0]
         per_engine = self.engines.config.tensor_parallel
         world = 1 + per_engine * len(self.engines.urls)
         joining = self.policy.submit("join_engines", host, port, world, GROUP, self._backend, self.timeout_s)
@@ -77,24 +61,83 @@ class Weights:
         """Training begins: where engines and trainers share a GPU, it may use the engines' memory. Not here."""
 
     def publish(self, version: int) -> float:
-        """Puts the policy's present weights into every engine under `version`; returns seconds."""
+        """Puts the policy's present weights into every engine under `version`; returns seconds.
+
+        With `rollout.engine.delta` every publication but the first sends changes only. RuntimeError: then an engine
+        does not hold what the last one left there.
+        """
         began = time.perf_counter()
         asyncio.run(self._publish(version))
         self.version = version
         return time.perf_counter() - began
 
+    def verify(self) -> None:
+        """Proves that every engine holds the policy's weights, all of them and nothing else; takes a publication.
+
+        The engines hash what they hold, have it overwritten with random numbers, are sent the policy's weights
+        whole, and hash again. A tensor that was not as the policy has it, or that no publication reaches, has
+        another hash then. RuntimeError names engine and tensors.
+        """
+        asyncio.run(self._verify())
+
     async def _publish(self, version: int) -> None:
         async with self.engines.clients() as clients:
-            mode = self.engines.config.pause
+            changes = self.engines.config.delta and bool(self._held)
+            if changes:
+                await self._check_base(clients)
+            await self._swap(clients, version, changes)
+            if self.engines.config.delta:
+                self._held = await _all(clients, "checksums")
+
+    async def _verify(self) -> None:
+        async with self.engines.clients() as clients:
+            before: Checksums = await _all(clients, "checksums")
+            await self._swap(clients, self.version, changes=False, scramble=True)
+            after: Checksums = await _all(clients, "checksums")
+        self._refuse(
+            before, after, f"did not hold the weights that were published as version {self.version}, or is not sent"
+        )
+
+    async def _check_base(self, clients: Sequence[EngineClient]) -> None:
+        """RuntimeError: what an engine holds is not what changes would be added to."""
+        versions = await _all(clients, "version")
+        for url, version in zip(self.engines.urls, versions, strict=True):
+            if version != self.version:
+                raise RuntimeError(
+                    f"engine {url} holds weights of version {version}, changes are those since version "
+                    f"{self.version}: start the run again, which sends whole weights first"
+                )
+        self._refuse(self._held, await _all(clients, "checksums"), f"no longer holds version {self.version} in")
+
+    def _refuse(self, expected: Checksums, found: Checksums, what: str) -> None:
+        for url, wanted, held in zip(self.engines.urls, expected, found, strict=True):
+            wrong = different(wanted, held)
+            if wrong:
+                more = f" and {len(wrong) - NAMES_SHOWN} more" if len(wrong) > NAMES_SHOWN else ""
+                raise RuntimeError(f"engine {url} {what}: {', '.join(wrong[:NAMES_SHOWN])}{more}")
+
+    async def _swap(self, clients: Sequence[EngineClient], version: int, changes: bool, scramble: bool = False) -> None:
+        mode = self.engines.config.pause
+        load_format = LOAD_FORMAT if changes else None
+        # The policy gathers its first bucket while the engines still generate.
+        sending = self.policy.submit("send_weights", changes, self.engines.config.delta)
+
+        async def receive() -> None:
             await _all(clients, "pause", mode.value)
+            if scramble:
+                await _all(clients, "scramble")
             await _all(clients, "begin_update")
-            sending = self.policy.submit("send_weights")
             for bucket in self._buckets:
                 names, dtypes, shapes = (list(column) for column in zip(*bucket, strict=True))
-                await _all(clients, "update_bucket", names, dtypes, shapes, GROUP, version, mode is PauseMode.retract)
-            sending.result(self.timeout_s)
-            await _all(clients, "end_update")
-            await _all(clients, "resume")
+                flush = mode is PauseMode.retract
+                await _all(clients, "update_bucket", names, dtypes, shapes, GROUP, version, flush, load_format)
+
+        thread = ThreadPoolExecutor(1)
+        sent = asyncio.get_running_loop().run_in_executor(thread, sending.result, self.timeout_s)
+        thread.shutdown(wait=False)
+        await asyncio.gather(sent, receive())  # whichever fails first is the reason
+        await _all(clients, "end_update")
+        await _all(clients, "resume")
 
 
 class SharedGpuWeights(Weights):
@@ -122,6 +165,7 @@ class SharedGpuWeights(Weights):
                 freed.result(self.timeout_s)
             asyncio.run(self._ask("resume_memory"))
             self._lent = False
+            self._held = []  # no base for changes
         return super().publish(version)
 
     async def _ask(self, method: str) -> None:
@@ -129,5 +173,11 @@ class SharedGpuWeights(Weights):
             await _all(clients, method)
 
 
-async def _all(clients: Sequence[EngineClient], method: str, *args: Any) -> None:
-    await asyncio.gather(*(getattr(client, method)(*args) for client in clients))
+def different(wanted: Sequence[dict[str, str]], held: Sequence[dict[str, str]]) -> list[str]:
+    """Names of tensors whose hash differs on any tensor-parallel rank, sorted; those that one side lacks, too."""
+    pairs = zip(wanted, held, strict=True)
+    return sorted({name for one, two in pairs for name in one.keys() | two.keys() if one.get(name) != two.get(name)})
+
+
+async def _all(clients: Sequence[EngineClient], method: str, *args: Any) -> list[Any]:
+    return list(await asyncio.gather(*(getattr(client, method)(*args) for client in clients)))

@@ -30,6 +30,7 @@ def sub_trace(mask: list[int], rewards: dict[int, float] | None = None, **change
         logprobs=np.where(action_mask, -1, 0).astype(np.float32),
         rewards=given_rewards,
         versions=np.where(action_mask, 0, -1).astype(np.int32),
+        stale_mask=np.zeros(num_tokens, bool),
         summary_mask=np.zeros(num_tokens, bool),
         episode_id="e",
         position=0,

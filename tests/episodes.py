@@ -29,6 +29,7 @@ class _Simulator:
             output_ids=self.ids(num_tokens, num_tokens),
             logprobs=logprobs,
             versions=np.full(num_tokens, self.serial, np.int32),
+            stale_mask=self.rng.random(num_tokens) < 0.5,
             finish_reason=str(self.rng.choice(["stop", "length"])),
             kind=kind,
             agent=agent,

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from buffer.types import Batch, Status, SubTrace, SubTraceInfo, SubTraceKind
+from buffer.types import Batch, Status, SubTrace, SubTraceInfo, SubTraceKind, Targets
 
 LIMIT_S = 300.0
 
@@ -54,6 +54,7 @@ def sub_trace(rng: np.random.Generator, length: int, episode: int) -> SubTrace:
         logprobs=np.where(mask, -1.0, 0.0).astype(np.float32),
         rewards=np.zeros(length, np.float32),
         versions=np.where(mask, 0, -1).astype(np.int32),
+        stale_mask=np.zeros(length, bool),
         summary_mask=np.zeros(length, bool),
         episode_id=f"e{episode}",
         position=0,
@@ -61,6 +62,19 @@ def sub_trace(rng: np.random.Generator, length: int, episode: int) -> SubTrace:
         kind=SubTraceKind.FINAL,
         status=Status.FINISHED,
     )
+
+
+def seven_sub_traces() -> list[SubTrace]:
+    """Of 2 to 60 tokens, two an episode; the same each time."""
+    rng = np.random.default_rng(1)
+    return [sub_trace(rng, length, i // 2) for i, length in enumerate([50, 7, 33, 12, 60, 2, 41])]
+
+
+def random_targets(traces: Sequence[SubTrace]) -> list[Targets]:
+    """Normal advantages, returns and values of the action tokens; the same each time."""
+    rng = np.random.default_rng(2)
+    draw = lambda t: (rng.normal(size=len(t.tokens)) * t.action_mask).astype(np.float32)  # noqa: E731
+    return [Targets(draw(t), draw(t), draw(t)) for t in traces]
 
 
 def batch_of(traces: Sequence[SubTrace]) -> Batch:

@@ -56,6 +56,7 @@ def test_tool_tokens_anywhere_change_no_bit(mode: dict[str, Any], seed: int, **s
     bootstrap = rng.normal(size=len(traces)).tolist()
     places = [rng.integers(0, len(trace.tokens) + 1, rng.integers(0, 30)) for trace in traces]
     fillers = {"action_mask": False, "tokens": 3, "logprobs": 0, "rewards": 0, "versions": -1, "summary_mask": False}
+    fillers["stale_mask"] = False
     longer = []
     for trace, place in zip(traces, places, strict=True):
         columns: dict[str, Any] = {name: np.insert(getattr(trace, name), place, x) for name, x in fillers.items()}

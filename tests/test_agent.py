@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from buffer.tasks import TaskRow
 from buffer.trace import cut
-from buffer.types import Episode, Float32, Int32, Status, TurnKind
+from buffer.types import Bool, Episode, Float32, Int32, Status, TurnKind
 from recipes.coding.model import SPECIAL, build_tokenizer
 from rollout.agent import Agent, EpisodeAborted, ScriptedSampler
 from rollout.config import CompactionConfig, RolloutConfig
@@ -44,6 +44,7 @@ class Said:
     output_ids: Int32
     logprobs: Float32
     versions: Int32
+    stale_mask: Bool
     finish_reason: str
 
 
@@ -59,7 +60,8 @@ class Player:
         self.asked.append((list(prompt_ids), max_tokens, kind))
         said = np.array([*ids(self.texts.pop(0)), STOP], np.int32)
         reason = "stop" if self.texts else self.last_reason
-        return Said(said, -np.arange(len(said), dtype=np.float32), np.full(len(said), len(self.asked)), reason)
+        logprobs, versions = -np.arange(len(said), dtype=np.float32), np.full(len(said), len(self.asked))
+        return Said(said, logprobs, versions, np.arange(len(said)) == 1, reason)
 
 
 class World(Environment):
@@ -117,6 +119,11 @@ def test_contexts_are_the_exact_ids_of_their_parts() -> None:
     assert episode.turns[2].output_ids.tolist() == [*ids("vw"), STOP]
     assert episode.turns[1].logprobs.tolist() == [0, -1]
     assert [turn.versions.tolist() for turn in episode.turns] == [[1, 1, 1], [2, 2], [3, 3, 3]]
+    assert [turn.stale_mask.tolist() for turn in episode.turns] == [
+        [False, True, False],
+        [False, True],
+        [False, True, False],
+    ]
     assert [turn.observation for turn in episode.turns] == ["kk", "m", ""]
     assert world.heard == ["xy", "z", "vw"]  # without the stop token
     assert (episode.row, episode.reward, episode.status) == (3, 0.5, Status.FINISHED)
@@ -226,7 +233,7 @@ class Wild:
         self.most = max(self.most, len(prompt_ids) + max_tokens)
         size = self.rng.choice([1, max_tokens, self.rng.randint(1, max_tokens)])
         said = np.array([*self.rng.choices(range(7, 60), k=size - 1), STOP], np.int32)
-        return Said(said, np.zeros(size, np.float32), np.zeros(size, np.int32), "stop")
+        return Said(said, np.zeros(size, np.float32), np.zeros(size, np.int32), np.zeros(size, np.bool_), "stop")
 
 
 @settings(max_examples=150, deadline=None)

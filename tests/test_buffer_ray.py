@@ -30,6 +30,7 @@ def sub_trace(ticket: Ticket, position: int) -> SubTrace:
         logprobs=np.where(mask, -0.5, 0).astype(np.float32),
         rewards=np.zeros(3, np.float32),
         versions=np.where(mask, 4, -1).astype(np.int32),
+        stale_mask=np.zeros(3, bool),
         summary_mask=np.zeros(3, bool),
         episode_id=ticket.episode_id,
         position=position,

@@ -316,3 +316,10 @@ def test_preflight_reads_this_machine() -> None:
     assert machine.free_memory_gb > 0
     assert machine.free_disk_gb > 0
     assert machine.num_gpus == 0
+
+
+def test_changes_only_need_engines_that_keep_their_weights() -> None:
+    assert "rollout.engine.delta=true with cluster.sharing=all" in refusal(
+        "recipe=ppo_coding", "cluster=gpu_1", "rollout.engine.delta=true"
+    )
+    load(["recipe=ppo_coding", "cluster=gpu_2", "rollout.engine.delta=true"])

@@ -40,6 +40,7 @@ def sampled(rhos: Sequence[float], episode: str = "e", position: int = 0) -> tup
         logprobs=np.where(mask, 0, math.nan).astype(np.float32),
         rewards=np.zeros(len(mask), np.float32),
         versions=np.where(mask, 0, -1).astype(np.int32),
+        stale_mask=np.zeros(len(mask), bool),
         summary_mask=np.zeros(len(mask), bool),
         episode_id=episode,
         position=position,

@@ -41,6 +41,7 @@ def whole_trace(rng: np.random.Generator, name: str, length: int, reward: float)
         logprobs=np.where(mask, -rng.random(length), 0).astype(np.float32),
         rewards=rewards,
         versions=np.where(mask, 0, -1).astype(np.int32),
+        stale_mask=np.zeros(length, bool),
         summary_mask=np.zeros(length, bool),
         episode_id=name,
         position=0,
@@ -66,6 +67,7 @@ def twin(trace: SubTrace, num_parts: int) -> list[SubTrace]:
                 logprobs=np.where(own, trace.logprobs[:end], 0).astype(np.float32),
                 rewards=np.where(own, trace.rewards[:end], 0).astype(np.float32),
                 versions=np.where(own, trace.versions[:end], -1).astype(np.int32),
+                stale_mask=trace.stale_mask[:end],
                 summary_mask=trace.summary_mask[:end],
                 position=position,
                 successor=None if last else Successor(position + 1, 0),
@@ -133,7 +135,8 @@ def test_the_other_credit_modes_do_notice_the_cut(credit: Credit) -> None:
 
 def turn(prompt: Sequence[int], output: Sequence[int], logprobs: Sequence[float]) -> Turn:
     ids = np.array(prompt, np.int32), np.array(output, np.int32)
-    return Turn(*ids, np.array(logprobs, np.float32), np.zeros(len(output), np.int32), "stop")
+    none = np.zeros(len(output), np.bool_)
+    return Turn(*ids, np.array(logprobs, np.float32), np.zeros(len(output), np.int32), none, "stop")
 
 
 def test_one_turn_or_several_are_the_same_sub_trace() -> None:
@@ -145,7 +148,7 @@ def test_one_turn_or_several_are_the_same_sub_trace() -> None:
         turn(prompt + said[:3], said[3:], logprobs[3:]),
     )
     (one,), (several,) = cut(at_once), cut(replace(at_once, turns=pieces))
-    for name in ("tokens", "action_mask", "logprobs", "rewards", "versions"):
+    for name in ("tokens", "action_mask", "logprobs", "rewards", "versions", "stale_mask"):
         assert getattr(one, name).tolist() == getattr(several, name).tolist()
 
 

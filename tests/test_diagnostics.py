@@ -29,6 +29,7 @@ def sub_trace(mask: str, episode: str = "e", position: int = 0) -> SubTrace:
         logprobs=zeros,
         rewards=zeros,
         versions=np.where(here, 0, -1).astype(np.int32),
+        stale_mask=np.zeros(len(mask), bool),
         summary_mask=np.zeros(len(mask), bool),
         episode_id=episode,
         position=position,

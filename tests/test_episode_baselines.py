@@ -53,6 +53,7 @@ def sub_traces_of(episode_id: str, rewards: Sequence[float], cuts: Sequence[int]
                 logprobs=np.zeros(len(mask), np.float32),
                 rewards=given_here,
                 versions=np.where(mask, 0, -1).astype(np.int32),
+                stale_mask=np.zeros(len(mask), np.bool_),
                 summary_mask=np.zeros(len(mask), np.bool_),
                 episode_id=episode_id,
                 position=position,

@@ -6,6 +6,7 @@ import ast
 import math
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ def trace(
         logprobs=placed(logprobs, 0, np.float32),
         rewards=np.zeros(len(mask), np.float32),
         versions=placed(versions, -1, np.int32),
+        stale_mask=np.zeros(len(mask), bool),
         summary_mask=np.zeros(len(mask), bool),
         episode_id=episode,
         position=0,
@@ -146,6 +148,17 @@ def test_staleness_by_hand() -> None:
     assert sum(shares.values()) == pytest.approx(1)
 
 
+def test_stale_tokens_are_counted_and_raise_no_alarm() -> None:
+    """Sampled at the trainer's version, but over older keys and values: the difference is no fault of the engine's."""
+    one = trace([0, 1, 1, 0, 1], [-1.0, -2.0, -3.0], [4, 5, 5])
+    stale = replace(one, stale_mask=np.array([False, False, True, False, False]))
+    old = {0: f32(JUNK, -1, -2.5, JUNK, -3.125)}
+    assert engine_metrics([one], old, 5)["policy/engine_logprob_diff_max"] == 0.5
+    assert engine_metrics([stale], old, 5)["policy/engine_logprob_diff_max"] == 0.125
+    assert staleness_metrics([one], 5)["weights/stale_fraction"] == 0
+    assert staleness_metrics([stale], 5)["weights/stale_fraction"] == pytest.approx(1 / 3)
+
+
 def test_a_token_from_the_future_is_refused() -> None:
     with pytest.raises(ValueError, match="weight version 6, the trainer has 5"):
         staleness_metrics([trace([0, 1, 1], None, [5, 6])], version=5)
@@ -237,10 +250,10 @@ ROLES = {
     "critic": {"critic/worker.py", "trainer/worker.py"},
 }
 POLICY = {
-    "loss", "clip_fraction", "ratio_mean", "ratio_max", "kl", "entropy", "nll", "grad_norm", "lr",
+    "loss", "clip_fraction", "ratio_mean", "ratio_max", "kl", "entropy", "nll", "grad_norm", "lr", "peak_memory_gb",
     *(f"gradient_share/{part}" for part in PARTS),
 }  # fmt: skip
-CRITIC = {"loss", "clip_fraction", "grad_norm", "lr"}
+CRITIC = {"loss", "clip_fraction", "grad_norm", "lr", "peak_memory_gb"}
 NO_METRICS = {"tokens", "sums", "maxima", "steps", "updates_done"}  # what divides them, and what carries them
 PHASES = {"rollout", "values", "update", "publish", "eval", "step", "other"}
 LITERAL = re.compile(r"\"((?:policy|critic|advantage|rollout|weights|eval|time|sft)/[a-z0-9_/]+)\"")

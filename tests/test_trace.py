@@ -20,6 +20,7 @@ def turn(prompt: list[int], output: list[int], agent: int = 0, kind: TurnKind = 
         output_ids=np.array(output, np.int32),
         logprobs=(-np.array(output) / 10).astype(np.float32),
         versions=np.full(len(output), version, np.int32),
+        stale_mask=np.array(output) % 2 == 1,
         finish_reason="stop",
         kind=kind,
         agent=agent,
@@ -44,6 +45,7 @@ def test_worked_example_of_the_docstring() -> None:
     assert first.action_mask.tolist() == [False, False, True, True, False, True, False, True, True]
     assert first.summary_mask.tolist() == [False] * 7 + [True, True]
     assert first.versions.tolist() == [-1, -1, 0, 0, -1, 1, -1, 2, 2]
+    assert np.flatnonzero(first.stale_mask).tolist() == [2, 8]  # of the odd ones, the sampled ones: 3 and 9
     assert first.logprobs == pytest.approx([0, 0, -0.3, -0.4, 0, -0.6, 0, -0.8, -0.9])
     assert (first.kind, first.position, first.successor) == (SubTraceKind.COMPACTED, 0, (1, 0))
     assert not first.rewards.any()
@@ -158,7 +160,7 @@ def test_rewards_of_turns_stand_on_their_last_tokens() -> None:
         (episode(replace(turn([1], []), reward=0.5)), "turn 0: reward 0.5 for a turn without output"),
         (episode(turn([1], [2]), parents=(-1, 2, 0)), r"parents\[1\]=2"),
         (episode(turn([1], [2], agent=1), parents=(-1, 0)), "root agent"),
-        (episode(replace(turn([1], [2]), logprobs=np.zeros(2, np.float32))), r"\(1, 2, 1\)"),
+        (episode(replace(turn([1], [2]), logprobs=np.zeros(2, np.float32))), r"\(1, 2, 1, 1\)"),
     ],
 )
 def test_bad_episodes_are_refused(broken: Episode, message: str) -> None:
@@ -182,6 +184,7 @@ def test_random_episodes(seed: int) -> None:
         assert not trace.logprobs[~trace.action_mask].any()
         assert set(trace.versions[~trace.action_mask].tolist()) <= {-1}
         assert not (trace.summary_mask & ~trace.action_mask).any()
+        assert not (trace.stale_mask & ~trace.action_mask).any()
         for index in np.flatnonzero(trace.action_mask):
             serial = trace.logprobs[index].item()
             assert serial not in contexts

@@ -1,4 +1,4 @@
-"""The group in which a trainer's rank 0 broadcasts weights to SGLang servers.
+"""The group in which a trainer's rank 0 broadcasts weights to SGLang servers, and the buckets they travel in.
 
 SGLang's side builds a process group beside the default one: a TCP store at the given address, wrapped in a PrefixStore
 of the group's name, and a group of that name on it. Both sides must agree on each of these, so this is the same
@@ -7,12 +7,39 @@ construction in torch.distributed alone; importing SGLang for it would cost a tr
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+import math
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 
 import torch
 from torch import distributed
 from torch.distributed import distributed_c10d as c10d
+
+from trainer.delta import Base
+
+BUCKET_BYTES = 1 << 29
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+Weight = tuple[str, str, list[int]]  # Hugging Face name, dtype, shape
+
+
+def buckets(weights: Sequence[Weight], limit: int = BUCKET_BYTES) -> list[list[Weight]]:
+    """Splits `weights` in order into buckets of at most `limit` bytes, or of one larger module.
+
+    The tensors of a module (all names but for the last two words equal: those of one attention, of one expert) stay
+    together: SGLang fuses some of them when it loads, and forgets a half that came alone.
+    """
+    found: list[list[Weight]] = []
+    full = 0  # bytes in the last bucket
+    for _, group in itertools.groupby(weights, lambda weight: weight[0].rsplit(".", 2)[0]):
+        members = list(group)
+        size = sum(_BYTES[dtype] * math.prod(shape) for _, dtype, shape in members)
+        if not found or full + size > limit:
+            found.append([])
+            full = 0
+        found[-1] += members
+        full += size
+    return found
 
 
 def join_update_group(
@@ -53,6 +80,33 @@ def broadcast(tensors: Iterable[torch.Tensor], group: distributed.ProcessGroup) 
     works = [distributed.broadcast(tensor.contiguous(), 0, group=group, async_op=True) for tensor in tensors]
     for work in works:
         work.wait()
+
+
+def send(
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    plan: Sequence[Sequence[Weight]],
+    group: distributed.ProcessGroup,
+    base: Base | None,
+    changes: bool,
+) -> int:
+    """Broadcasts named tensors in the buckets of `plan`, waiting once for each; returns bytes sent.
+
+    Whole tensors unless `changes` is asked for; `base` is told what was sent.
+    """
+    stream, sent = iter(tensors), 0
+    for bucket in plan:
+        names, found = zip(*itertools.islice(stream, len(bucket)), strict=True)
+        assert list(names) == [name for name, _, _ in bucket], (names[0], bucket[0])
+        if changes:
+            assert base is not None, "changes of what was never sent"
+            outgoing = base.encode(names, found)
+        else:
+            outgoing = [tensor.contiguous() for tensor in found]
+            if base is not None:
+                base.keep(names, found)
+        broadcast(outgoing, group)
+        sent += sum(tensor.nbytes for tensor in outgoing)
+    return sent
 
 
 def leave_update_group(group: distributed.ProcessGroup) -> None:

@@ -13,8 +13,9 @@ from torch import distributed as dist
 from buffer.types import Grid
 from trainer import losses
 from trainer.batching import MicroBatch
-from trainer.broadcast import broadcast, join_update_group
+from trainer.broadcast import Weight, buckets, join_update_group, send
 from trainer.config import Loss, PolicyConfig
+from trainer.delta import Base
 from trainer.fields import PARTS
 from trainer.losses import TokenLoss
 from trainer.megatron import hf
@@ -31,6 +32,7 @@ class PolicyWorker(MegatronWorker):
         super().__init__(settings)
         self.config = config
         self.update_group: Any = None
+        self.base: Base | None = None  # what the engines hold, where only changes are sent
 
     def logprobs(self, refs: Sequence[Any], grid: Grid) -> dict[int, Any]:
         """Log-probabilities under the present weights, float32 [T] a sub-trace."""
@@ -95,7 +97,7 @@ class PolicyWorker(MegatronWorker):
         """Supervised steps on the action tokens, one for each grid."""
         return self._update(refs, {}, grids, self._sft_loss)
 
-    def weight_names(self) -> list[tuple[str, str, list[int]]]:
+    def weight_names(self) -> list[Weight]:
         """(Hugging Face name, dtype, shape) of every tensor, in the order in which they are sent."""
         dtype = str(next(self.chunks[0].parameters()).dtype).removeprefix("torch.")
         return weight_shapes(self.shape, dtype)
@@ -105,14 +107,19 @@ class PolicyWorker(MegatronWorker):
         if dist.get_rank() == 0:
             self.update_group = join_update_group(host, port, 0, world_size, name, backend, timeout_s)
 
-    def send_weights(self) -> int:
-        """Broadcasts every tensor to the engines. All ranks call it (shards are gathered); returns bytes sent."""
-        sent = 0
-        for _, tensor in hf.export(self.models, self.shape):
-            if self.update_group is not None:
-                broadcast([tensor.contiguous()], self.update_group)
-                sent += tensor.numel() * tensor.element_size()
-        return sent
+    def send_weights(self, changes: bool = False, keep_base: bool = False) -> int:
+        """Broadcasts the weights to the engines, a bucket at a time (`buckets` of `weight_names`).
+
+        All ranks call it: shards are gathered on rank 0, where one bucket lies at a time. `changes`: only elements
+        that differ from what was sent last, which must have been told to `keep_base`. Returns bytes sent.
+        """
+        tensors = hf.export(self.models, self.shape)
+        if self.update_group is None:
+            deque(tensors, maxlen=0)  # takes part in the gathering
+            return 0
+        if keep_base and not changes:
+            self.base = Base()
+        return send(tensors, buckets(self.weight_names()), self.update_group, self.base, changes)
 
     def export(self, folder: str) -> None:
         """Writes a Hugging Face folder with the present weights (rank 0 writes, all ranks call)."""

@@ -63,6 +63,7 @@ def sub_trace(rng: np.random.Generator, num_tokens: int, vocab: int, name: str) 
         logprobs=np.where(mask, -np.log(vocab), 0.0).astype(np.float32),
         rewards=np.zeros(num_tokens, np.float32),
         versions=np.where(mask, 0, -1).astype(np.int32),
+        stale_mask=np.zeros(num_tokens, bool),
         summary_mask=np.zeros(num_tokens, bool),
         episode_id=name,
         position=0,

@@ -49,6 +49,7 @@ def traces_of(prompts: list[np.ndarray], answers: list[Any]) -> list[Any]:
                 logprobs=np.concatenate([lead, answer.logprobs]),
                 rewards=0.0 * mask.astype(np.float32),
                 versions=np.concatenate([lead.astype(np.int32) - 1, answer.versions]),
+                stale_mask=np.zeros(len(tokens), bool),
                 summary_mask=np.zeros(len(tokens), bool),
                 episode_id=f"e{number}",
                 position=0,
@@ -83,7 +84,7 @@ async def sample(client: Any, prompts: list[np.ndarray]) -> tuple[list[Any], flo
 
 async def publish(client: Any, worker: Any, version: int, pool: ThreadPoolExecutor) -> tuple[int, float]:
     """Bytes and seconds of one publication, as slime/weights.py does it."""
-    from slime.weights import buckets
+    from trainer.broadcast import buckets
 
     loop = asyncio.get_running_loop()
     began = time.perf_counter()

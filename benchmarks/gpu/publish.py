@@ -6,7 +6,7 @@ First NCCL alone, between two processes that see one GPU each, with NCCL_CUMEM_E
 engines and our trainers in themselves) and at 1. Where 0 fails here, both ends have to be set to 1.
 
 The trainer holds weights only (random ones); the path is the product's: the policy worker's `send_weights`, SGLang's
-update from a distributed group, buckets as slime/weights.py makes them.
+update from a distributed group, buckets of trainer/broadcast.py.
 """
 
 from __future__ import annotations

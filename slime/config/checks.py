@@ -332,6 +332,8 @@ def _shared_gpu(config: Config) -> Iterator[str]:
     if cluster.sharing is Sharing.all:
         counts["rollout.engine.num_engines"] = engine.num_engines
         counts["rollout.engine.tensor_parallel"] = engine.tensor_parallel
+        if engine.delta:
+            yield "rollout.engine.delta=true with cluster.sharing=all: engines lose their weights each step, use false"
         if config.buffer.slots != config.buffer.episodes_per_step:
             yield (
                 f"buffer.slots={config.buffer.slots} with cluster.sharing=all: engines stand still while a step is "

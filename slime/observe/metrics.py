@@ -67,8 +67,9 @@ def staleness_metrics(sub_traces: Sequence[SubTrace], version: int) -> dict[str,
     """Weight versions between a token's sampling and its training: lag_i = version - versions_i.
 
     `version`: that of the weights which the step starts from. lag_share_k is the share of action tokens with lag k,
-    0 <= k < 8, lag_share_8_up that of older ones; all nine are always there and sum to 1. ValueError: a token that
-    was sampled by weights newer than `version`, or no action token.
+    0 <= k < 8, lag_share_8_up that of older ones; all nine are always there and sum to 1. stale_fraction is that of
+    action tokens that were sampled over other weights' keys and values (stale_mask True). ValueError: a token that was
+    sampled by weights newer than `version`, or no action token.
     """
     lags = version - _flat(sub_traces, [trace.versions for trace in sub_traces]).astype(np.int64)
     if lags.min() < 0:
@@ -79,7 +80,9 @@ def staleness_metrics(sub_traces: Sequence[SubTrace], version: int) -> dict[str,
     counts = np.bincount(np.minimum(lags, LAG_BINS), minlength=LAG_BINS + 1)
     shares = {f"weights/lag_share_{k}": counts[k] / len(lags) for k in range(LAG_BINS)}
     shares[f"weights/lag_share_{LAG_BINS}_up"] = counts[LAG_BINS] / len(lags)
-    return _finite({"weights/lag_max": lags.max(), "weights/lag_mean": lags.mean(), **shares})
+    stale = _flat(sub_traces, [trace.stale_mask for trace in sub_traces])
+    found = {"weights/lag_max": lags.max(), "weights/lag_mean": lags.mean(), "weights/stale_fraction": stale.mean()}
+    return _finite({**found, **shares})
 
 
 def engine_metrics(
@@ -93,7 +96,7 @@ def engine_metrics(
                          (Schulman 2020, "Approximating KL Divergence"); holds staleness and arithmetic
         rho_min, rho_max smallest and largest rho_i
 
-    and over those i that were sampled at `version`, where staleness is none and only arithmetic is left:
+    and over those i that were sampled at `version` and are not stale (stale_mask), where only arithmetic is left:
 
         engine_logprob_diff_max, _mean   of |l_i|; without such tokens max is 0 and mean is left out
 
@@ -103,7 +106,8 @@ def engine_metrics(
     engine = _finite_logprobs(sub_traces, [trace.logprobs for trace in sub_traces], "the engine")
     trainer = _finite_logprobs(sub_traces, [old_logprobs[k] for k in range(len(sub_traces))], "the trainer")
     log_rho = trainer - engine
-    current = np.abs(log_rho[_flat(sub_traces, [trace.versions for trace in sub_traces]) == version])
+    same = [(trace.versions == version) & ~trace.stale_mask for trace in sub_traces]
+    current = np.abs(log_rho[_flat(sub_traces, same)])
     with np.errstate(over="ignore"):  # an infinite ratio is left out
         found = {
             "policy/engine_kl": (np.expm1(log_rho) - log_rho).mean(),
