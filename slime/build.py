@@ -21,8 +21,8 @@ from rollout.worker import RolloutSettings, RolloutWorker
 from slime.prepare import Prepared
 from slime.schema import Config
 from slime.weights import SharedGpuWeights, Weights
-from trainer.config import PolicyConfig
-from trainer.group import NoReference, PolicyGroup, WorkerGroup
+from trainer.config import Offload, PolicyConfig
+from trainer.group import NoReference, PolicyGroup, Turns, WorkerGroup
 from trainer.policy import PolicyWorker
 from trainer.worker import WorkerSettings
 
@@ -150,6 +150,14 @@ def build_weights(
     return Weights(policy, engines, "nccl" if config.cluster.gpus_per_node else "gloo", limit_s)
 
 
+def take_turns(config: Config, trainers: Sequence[WorkerGroup]) -> None:
+    """Roles that share a GPU work side by side, unless one of them leaves it for the others."""
+    if config.cluster.sharing is not Sharing.none and any(one.layout.offload is Offload.role for one in trainers):
+        turns = Turns()
+        for one in trainers:
+            one.turns = turns
+
+
 def build(config: Config, inputs: Prepared, run_dir: Path) -> Parts:
     """Starts everything side by side and waits until all of it answers."""
     limit_s = config.cluster.start_timeout_s
@@ -158,7 +166,9 @@ def build(config: Config, inputs: Prepared, run_dir: Path) -> Parts:
     reference = build_reference(config, inputs.model_folder)
     estimator = build_estimator(config, inputs.model_folder)
     frozen = [reference] if isinstance(reference, PolicyGroup) else []
-    starting = [role.start(limit_s) for role in (policy, *frozen, *estimator.roles)]
+    trainers: list[WorkerGroup] = [policy, *frozen, *estimator.roles]
+    take_turns(config, trainers)
+    starting = [role.start(limit_s) for role in trainers]
     buffer_class = ray.remote(BufferActor).options(num_cpus=0, max_concurrency=ASYNC_CALLS)
     buffer = buffer_class.remote(config.buffer, len(inputs.train_rows), config.seed)
     urls = ray.get([server.start.remote() for server in servers], timeout=limit_s)
@@ -168,6 +178,6 @@ def build(config: Config, inputs: Prepared, run_dir: Path) -> Parts:
         pending.result(limit_s)
     ray.get(ready, timeout=limit_s)
     engines = EngineGroup(urls, inputs.vocab_size, config.rollout.compaction.context_tokens, config.rollout.engine)
-    weights = build_weights(config, policy, engines, [policy, *frozen, *estimator.roles])
+    weights = build_weights(config, policy, engines, trainers)
     weights.connect()
     return Parts(buffer, rollout, engines, policy, reference, estimator, weights, servers, inputs.model_folder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
-from trainer.layout import refuse_layout
+from trainer.layout import Sizes, refuse_layout
 
 
 class Loss(str, Enum):
@@ -71,6 +71,14 @@ class Recompute(str, Enum):
     layer = "layer"  # every layer from its input: least memory, for the whole forward pass
 
 
+class Offload(str, Enum):
+    """What of a role lies in the host's memory while it is not needed; trainer/offload.py, docs/gpu.md."""
+
+    none = "none"
+    optimizer = "optimizer"  # fp32 weights and Adam's moments, but in optimizer steps
+    role = "role"  # these, and weights and gradients while the role has no work: for roles that share a GPU
+
+
 @dataclass
 class LayoutConfig:
     """How one role is spread over processes; the data-parallel size follows.
@@ -89,6 +97,7 @@ class LayoutConfig:
     precision: Precision = Precision.fp32
     max_tokens_per_micro_batch: int = 8192
     recompute: Recompute = Recompute.none
+    offload: Offload = Offload.none
 
     def __post_init__(self) -> None:
         refuse_layout(self)
@@ -96,7 +105,7 @@ class LayoutConfig:
     @property
     def row_size(self) -> int:
         """Processes that work on the same sequences."""
-        return self.tensor_parallel * self.pipeline_parallel * self.context_parallel
+        return Sizes.of(self).row_size
 
     @property
     def data_parallel(self) -> int:

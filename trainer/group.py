@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -17,6 +17,9 @@ from trainer.fields import policy_fields
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
+
+# What can be asked of a rank whose model is in the host's memory (trainer/offload.py); all else needs the device.
+WITHOUT_MODEL = frozenset({"address", "weight_names", "join_engines", "saved", "finish_save", "free_cache", "stop"})
 
 
 class Answer(Protocol[T_co]):
@@ -47,6 +50,11 @@ class Pending(Generic[T]):
 
     def result(self, timeout_s: float | None = None) -> T:
         """Waits. TimeoutError names the ranks that are missing; a rank's own error passes through, at once."""
+        self.wait(timeout_s)
+        return self._finish(ray.get(self._refs, timeout=60))
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Until all ranks have answered; errors as of `result`."""
         limit = timeout_s or self._group.timeout_s
         late, deadline = list(self._refs), time.monotonic() + limit
         while late and (left_s := deadline - time.monotonic()) > 0:
@@ -55,7 +63,25 @@ class Pending(Generic[T]):
         if late:
             ranks = sorted({self._refs.index(ref) % len(self._group.actors) for ref in late})
             raise TimeoutError(f"{self._group.name}.{self._method}: no answer from ranks {ranks} in {limit:.0f} s")
-        return self._finish(ray.get(self._refs, timeout=60))
+
+
+class Turns:
+    """Of roles on the same GPU, whose memory is there only while they work: one works at a time.
+
+    A role's call waits until what was asked of another one is answered. Its errors are raised there.
+    """
+
+    def __init__(self) -> None:
+        self._last: tuple[WorkerGroup, Pending[Any]] | None = None
+
+    def wait(self, group: WorkerGroup) -> None:
+        """Until it is the group's turn."""
+        if self._last is not None and self._last[0] is not group:
+            self._last[1].wait()
+
+    def taken(self, group: WorkerGroup, asked: Pending[Any]) -> None:
+        """The group works on what it was asked."""
+        self._last = group, asked
 
 
 class WorkerGroup:
@@ -66,18 +92,28 @@ class WorkerGroup:
         self.actors = list(actors)
         self.layout = layout
         self.timeout_s = timeout_s
+        self.turns: Turns | None = None  # shared with the other roles on its GPU
         self._quadratic = QUADRATIC
+
+    def _ask(self, method: str, calls: Iterable[tuple[Any, ...]], finish: Callable[[list[Any]], T]) -> Pending[T]:
+        """Calls a method of every rank, once for each tuple of arguments."""
+        turns = None if method in WITHOUT_MODEL else self.turns
+        if turns:
+            turns.wait(self)
+        refs = [getattr(actor, method).remote(*arguments) for arguments in calls for actor in self.actors]
+        asked = Pending(self, method, refs, finish)
+        if turns:
+            turns.taken(self, asked)
+        return asked
 
     def submit(self, method: str, *args: Any) -> Pending[list[Any]]:
         """Asks every rank; the result is their answers in rank order."""
-        refs = [getattr(actor, method).remote(*args) for actor in self.actors]
-        return Pending(self, method, refs, list)
+        return self._ask(method, [args], list)
 
     def start(self, timeout_s: float) -> Pending[list[Any]]:
         """Lets the ranks meet at rank 0 and build their shards."""
         host, port = ray.get(self.actors[0].address.remote(), timeout=timeout_s)
-        refs = [actor.start.remote(host, port) for actor in self.actors]
-        return Pending(self, "start", refs, self._started)
+        return self._ask("start", [(host, port)], self._started)
 
     def _started(self, hidden_sizes: list[int]) -> list[int]:
         self._quadratic = 1 / (12 * hidden_sizes[0])  # see buffer/packing.py
@@ -93,8 +129,7 @@ class WorkerGroup:
         """Forward only: float32 [T] of each sub-trace, by its index in the batch."""
         grid = self.grid(range(len(batch.items)), [item.num_tokens for item in batch.items])
         refs = [item.ref for item in batch.items]
-        calls = [getattr(actor, method).remote(refs, grid) for actor in self.actors]
-        return Pending(self, method, calls, lambda parts: {i: out for part in parts for i, out in part.items()})
+        return self._ask(method, [(refs, grid)], lambda parts: {i: out for part in parts for i, out in part.items()})
 
     def minibatch_grids(self, batch: Batch, num_minibatches: int, rng: np.random.Generator) -> list[Grid]:
         """One grid for each optimizer step of an epoch: whole episodes, shuffled."""
@@ -104,11 +139,7 @@ class WorkerGroup:
     def train(self, batch: Batch, epochs: Sequence[tuple[Mapping[str, Any], list[Grid]]]) -> Pending[dict[str, float]]:
         """Epochs of optimizer steps; the result is per-token means and means over the optimizer steps."""
         refs = [item.ref for item in batch.items]
-        calls = []
-        for fields, grids in epochs:
-            shared = ray.put(fields)
-            calls += [actor.update.remote(refs, shared, grids) for actor in self.actors]
-        return Pending(self, "update", calls, reduced)
+        return self._ask("update", ((refs, ray.put(fields), grids) for fields, grids in epochs), reduced)
 
 
 class PolicyGroup(WorkerGroup):
@@ -125,7 +156,7 @@ class PolicyGroup(WorkerGroup):
     def imitate(self, batch: Batch, grid: Grid) -> Pending[dict[str, float]]:
         """One supervised optimizer step on a batch."""
         refs = [item.ref for item in batch.items]
-        return Pending(self, "imitate", [actor.imitate.remote(refs, [grid]) for actor in self.actors], reduced)
+        return self._ask("imitate", [(refs, [grid])], reduced)
 
     def update(
         self,

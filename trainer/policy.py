@@ -20,6 +20,7 @@ from trainer.fields import PARTS
 from trainer.losses import TokenLoss
 from trainer.megatron import hf
 from trainer.megatron.models.mapping import weight_shapes
+from trainer.offload import Part, needs
 from trainer.worker import Fields, MegatronWorker, WorkerSettings
 
 Sums = dict[str, torch.Tensor]
@@ -107,6 +108,7 @@ class PolicyWorker(MegatronWorker):
         if dist.get_rank() == 0:
             self.update_group = join_update_group(host, port, 0, world_size, name, backend, timeout_s)
 
+    @needs(Part.weights)
     def send_weights(self, changes: bool = False, keep_base: bool = False) -> int:
         """Broadcasts the weights to the engines, a bucket at a time (`buckets` of `weight_names`).
 
@@ -121,6 +123,7 @@ class PolicyWorker(MegatronWorker):
             self.base = Base()
         return send(tensors, buckets(self.weight_names()), self.update_group, self.base, changes)
 
+    @needs(Part.weights)
     def export(self, folder: str) -> None:
         """Writes a Hugging Face folder with the present weights (rank 0 writes, all ranks call)."""
         weights = hf.export(self.models, self.shape)

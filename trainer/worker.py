@@ -9,6 +9,7 @@ knows neither. Its caller is unknown to it: all it needs comes in as arguments.
 
 from __future__ import annotations
 
+import resource
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,7 @@ from trainer.batching import MicroBatch, length_multiples, micro_batch, per_sub_
 from trainer.config import LayoutConfig, OptimizerConfig
 from trainer.layout import check_layout
 from trainer.megatron import cpu
+from trainer.offload import Part, Residence, needs
 
 cpu.enable()
 
@@ -87,12 +89,14 @@ class MegatronWorker:
         if s.frozen:
             for chunk in self.chunks:
                 chunk.requires_grad_(False)
+            self.residence = Residence(s.layout.offload, self.chunks, None)
             return self.shape.hidden
         optimizer.freeze(self.chunks, hf.named(self.chunks), self._parameter_names(), self.freeze)
         self.chunks = optimizer.wrap_ddp(self.chunks)
         self.optimizer = optimizer.build_optimizer(self.chunks, s.optimizer, s.layout.precision)
         self.chunks[0].config.finalize_model_grads_func = finalize_model_grads
         self.chunks[0].config.grad_scale_func = self.optimizer.scale_loss
+        self.residence = Residence(s.layout.offload, self.chunks, self.optimizer)
         return self.shape.hidden
 
     def _read_weights(self, models: Sequence[torch.nn.Module]) -> None:
@@ -167,6 +171,7 @@ class MegatronWorker:
             collect_non_loss_data=loss is None,
         )
 
+    @needs(Part.weights)
     def predict(self, refs: Sequence[Any], grid: Grid) -> dict[int, Float32]:
         """Forward only: float32 [T] for each sub-trace of this rank's row (empty on ranks that do not speak)."""
         row = self._own_row(grid)
@@ -191,6 +196,7 @@ class MegatronWorker:
         dist.all_gather(parts, out_P.contiguous(), group=group)
         return torch.cat(parts)
 
+    @needs(Part.weights, Part.gradients)
     def _update(self, refs: Sequence[Any], fields: Fields, grids: Sequence[Grid], loss: LossFunction) -> dict[str, Any]:
         """One optimizer step for each grid. Returns sums and maxima over this rank's tokens, lists over the steps."""
         sums: dict[str, float] = {}
@@ -206,7 +212,8 @@ class MegatronWorker:
                 chunk.zero_grad_buffer()
             self.optimizer.zero_grad()
             found = self._run(list(self._micro_batches(row, sub_traces, fields)), loss)
-            done, grad_norm, _ = self.optimizer.step()
+            with self.residence.present(Part.state):
+                done, grad_norm, _ = self.optimizer.step()
             if not done or not grad_norm < float("inf"):
                 raise RuntimeError(f"optimizer step {self.updates_done}: gradient norm {grad_norm} is not finite")
             self.updates_done += 1
@@ -217,10 +224,12 @@ class MegatronWorker:
                     sums[name] = sums.get(name, 0.0) + float(number)
                 for name, number in of_maxima.items():
                     maxima[name] = max(maxima.get(name, float("-inf")), float(number))
+        optimizer.gather_weights(self.chunks)
         if not self._counts:
             sums, maxima = {}, {}
-        return {"sums": sums, "maxima": maxima, "steps": steps}
+        return {"sums": sums, "maxima": maxima | {"peak_memory_gb": peak_memory_gb()}, "steps": steps}
 
+    @needs(*Part)
     def save(self, folder: str) -> float:
         """Takes weights, optimizer state and generators as they are now and writes them in the background.
 
@@ -238,6 +247,7 @@ class MegatronWorker:
         """On rank 0: makes the files of all ranks one checkpoint."""
         self.writing.finish(of_ranks)
 
+    @needs(*Part)
     def load(self, folder: str) -> None:
         """Reads what `save` wrote, in this or another layout. ValueError: see `checkpoint.load`."""
         self.updates_done = checkpoint.load(Path(folder), self.chunks, self.optimizer)
@@ -252,6 +262,15 @@ class MegatronWorker:
         # with the groups and their threads on it.
         self.chunks[0].config.grad_scale_func = None
         model.leave_process()
+
+
+def peak_memory_gb() -> float:
+    """Most memory this process has held, in 1e9 bytes: on its GPU since the last call, on a CPU since its start."""
+    if not torch.cuda.is_available():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024e-9  # Linux counts in KiB
+    peak = torch.cuda.max_memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    return peak * 1e-9
 
 
 def fetch(refs: Sequence[Any], row: Sequence[Sequence[int]]) -> dict[int, SubTrace]:

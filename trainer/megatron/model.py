@@ -145,6 +145,8 @@ class ScoringGPT(GPTModel):
             hidden_states = gather_from_sequence_parallel_region(hidden_states)
         else:
             hidden_states = copy_to_tensor_model_parallel_region(hidden_states)
+        for before_forward in self.output_layer._forward_pre_hooks.values():
+            before_forward(self.output_layer, ())  # its weights may still be on their way here; it is not called itself
         shared = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if shared else self.output_layer.weight
         group = parallel_state.get_tensor_model_parallel_group()

@@ -18,6 +18,7 @@ from trainer.megatron import cpu
 cpu.enable()
 
 import megatron.core.optimizer as megatron_optimizer  # noqa: E402
+from megatron.core import parallel_state  # noqa: E402
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig  # noqa: E402
 from megatron.core.optimizer import (  # noqa: E402
     ParamKey,
@@ -28,6 +29,8 @@ from megatron.core.optimizer import (  # noqa: E402
 )
 
 from trainer.megatron.model import DTYPES  # noqa: E402
+
+BUCKET_SIZE: int | None = None  # parameters that travel together; None: megatron-core's 40 million or more
 
 
 class GroupStepAdam(torch.optim.Optimizer):
@@ -133,9 +136,36 @@ def _likeness(name: str, pattern: str) -> float:
 
 
 def wrap_ddp(models: Sequence[Any]) -> list[DistributedDataParallel]:
-    """Megatron data parallelism around each of this rank's chunks, with gradients summed in fp32."""
-    settings = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
-    return [DistributedDataParallel(model.config, settings, model) for model in models]
+    """Megatron data parallelism around each of this rank's chunks, with gradients summed in fp32.
+
+    Where several ranks sum gradients, a bucket of them is on its way while those of earlier layers are computed. On
+    pipeline stages but the first, and in virtual stages but the first, all are one bucket: they have time. After an
+    optimizer step the next forward pass gathers the weights, a bucket ahead of the layers that read them: so
+    `gather_weights` before anything but a forward pass reads them.
+    """
+    several = parallel_state.get_data_parallel_world_size(with_context_parallel=True) > 1
+    settings = DistributedDataParallelConfig(
+        use_distributed_optimizer=True,
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=several,
+        overlap_param_gather=several,
+        bucket_size=BUCKET_SIZE,
+    )
+    chunks = [
+        DistributedDataParallel(model.config, settings, model, disable_bucketing=number > 0)
+        for number, model in enumerate(models)
+    ]
+    if several:  # gradients are on their way once all micro-batches are in them
+        each = [chunk.no_sync for chunk in chunks]
+        chunks[0].config.no_sync_func = each if len(each) > 1 else each[0]
+    return chunks
+
+
+def gather_weights(chunks: Sequence[DistributedDataParallel]) -> None:
+    """Makes all weights on all ranks those of the last optimizer step; all ranks call it."""
+    for chunk in chunks:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
 
 
 def build_optimizer(chunks: Sequence[DistributedDataParallel], config: OptimizerConfig, precision: Precision) -> Any:

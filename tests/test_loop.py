@@ -1,0 +1,78 @@
+"""The order of a training step: what has processes of its own is asked before anything is waited for."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from roles import batch_of, sub_trace
+
+from buffer.types import Targets
+from critic.estimators import Judged
+from slime import loop
+from slime.config import load
+
+STATS = ("reward", "seconds", "engine_seconds", "tokens_generated", "compactions", "compacted", "turns", "truncated")
+
+
+class Role:
+    """Stands where a group of processes would, and notes when it is asked and when it is waited for."""
+
+    def __init__(self, name: str, events: list[str], says: dict[str, Any]) -> None:
+        self._name, self._events, self._says = name, events, says
+
+    def __getattr__(self, method: str) -> Any:
+        if method not in self._says:
+            raise AttributeError(method)
+        what = f"{self._name}.{method}"
+
+        def ask(*arguments: Any) -> Any:
+            def result() -> Any:
+                self._events.append(f"wait {what}")
+                return self._says[method]
+
+            self._events.append(f"ask {what}")
+            return SimpleNamespace(result=result)
+
+        return ask
+
+
+def test_roles_work_side_by_side_and_weights_are_published_after_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    rng = np.random.default_rng(0)
+    traces = [sub_trace(rng, 20, episode) for episode in range(4)]
+    batch = batch_of(traces)
+    object.__setattr__(batch, "episodes", tuple({name: 1.0 for name in STATS} for _ in traces))
+    scores = {i: trace.logprobs for i, trace in enumerate(traces)}
+    targets = [Targets(*(np.zeros(20, np.float32) for _ in range(3))) for _ in traces]
+
+    def judged(*rest: Any) -> Judged:
+        events.append("targets")
+        return Judged(targets, {})
+
+    estimator: Any = Role("critic", events, {"ask": scores, "update": {"loss": 0.0}})
+    estimator.targets = judged
+    policy = Role("policy", events, {"logprobs": scores, "update": {"loss": 0.0}})
+    note = lambda what: lambda *rest: events.append(what)  # noqa: E731
+    parts: Any = SimpleNamespace(
+        buffer=SimpleNamespace(release=SimpleNamespace(remote=note("release"))),
+        policy=policy,
+        reference=Role("reference", events, {"logprobs": {}}),
+        estimator=estimator,
+        weights=SimpleNamespace(version=0, lend_memory=lambda: None, publish=note("publish")),
+    )
+    monkeypatch.setattr(loop, "take", lambda *rest: (batch, traces))
+    monkeypatch.setattr("ray.get", lambda refs, timeout: refs)
+    watch: Any = SimpleNamespace(phase=lambda name: None, sample=lambda *rest: None)
+    config = load(["recipe=ppo_coding", "policy.max_logprob_diff=1"], None).config
+    loop.train_step(config, parts, watch, 1, evaluating=False)
+    forward = {"critic.ask", "policy.logprobs", "reference.logprobs"}
+    updates = {"critic.update", "policy.update"}
+    assert set(events[:3]) == {f"ask {one}" for one in forward}
+    assert set(events[3:6]) == {f"wait {one}" for one in forward}
+    assert events[6] == "targets"
+    assert set(events[7:9]) == {f"ask {one}" for one in updates}
+    assert set(events[9:11]) == {f"wait {one}" for one in updates}
+    assert events[11:] == ["publish", "release"]

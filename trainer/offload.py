@@ -1,0 +1,181 @@
+"""What a role keeps on its device only while it works with it: bytes go to host memory and come back.
+
+    weights     parameters, and what else the model keeps        away while the role has no work   (offload: role)
+    gradients   of all parameters, in fp32                       away but in updates               (offload: role)
+    state       fp32 weights and Adam's moments                  away but in optimizer steps       (offload: optimizer)
+
+Memory is emptied in place: every tensor and every view of it that megatron-core holds stays the object that it was,
+and has its values again when the bytes are back. Gradients are not kept; they come back as zeros.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from enum import Enum
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+
+import torch
+
+from trainer.config import Offload
+
+PIECE = 1 << 28  # bytes: host memory that a device reads directly comes in powers of two
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Part(Enum):
+    """Of a role's memory."""
+
+    weights = "weights"
+    gradients = "gradients"
+    state = "state"
+
+
+AWAY = {  # outside of the work that needs them
+    Offload.none: frozenset[Part](),
+    Offload.optimizer: frozenset({Part.state}),
+    Offload.role: frozenset(Part),
+}
+
+
+class Shelf:
+    """Host memory for the contents of storages, which are empty meanwhile."""
+
+    def __init__(self) -> None:
+        self._kept: list[tuple[torch.UntypedStorage, int, list[torch.Tensor]]] = []
+
+    def put(self, storages: Sequence[torch.UntypedStorage], keep: bool = True) -> None:
+        """Takes the bytes of storages (without `keep` only their sizes) and empties them. The shelf must be free."""
+        assert not self._kept, "the shelf is taken"
+        for storage in storages:
+            size, pieces = storage.nbytes(), []
+            if keep:
+                for part in _bytes(storage).split(PIECE):
+                    pieces.append(torch.empty(part.shape, dtype=torch.uint8, pin_memory=storage.device.type == "cuda"))
+                    pieces[-1].copy_(part, non_blocking=True)
+            self._kept.append((storage, size, pieces))
+        _finish_copies()
+        for storage, _, _ in self._kept:
+            storage.resize_(0)
+
+    def give_back(self) -> None:
+        """Fills the storages again: with what they had, or with zeros."""
+        for storage, size, pieces in self._kept:
+            storage.resize_(size)
+            if not pieces:
+                _bytes(storage).zero_()
+                continue
+            for part, piece in zip(_bytes(storage).split(PIECE), pieces, strict=True):
+                part.copy_(piece, non_blocking=True)
+        _finish_copies()
+        self._kept = []
+
+
+def _bytes(storage: torch.UntypedStorage) -> torch.Tensor:
+    """uint8 view of a whole storage."""
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+
+
+def _finish_copies() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def storages(tensors: Iterable[torch.Tensor], but: Iterable[torch.Tensor] = ()) -> list[torch.UntypedStorage]:
+    """The memory behind tensors, each once, without that of the tensors `but`; none that is empty."""
+    seen = {0, *(tensor.untyped_storage().data_ptr() for tensor in but)}
+    found = []
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            found.append(storage)
+    return found
+
+
+def weights_of(chunks: Sequence[Any]) -> list[torch.Tensor]:
+    """Parameters and buffers of a rank's model chunks, which may be wrapped for data parallelism."""
+    models = [getattr(chunk, "module", chunk) for chunk in chunks]
+    return [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
+
+
+def gradients_of(chunks: Sequence[Any]) -> list[torch.Tensor]:
+    """The buffers into which megatron-core sums gradients; none for bare models."""
+    wrapped = [chunk for chunk in chunks if hasattr(chunk, "module")]
+    return [buffer.grad_data for chunk in wrapped for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+
+
+def state_of(optimizer: Any) -> list[torch.Tensor]:
+    """What Megatron's optimizer steps on and what it remembers. In fp32 it steps on views of the weights."""
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    inner = [part.optimizer for part in parts if getattr(part, "optimizer", None) is not None]
+    steps_on = [parameter for one in inner for group in one.param_groups for parameter in group["params"]]
+    remembers = [value for one in inner for of_one in one.state.values() for value in of_one.values()]
+    return [tensor for tensor in (*steps_on, *remembers) if isinstance(tensor, torch.Tensor)]
+
+
+class Residence:
+    """Which parts of a rank's memory are on its device. Made when all are; from then on some are away."""
+
+    def __init__(self, offload: Offload, chunks: Sequence[Any], optimizer: Any | None) -> None:
+        """`optimizer`: None of a frozen role."""
+        self._chunks = chunks
+        self._optimizer = optimizer
+        self._shelves = {part: Shelf() for part in Part}
+        self._goes = AWAY[offload]
+        self.away: frozenset[Part] = frozenset()
+        self._send_away(self._goes)
+
+    @contextmanager
+    def present(self, *parts: Part) -> Iterator[None]:
+        """The parts are on the device inside the block; those that were before it stay there after it."""
+        wanted = self.away.intersection(parts)
+        for part in Part:
+            if part in wanted:
+                self._shelves[part].give_back()
+        self.away -= wanted
+        try:
+            yield
+        finally:
+            self._send_away(wanted)
+
+    def _send_away(self, parts: frozenset[Part]) -> None:
+        for part in Part:
+            if part in parts:
+                self._shelves[part].put(self._storages(part), keep=part is not Part.gradients)
+        self.away |= parts
+        if Part.weights in parts and torch.cuda.is_available():
+            torch.cuda.empty_cache()  # for the other processes on the GPU
+
+    def _storages(self, part: Part) -> list[torch.UntypedStorage]:
+        if part is Part.weights:
+            return storages(weights_of(self._chunks))
+        if part is Part.gradients:
+            return storages(gradients_of(self._chunks))
+        if self._optimizer is None:
+            return []
+        return storages(state_of(self._optimizer), but=weights_of(self._chunks))
+
+
+class HasResidence(Protocol):
+    residence: Residence
+
+
+W = TypeVar("W", bound=HasResidence)
+
+
+def needs(*parts: Part) -> Callable[[Callable[Concatenate[W, P], T]], Callable[Concatenate[W, P], T]]:
+    """Of a worker's method: these parts are on the device while it runs."""
+
+    def decorate(method: Callable[Concatenate[W, P], T]) -> Callable[Concatenate[W, P], T]:
+        @functools.wraps(method)
+        def inside(self: W, /, *args: P.args, **kwargs: P.kwargs) -> T:
+            with self.residence.present(*parts):
+                return method(self, *args, **kwargs)
+
+        return inside
+
+    return decorate
