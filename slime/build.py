@@ -41,6 +41,7 @@ class Parts:
     estimator: Estimator
     weights: Weights
     servers: list[Any]
+    trainers: list[WorkerGroup]  # all groups of processes that hold a model, a frozen one among them
     model_folder: Path  # what the run started from
 
     @property
@@ -180,4 +181,6 @@ def build(config: Config, inputs: Prepared, run_dir: Path) -> Parts:
     engines = EngineGroup(urls, inputs.vocab_size, config.rollout.compaction.context_tokens, config.rollout.engine)
     weights = build_weights(config, policy, engines, trainers)
     weights.connect()
-    return Parts(buffer, rollout, engines, policy, reference, estimator, weights, servers, inputs.model_folder)
+    return Parts(
+        buffer, rollout, engines, policy, reference, estimator, weights, servers, trainers, inputs.model_folder
+    )

@@ -96,6 +96,8 @@ def train_step(config: Config, parts: Parts, watch: Watch, step: int, evaluating
         metrics |= {f"policy/{name}": number for name, number in updating[1].result().items()}
     with clock.phase("publish"):
         parts.weights.publish(step)
+    for role in parts.trainers:
+        metrics |= role.peak_memory()
     metrics["weights/version"] = float(parts.weights.version)
     watch.sample(step, "train", batch, sub_traces, judged.targets)
     if evaluating:  # before the release: synchronous engines then serve the evaluation alone

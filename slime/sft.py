@@ -68,7 +68,8 @@ def run(config: Config, inputs: Prepared, run_dir: Path, view: View, tracker: Tr
         grid = policy.grid(range(len(batch.items)), [item.num_tokens for item in batch.items])
         found = policy.imitate(batch, grid).result()
         done = time.perf_counter()
-        metrics = {f"policy/{name}": number for name, number in found.items()} | {
+        metrics = {f"policy/{name}": number for name, number in found.items()} | policy.peak_memory()
+        metrics |= {
             "sft/tokens": float(batch.num_tokens),
             "time/rollout_s": waited - began,
             "time/update_s": done - waited,

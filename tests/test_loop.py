@@ -56,18 +56,20 @@ def test_roles_work_side_by_side_and_weights_are_published_after_both(monkeypatc
     estimator.targets = judged
     policy = Role("policy", events, {"logprobs": scores, "update": {"loss": 0.0}})
     note = lambda what: lambda *rest: events.append(what)  # noqa: E731
+    memory = lambda name: SimpleNamespace(peak_memory=lambda: {f"{name}/peak_memory_gb": 1.0})  # noqa: E731
     parts: Any = SimpleNamespace(
         buffer=SimpleNamespace(release=SimpleNamespace(remote=note("release"))),
         policy=policy,
         reference=Role("reference", events, {"logprobs": {}}),
         estimator=estimator,
+        trainers=[memory("policy"), memory("reference")],
         weights=SimpleNamespace(version=0, lend_memory=lambda: None, publish=note("publish")),
     )
     monkeypatch.setattr(loop, "take", lambda *rest: (batch, traces))
     monkeypatch.setattr("ray.get", lambda refs, timeout: refs)
     watch: Any = SimpleNamespace(phase=lambda name: None, sample=lambda *rest: None)
     config = load(["recipe=ppo_coding", "policy.max_logprob_diff=1"], None).config
-    loop.train_step(config, parts, watch, 1, evaluating=False)
+    metrics = loop.train_step(config, parts, watch, 1, evaluating=False)
     forward = {"critic.ask", "policy.logprobs", "reference.logprobs"}
     updates = {"critic.update", "policy.update"}
     assert set(events[:3]) == {f"ask {one}" for one in forward}
@@ -76,3 +78,4 @@ def test_roles_work_side_by_side_and_weights_are_published_after_both(monkeypatc
     assert set(events[7:9]) == {f"ask {one}" for one in updates}
     assert set(events[9:11]) == {f"wait {one}" for one in updates}
     assert events[11:] == ["publish", "release"]
+    assert {name for name in metrics if "memory" in name} == {"policy/peak_memory_gb", "reference/peak_memory_gb"}

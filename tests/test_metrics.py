@@ -250,10 +250,10 @@ ROLES = {
     "critic": {"critic/worker.py", "trainer/worker.py"},
 }
 POLICY = {
-    "loss", "clip_fraction", "ratio_mean", "ratio_max", "kl", "entropy", "nll", "grad_norm", "lr", "peak_memory_gb",
+    "loss", "clip_fraction", "ratio_mean", "ratio_max", "kl", "entropy", "nll", "grad_norm", "lr",
     *(f"gradient_share/{part}" for part in PARTS),
 }  # fmt: skip
-CRITIC = {"loss", "clip_fraction", "grad_norm", "lr", "peak_memory_gb"}
+CRITIC = {"loss", "clip_fraction", "grad_norm", "lr"}
 NO_METRICS = {"tokens", "sums", "maxima", "steps", "updates_done"}  # what divides them, and what carries them
 PHASES = {"rollout", "values", "update", "publish", "eval", "step", "other"}
 LITERAL = re.compile(r"\"((?:policy|critic|advantage|rollout|weights|eval|time|sft)/[a-z0-9_/]+)\"")
@@ -286,6 +286,7 @@ def logged() -> set[str]:
         *critic_metrics([one], targets),
         *(f"policy/{name}" for name in POLICY),
         *(f"critic/{name}" for name in CRITIC),
+        *(f"{role}/peak_memory_gb" for role in ("policy", "reference", "critic")),
         *(f"time/{name}_s" for name in PHASES),
     }
     for path in ("slime/loop.py", "slime/train.py", "slime/sft.py", "critic/estimators.py"):

@@ -242,8 +242,9 @@ def trained(
             seen.extend(ray.get([actor.__ray_call__.remote(sizes) for actor in group.actors], timeout=60))
 
         def update(seed: int) -> dict[str, float]:
-            found = group.update(batch, traces, targets, old, {}, ones, np.random.default_rng(seed)).result()
-            return {name: number for name, number in found.items() if name != "peak_memory_gb"}
+            metrics: dict[str, float]
+            metrics = group.update(batch, traces, targets, old, {}, ones, np.random.default_rng(seed)).result()
+            return metrics
 
         look()
         old = group.logprobs(batch).result()

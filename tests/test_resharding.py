@@ -58,10 +58,10 @@ def role(folder: Path, layout: LayoutConfig) -> Any:
 
 
 def train(group: Any, traces: list[SubTrace]) -> dict[str, float]:
-    """One supervised step on all sub-traces: its metrics, but for the memory, which no two processes share."""
+    """One supervised step on all sub-traces: its metrics."""
     grid = group.grid(range(len(traces)), [len(trace.tokens) for trace in traces])
     metrics: dict[str, float] = group.imitate(batch_of(traces), grid).result()
-    return {name: number for name, number in metrics.items() if name != "peak_memory_gb"}
+    return metrics
 
 
 def uninterrupted(folder: Path, traces: list[SubTrace], first: Path, steps: int) -> list[dict[str, float]]:

@@ -78,7 +78,7 @@ class Diary:
         (
             0,
             [
-                *("publish 0", "play", "evaluate 0", "log 0 with pass rate", "train 1", "check"),
+                *("publish 0", "verify", "play", "evaluate 0", "log 0 with pass rate", "train 1", "check"),
                 *("log 1", "train 2", "check", "log 2", "save 2", "train 3", "evaluate 3", "check"),
                 *("log 3 with pass rate", "train 4", "check", "log 4", "save 4", "train 5", "evaluate 5", "check"),
                 *("log 5 with pass rate", "export", "save 5"),
@@ -86,7 +86,10 @@ class Diary:
         ),
         (
             4,
-            ["load", "publish 4", "play", "train 5", "evaluate 5", "check", "log 5 with pass rate", "export", "save 5"],
+            [
+                *("load", "publish 4", "verify", "play", "train 5", "evaluate 5", "check"),
+                *("log 5 with pass rate", "export", "save 5"),
+            ],
         ),
     ],
 )
@@ -99,7 +102,7 @@ def test_order_of_a_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, begin: 
     monkeypatch.setattr(checkpoint, "Checkpoints", lambda run_dir, parts, keep: nullcontext(diary))
     monkeypatch.setattr(checkpoint, "load", lambda run_dir, parts: note("load") or begin)
     parts: Any = SimpleNamespace(
-        weights=SimpleNamespace(publish=lambda version: note(f"publish {version}")),
+        weights=SimpleNamespace(publish=lambda version: note(f"publish {version}"), verify=lambda: note("verify")),
         rollout=SimpleNamespace(run=lambda buffer: note("play")),
         buffer=None,
         estimator=SimpleNamespace(roles=[]),

@@ -19,7 +19,9 @@ T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
 # What can be asked of a rank whose model is in the host's memory (trainer/offload.py); all else needs the device.
-WITHOUT_MODEL = frozenset({"address", "weight_names", "join_engines", "saved", "finish_save", "free_cache", "stop"})
+WITHOUT_MODEL = frozenset(
+    {"address", "weight_names", "join_engines", "saved", "finish_save", "free_cache", "peak_memory_gb", "stop"}
+)
 
 
 class Answer(Protocol[T_co]):
@@ -130,6 +132,10 @@ class WorkerGroup:
         grid = self.grid(range(len(batch.items)), [item.num_tokens for item in batch.items])
         refs = [item.ref for item in batch.items]
         return self._ask(method, [(refs, grid)], lambda parts: {i: out for part in parts for i, out in part.items()})
+
+    def peak_memory(self) -> dict[str, float]:
+        """The metric `<role>/peak_memory_gb`: of the rank that has the most (`MegatronWorker.peak_memory_gb`)."""
+        return {f"{self.name}/peak_memory_gb": max(self.submit("peak_memory_gb").result())}
 
     def minibatch_grids(self, batch: Batch, num_minibatches: int, rng: np.random.Generator) -> list[Grid]:
         """One grid for each optimizer step of an epoch: whole episodes, shuffled."""

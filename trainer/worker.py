@@ -227,7 +227,7 @@ class MegatronWorker:
         optimizer.gather_weights(self.chunks)
         if not self._counts:
             sums, maxima = {}, {}
-        return {"sums": sums, "maxima": maxima | {"peak_memory_gb": peak_memory_gb()}, "steps": steps}
+        return {"sums": sums, "maxima": maxima, "steps": steps}
 
     @needs(*Part)
     def save(self, folder: str) -> float:
@@ -252,25 +252,22 @@ class MegatronWorker:
         """Reads what `save` wrote, in this or another layout. ValueError: see `checkpoint.load`."""
         self.updates_done = checkpoint.load(Path(folder), self.chunks, self.optimizer)
 
+    def peak_memory_gb(self) -> float:
+        """Most memory this process has held, in 1e9 bytes: on its GPU since the last call, on a CPU since its start."""
+        if not torch.cuda.is_available():
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024e-9  # Linux counts in KiB
+        peak = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return peak * 1e-9
+
     def free_cache(self) -> None:
         """Gives GPU memory that is not in use back to the other processes on the GPU."""
         torch.cuda.empty_cache()
 
     def stop(self) -> None:
         """Leaves the process group; another worker may start in this process."""
-        # Optimizer -> autograd's nodes -> their hooks -> model -> this -> optimizer: a circle that no collector sees,
-        # with the groups and their threads on it.
-        self.chunks[0].config.grad_scale_func = None
+        optimizer.unwrap_ddp(self.chunks)
         model.leave_process()
-
-
-def peak_memory_gb() -> float:
-    """Most memory this process has held, in 1e9 bytes: on its GPU since the last call, on a CPU since its start."""
-    if not torch.cuda.is_available():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024e-9  # Linux counts in KiB
-    peak = torch.cuda.max_memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    return peak * 1e-9
 
 
 def fetch(refs: Sequence[Any], row: Sequence[Sequence[int]]) -> dict[int, SubTrace]:

@@ -161,6 +161,17 @@ def wrap_ddp(models: Sequence[Any]) -> list[DistributedDataParallel]:
     return chunks
 
 
+def unwrap_ddp(chunks: Sequence[Any]) -> None:
+    """Empties the wrappers, which are of no use then; frozen chunks have none.
+
+    Wrapper -> autograd's nodes -> megatron's hooks on them -> wrapper is a circle that no collector sees, and from it
+    hang model, optimizer, and the process groups with their threads.
+    """
+    for chunk in chunks:
+        if isinstance(chunk, DistributedDataParallel):
+            vars(chunk).clear()
+
+
 def gather_weights(chunks: Sequence[DistributedDataParallel]) -> None:
     """Makes all weights on all ranks those of the last optimizer step; all ranks call it."""
     for chunk in chunks:
