@@ -2,6 +2,7 @@
 
     python benchmarks/gpu/check.py               one GPU
     python benchmarks/gpu/check.py --gpus 2      and the layouts that two GPUs allow, against one
+    python benchmarks/gpu/check.py --gpus 2 --models experts      of layouts only those of a model with experts
 
 Every number is |found - reference| / |reference| in Frobenius norm (for log-probabilities, nats). References are
 computed in float64 from the same inputs, one sequence at a time; those of a model by transformers in float32.
@@ -35,6 +36,11 @@ LAYOUTS = {
     "TP2+SP": LayoutConfig(num_processes=2, tensor_parallel=2, sequence_parallel=True, precision=Precision.bf16),
     "PP2": LayoutConfig(num_processes=2, pipeline_parallel=2, precision=Precision.bf16),
     "CP2": LayoutConfig(num_processes=2, context_parallel=2, precision=Precision.bf16),
+    "EP2": LayoutConfig(num_processes=2, expert_parallel=2, precision=Precision.bf16),
+}
+MODELS = {  # and the layouts that say something about each
+    "dense": [name for name in LAYOUTS if name != "EP2"],
+    "experts": ["1 GPU", "1 GPU, MLP recomputed", "DP2", "TP2+SP", "EP2"],
 }
 DEVICE = "cuda"
 VOCAB = 32003  # odd: tensor parallelism has to pad it
@@ -111,32 +117,39 @@ def check_scores(tokens: int = 1500, hidden: int = 256) -> list[list[str]]:
     ]
 
 
-def make_model(folder: Path) -> Path:
-    """A random Qwen3 of 130 million parameters whose predictions are far from uniform."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+def make_model(folder: Path, kind: str = "dense") -> Path:
+    """A random model whose predictions are far from uniform: a Qwen3 of 130 million parameters, or a Qwen3-MoE of 230
+    million in 4 layers of 32 experts, 4 a token.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
 
+    more: dict[str, Any] = {"num_hidden_layers": 6, "tie_word_embeddings": True}
+    if kind == "experts":
+        more = {"num_hidden_layers": 4, "num_experts": 32, "num_experts_per_tok": 4, "moe_intermediate_size": 384}
+        more |= {"norm_topk_prob": True, "tie_word_embeddings": False}
     torch.manual_seed(3)
-    config = Qwen3Config(
+    config = AutoConfig.for_model(
+        "qwen3_moe" if kind == "experts" else "qwen3",
         vocab_size=VOCAB,
         hidden_size=1024,
-        num_hidden_layers=6,
         num_attention_heads=8,
         num_key_value_heads=4,
         head_dim=128,
         intermediate_size=3072,
         max_position_embeddings=4096,
-        tie_word_embeddings=True,
         initializer_range=0.06,
+        **more,
     )
-    Qwen3ForCausalLM(config).bfloat16().save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(folder)
     return folder
 
 
-def reference_logprobs(folder: Path, traces: list[Any], dtype: torch.dtype) -> np.ndarray:
-    """transformers' own model, one sequence at a time; predictions of all sequences together."""
-    from transformers import Qwen3ForCausalLM
+def reference_logprobs(kind: str, folder: Path, traces: list[Any], dtype: torch.dtype) -> np.ndarray:
+    """transformers' own model, one sequence and one expert at a time; predictions of all sequences together."""
+    from transformers import AutoModelForCausalLM
 
-    model = Qwen3ForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").to(DEVICE).eval()
+    how = {"attn_implementation": "sdpa"} | ({"experts_implementation": "eager"} if kind == "experts" else {})
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **how).to(DEVICE).eval()
     found = []
     for trace in traces:
         tokens = torch.from_numpy(trace.tokens).long().to(DEVICE)
@@ -178,19 +191,19 @@ def run_layout(name: str, folder: Path) -> dict[str, Any]:
     return {**joined, "norms": ranks[0]["norms"], "memory": ranks[0]["memory"]}
 
 
-def check_layouts(num_gpus: int) -> None:
+def check_layouts(kind: str, num_gpus: int) -> None:
     """Log-probabilities before and after four supervised steps, in every layout, against one GPU and transformers."""
-    folder = make_model(Path(tempfile.mkdtemp()))
+    folder = make_model(Path(tempfile.mkdtemp()), kind)
     traces = common.sub_traces(4096, VOCAB)
-    exact = reference_logprobs(folder, traces, torch.float32)
-    rough = reference_logprobs(folder, traces, torch.bfloat16)
+    exact = reference_logprobs(kind, folder, traces, torch.float32)
+    rough = reference_logprobs(kind, folder, traces, torch.bfloat16)
     nats = lambda a, b: f"{np.abs(a - b).mean():.1e} / {np.abs(a - b).max():.1e}"  # noqa: E731
-    head = ["layout", "to fp32 transformers: mean / max nats", "to 1 GPU after 4 steps", "gradient norms", "peak GB"]
-    common.say(head, head=True)
+    far = ["to fp32 transformers: mean / max nats", "to 1 GPU after 4 steps"]
+    common.say([f"layout, {kind}", *far, "gradient norms", "peak GB"], head=True)
     common.say(["transformers in bf16", nats(rough, exact), "", "", ""])
     base: dict[str, Any] = {}
-    for name, layout in LAYOUTS.items():
-        if layout.num_processes > num_gpus:
+    for name in MODELS[kind]:
+        if LAYOUTS[name].num_processes > num_gpus:
             continue
         found = run_layout(name, folder)
         base = base or found
@@ -202,6 +215,7 @@ def check_layouts(num_gpus: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--layout", default="", help="set by the script itself")
     parser.add_argument("--folder", default="", help="set by the script itself")
     parser.add_argument("--rank", type=int, default=-1, help="set by the script itself")
@@ -212,7 +226,9 @@ def main() -> None:
         return
     print(common.machine(), flush=True)
     print(common.table([["against float64", "distance"], *check_attention(), *check_scores()]), flush=True)
-    check_layouts(options.gpus)
+    for kind in options.models.split(","):
+        print(flush=True)
+        check_layouts(kind, options.gpus)
 
 
 if __name__ == "__main__":

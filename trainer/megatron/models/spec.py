@@ -14,11 +14,13 @@ from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_bac
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules  # noqa: E402
 from megatron.core.transformer.enums import AttnMaskType  # noqa: E402
 from megatron.core.transformer.identity_op import IdentityOp  # noqa: E402
+from megatron.core.transformer.mlp import MLPSubmodules  # noqa: E402
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules  # noqa: E402
 from megatron.core.transformer.spec_utils import ModuleSpec  # noqa: E402
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules  # noqa: E402
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules  # noqa: E402
 
+from trainer.megatron.models.experts import GroupedExperts  # noqa: E402
 from trainer.megatron.models.parts import LatentAttention, LatentDown, LatentNorm, RowThenNorm  # noqa: E402
 from trainer.megatron.models.shape import ModelShape  # noqa: E402
 from trainer.megatron.modules import PackedAttention, RMSNorm  # noqa: E402
@@ -37,6 +39,10 @@ class _Backend(LocalSpecProvider):
     def row_parallel_linear(self) -> type:
         row: type = RowThenNorm if self.sandwich else super().row_parallel_linear()
         return row
+
+    def grouped_mlp_modules(self, *choice: bool) -> tuple[type, MLPSubmodules]:
+        _, linears = super().grouped_mlp_modules(False, False)
+        return GroupedExperts, linears
 
 
 def _attention(shape: ModelShape, backend: _Backend) -> ModuleSpec:
