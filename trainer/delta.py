@@ -45,7 +45,8 @@ class Base:
     def keep(self, names: Sequence[str], tensors: Sequence[torch.Tensor]) -> None:
         """Notes that the engines have been sent these."""
         for name, tensor in zip(names, tensors, strict=True):
-            self._held[name] = tensor.detach().to("cpu", copy=True)
+            on_host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)  # read by each delta
+            self._held[name] = on_host.copy_(tensor.detach())
 
     def encode(self, names: Sequence[str], tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The broadcasts of a bucket, on the tensors' device, and keeps the new tensors as the base.

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,24 @@ def run_ranks(script: str, arguments: Sequence[str], num_ranks: int, timeout_s: 
             rank.wait()
     if any(codes):
         raise RuntimeError(f"{script}: exit codes {codes}")
+
+
+class OneRank:
+    """A worker in this process, asked as a role of processes is (trainer/group.py)."""
+
+    def __init__(self, worker: Any) -> None:
+        self.worker = worker
+        self.said: dict[str, Any] = {}  # the last answer of each method
+        self._thread = ThreadPoolExecutor(1)
+
+    def submit(self, method: str, *arguments: Any) -> Any:
+        """Its `result(timeout_s)` is a list of the one rank's answer."""
+
+        def run() -> list[Any]:
+            self.said[method] = getattr(self.worker, method)(*arguments)
+            return [self.said[method]]
+
+        return self._thread.submit(run)
 
 
 def machine() -> str:

@@ -16,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-GROUP, CONTEXT, PROMPT, SAMPLED = "weights", 2048, 256, 512
+CONTEXT, PROMPT, SAMPLED = 2048, 256, 512
 
 
 def used_gb(gpu: int) -> float:
@@ -82,51 +81,27 @@ async def sample(client: Any, prompts: list[np.ndarray]) -> tuple[list[Any], flo
     return list(answers), sum(len(a.output_ids) for a in answers) / (time.perf_counter() - began)
 
 
-async def publish(client: Any, worker: Any, version: int, pool: ThreadPoolExecutor) -> tuple[int, float]:
-    """Bytes and seconds of one publication, as slime/weights.py does it."""
-    from trainer.broadcast import buckets
-
-    loop = asyncio.get_running_loop()
-    began = time.perf_counter()
-    await client.pause("retract")
-    await client.begin_update()
-    sending = loop.run_in_executor(pool, worker.send_weights)
-    for bucket in buckets(worker.weight_names()):
-        names, dtypes, shapes = (list(column) for column in zip(*bucket, strict=True))
-        await client.update_bucket(names, dtypes, shapes, GROUP, version, True)
-    sent = await sending
-    await client.end_update()
-    await client.resume()
-    return sent, time.perf_counter() - began
-
-
-async def session(options: argparse.Namespace, url: str, worker: Any, vocab: int) -> None:
-    """Everything that is asked of a running engine."""
-    from benchmarks.gpu import common
+async def session(options: argparse.Namespace, weights: Any, vocab: int) -> None:
+    """Everything that is asked of a running engine. `weights`: the path to it from `weights.policy`."""
     from rollout.client import EngineClient
 
+    worker = weights.policy.worker
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, vocab, PROMPT) for _ in range(options.requests)]
-    pool = ThreadPoolExecutor(1)
-    loop = asyncio.get_running_loop()
-    shared = options.engine_gpu == 0
-    async with EngineClient(url, vocab, CONTEXT) as client:
+    async with EngineClient(weights.engines.urls[0], vocab, CONTEXT) as client:
         await sample(client, prompts)  # warms up
         answers, speed = await sample(client, prompts)
         print(f"{len(prompts)} requests at once: {speed:.0f} sampled tokens/s", flush=True)
         print("before publishing:", compare(worker, traces_of(prompts, answers)), flush=True)
-        port = common.free_port()
-        backend = "gloo" if shared else "nccl"
-        joining = loop.run_in_executor(pool, worker.join_engines, "127.0.0.1", port, 2, GROUP, backend, 120.0)
-        await client.init_group("127.0.0.1", port, 1, 2, GROUP, backend)
-        await joining
+        await asyncio.to_thread(weights.connect)
         traces = traces_of(prompts, answers)
         grid = [[[i] for i in range(len(traces))]]
         for _ in range(4):
             worker.imitate(traces, [grid])
         for version in (1, 2):
-            sent, seconds = await publish(client, worker, version, pool)
-            print(f"published {sent / 1e9:.2f} GB over {backend} in {seconds:.2f} s: {sent / 1e9 / seconds:.1f} GB/s")
+            seconds = await asyncio.to_thread(weights.publish, version)
+            sent = weights.policy.said["send_weights"]
+            print(f"published {sent / 1e9:.2f} GB in {seconds:.2f} s: {sent / 1e9 / seconds:.1f} GB/s")
         answers, _ = await sample(client, prompts)
         print("after publishing:", compare(worker, traces_of(prompts, answers)), flush=True)
         before = used_gb(options.engine_gpu)
@@ -139,7 +114,7 @@ async def session(options: argparse.Namespace, url: str, worker: Any, vocab: int
         after = used_gb(options.engine_gpu)
         print(f"memory in use {before:.1f} GB, released in {released_s:.2f} s {between:.1f} GB, "
               f"resumed in {resumed_s:.2f} s {after:.1f} GB")  # fmt: skip
-        await publish(client, worker, 3, pool)
+        await asyncio.to_thread(weights.publish, 3)
         answers, _ = await sample(client, prompts)
         print("after release, resume and publishing:", compare(worker, traces_of(prompts, answers)), flush=True)
 
@@ -154,6 +129,8 @@ def main() -> None:
     from benchmarks.gpu.check import VOCAB, make_model
     from rollout.config import EngineConfig
     from rollout.engine import EngineServer
+    from rollout.group import EngineGroup
+    from slime.weights import Weights
 
     folder = make_model(Path(tempfile.mkdtemp()))
     config = EngineConfig(memory_fraction=0.3, max_running_requests=options.requests, attention=options.attention)
@@ -176,7 +153,9 @@ def main() -> None:
         url = server.start()
         print(common.machine())
         print(f"engine up after {time.perf_counter() - began:.0f} s")
-        asyncio.run(session(options, url, worker, VOCAB))
+        backend = "nccl" if options.engine_gpu else "gloo"
+        weights = Weights(common.OneRank(worker), EngineGroup([url], VOCAB, CONTEXT, config), backend, 120.0)
+        asyncio.run(session(options, weights, VOCAB))
     finally:
         server.stop()
 

@@ -5,20 +5,20 @@
 First NCCL alone, between two processes that see one GPU each, with NCCL_CUMEM_ENABLE at 0 (what SGLang sets in its
 engines and our trainers in themselves) and at 1. Where 0 fails here, both ends have to be set to 1.
 
-The trainer holds weights only (random ones); the path is the product's: the policy worker's `send_weights`, SGLang's
-update from a distributed group, buckets of trainer/broadcast.py.
+The trainer holds weights only (random ones); the path is the product's: slime/weights.py, the policy worker's
+`send_weights`, SGLang's update from a distributed group. Then the engine proves that it holds them, and gets changes
+only, of every hundredth weight.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import os
 import statistics
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from torch import distributed as dist
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.gpu import common
-from benchmarks.gpu.engine import CONTEXT, GROUP, publish
+from benchmarks.gpu.engine import CONTEXT
 from benchmarks.gpu.train import RandomPolicy
 
 
@@ -67,22 +67,41 @@ def frozen_policy(folder: Path) -> Any:
     return worker, out
 
 
-async def session(url: str, worker: Any, repeats: int) -> None:
-    """Joins the group and publishes a few times."""
-    from rollout.client import EngineClient
+def change(worker: Any) -> None:
+    """Moves every hundredth weight."""
+    for chunk in worker.models:
+        for parameter in chunk.parameters():
+            parameter.data.view(-1)[::100].mul_(1.25)
 
-    pool = ThreadPoolExecutor(1)
-    loop = asyncio.get_running_loop()
-    async with EngineClient(url, common.VOCAB, CONTEXT) as client:
-        port = common.free_port()
-        joining = loop.run_in_executor(pool, worker.join_engines, "127.0.0.1", port, 2, GROUP, "nccl", 120.0)
-        await client.init_group("127.0.0.1", port, 1, 2, GROUP, "nccl")
-        await joining
-        found = [await publish(client, worker, version, pool) for version in range(1, repeats + 1)]
-    seconds = statistics.median(s for _, s in found[1:])
-    size = found[0][0]
-    times = ", ".join(f"{s:.2f}" for _, s in found)
-    print(f"published {size / 1e9:.1f} GB in {times} s: {size / 1e9 / seconds:.1f} GB/s (median, first left out)")
+
+def session(weights: Any, repeats: int) -> None:
+    """Joins the group and publishes a few times: whole weights, a proof, changes, a proof."""
+
+    def publish(what: str) -> None:
+        times = []
+        for _ in range(repeats):
+            change(weights.policy.worker)
+            times.append(weights.publish(weights.version + 1))
+        sent = weights.policy.said["send_weights"]
+        seconds = statistics.median(times[1:])
+        print(f"published {what}, {sent / 1e9:.2f} GB, in {', '.join(f'{s:.2f}' for s in times)} s: "
+              f"{sent / 1e9 / seconds:.1f} GB/s (median, first left out)", flush=True)  # fmt: skip
+
+    def prove() -> None:
+        began = time.perf_counter()
+        weights.verify()
+        print(f"the engine holds these weights, and no others: known after {time.perf_counter() - began:.1f} s",
+              flush=True)  # fmt: skip
+
+    weights.connect()
+    publish("whole weights")
+    prove()
+    weights.engines.config = replace(weights.engines.config, delta=True)
+    began = time.perf_counter()
+    weights.publish(weights.version + 1)
+    print(f"the base of changes, kept on the host: {time.perf_counter() - began:.1f} s", flush=True)
+    publish("changes")
+    prove()
 
 
 def main() -> None:
@@ -99,6 +118,8 @@ def main() -> None:
         return
     from rollout.config import EngineConfig
     from rollout.engine import EngineServer
+    from rollout.group import EngineGroup
+    from slime.weights import Weights
 
     print(common.machine(), flush=True)
     for cumem in ("0", "1"):
@@ -111,14 +132,18 @@ def main() -> None:
     began = time.perf_counter()
     worker, weights = frozen_policy(folder)
     print(f"Qwen3 {options.model}, written in {time.perf_counter() - began:.0f} s", flush=True)
-    config = EngineConfig(memory_fraction=0.5, max_running_requests=32, attention=options.attention)
+    config = EngineConfig(
+        memory_fraction=0.5, max_running_requests=32, attention=options.attention, delta=True, request_timeout_s=300.0
+    )
     os.environ["CUDA_VISIBLE_DEVICES"] = "1"
     began = time.perf_counter()
     server = EngineServer(config, str(weights), CONTEXT, str(folder / "engine.log"), cpu=False)
     try:
         url = server.start()
         print(f"engine up after {time.perf_counter() - began:.0f} s", flush=True)
-        asyncio.run(session(url, worker, options.repeats))
+        whole = replace(config, delta=False)
+        engines = EngineGroup([url], common.VOCAB, CONTEXT, whole)
+        session(Weights(common.OneRank(worker), engines, "nccl", 300.0), options.repeats)
     finally:
         server.stop()
 
