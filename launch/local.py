@@ -6,6 +6,7 @@ import logging
 import os
 import secrets
 import shutil
+import socket
 import tempfile
 import time
 from pathlib import Path
@@ -14,42 +15,89 @@ import ray
 from ray._raylet import AuthenticationTokenLoader, Config
 
 from launch.config import ClusterConfig
+from launch.nodes import NodeError
 
 ATTEMPTS = 3
+KNOCK_TIMEOUT_S = 10.0
 TOKEN_FOLDER = "slime-ray-"
 OBJECT_STORE_MB = 512  # of a laptop run: a token of a sub-trace is 18 bytes
 
 
 def _environment(token_file: Path) -> dict[str, str]:
-    """Every environment variable that a run sets, with its reason."""
+    """Every environment variable that a Ray which is started here gets, with its reason."""
     return {
         "RAY_AUTH_MODE": "token",  # Ray's ports listen on all interfaces: nobody else may submit work
         "RAY_AUTH_TOKEN_PATH": str(token_file),
         "RAY_USAGE_STATS_ENABLED": "0",  # nothing leaves the machine
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # actors without GPUs keep CUDA_VISIBLE_DEVICES untouched
         "RAY_DEDUP_LOGS": "1",
-        "TOKENIZERS_PARALLELISM": "false",  # no thread pool in processes that fork
-        "HF_HUB_OFFLINE": "1",  # models come from folders, never from a hub at run time
     }
 
 
+def _of_processes(cluster: ClusterConfig) -> dict[str, str]:
+    """Every environment variable that a run's processes get, with its reason."""
+    variables = {
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # actors without GPUs keep CUDA_VISIBLE_DEVICES untouched
+        "TOKENIZERS_PARALLELISM": "false",  # no thread pool in processes that fork
+        "HF_HUB_OFFLINE": "1",  # models come from folders, never from a hub at run time
+    }
+    if cluster.gpus_per_node == 0:
+        variables["OMP_NUM_THREADS"] = str(cluster.threads_per_process)  # processes share few cores
+    return variables
+
+
+def join_ray(cluster: ClusterConfig) -> None:
+    """Joins the cluster at `ray_address`, of which this machine is a node. NodeError: it can't be joined.
+
+    Its processes have the environment of their node's `ray start`, and what a run adds.
+    """
+    _knock(cluster.ray_address)
+    variables = _of_processes(cluster)
+    os.environ.update(variables)
+    try:
+        ray.init(
+            address=cluster.ray_address,
+            runtime_env={"env_vars": variables},
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    except Exception as error:
+        ray.shutdown()
+        raise NodeError(
+            f"cluster.ray_address={cluster.ray_address} can't be joined: {error}; run `ray start` on this machine, "
+            "too, and give both the same RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH"
+        ) from error
+
+
+def _knock(address: str) -> None:
+    """NodeError: nobody listens there. Ray itself would ask for minutes."""
+    if address == "auto":
+        return
+    host, _, port = address.rpartition(":")
+    if not host or "/" in address or not port.isdigit():
+        raise NodeError(f"cluster.ray_address={address} is not auto or the head's HOST:PORT, e.g. 10.0.0.1:6379")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), KNOCK_TIMEOUT_S).close()
+    except OSError as error:
+        raise NodeError(
+            f"cluster.ray_address={address}: nobody listens there ({error}); start Ray with `ray start --head`"
+        ) from error
+
+
 def start_ray(cluster: ClusterConfig) -> None:
-    """Starts or joins Ray. RuntimeError: the raylet did not come up in `ATTEMPTS` tries.
+    """Starts or joins Ray. RuntimeError: the raylet did not come up in `ATTEMPTS` tries; NodeError: see `join_ray`.
 
     Ray gives its raylet a fixed 30 s, which a loaded machine can miss, hence the tries.
     """
     if ray.is_initialized():
         return
     if cluster.ray_address:
-        ray.init(address=cluster.ray_address, log_to_driver=False, logging_level=logging.ERROR)
+        join_ray(cluster)
         return
     folder = Path(tempfile.mkdtemp(prefix=TOKEN_FOLDER))
     token = folder / "token"
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))
-    os.environ.update(_environment(token))
-    if cluster.gpus_per_node == 0:
-        os.environ["OMP_NUM_THREADS"] = str(cluster.threads_per_process)  # processes share few cores
+    os.environ.update(_environment(token) | _of_processes(cluster))
     Config.initialize("")  # Ray read its environment when it was imported
     AuthenticationTokenLoader.instance().reset_cache()
     for attempt in range(1, ATTEMPTS + 1):

@@ -87,6 +87,7 @@ class EngineClient:
         request_timeout_s: float = 600.0,
         connect_timeout_s: float = 30.0,
         pause_mode: PauseMode = PauseMode.retract,
+        key: str = "",
     ) -> None:
         self.url = url.rstrip("/")
         self.vocab_size = vocab_size
@@ -94,6 +95,7 @@ class EngineClient:
         self.request_timeout_s = request_timeout_s  # one call, from sending to the last byte of the answer
         self.connect_timeout_s = connect_timeout_s  # all attempts to reach the server together
         self.pause_mode = pause_mode  # of whoever publishes weights to this server
+        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._seen_version = -1  # newest that has sampled a token for this client
         self._session: aiohttp.ClientSession | None = None
 
@@ -322,6 +324,7 @@ class EngineClient:
     def _open_session(self) -> aiohttp.ClientSession:
         if self._session is None:
             self._session = aiohttp.ClientSession(
+                headers=self._headers,
                 connector=aiohttp.TCPConnector(limit=MAX_CONNECTIONS, keepalive_timeout=IDLE_CONNECTION_S),
                 timeout=aiohttp.ClientTimeout(total=self.request_timeout_s, sock_connect=self.connect_timeout_s),
             )

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import runpy
 import select
 import signal
 import socket
@@ -22,6 +23,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from http import HTTPStatus
 from pathlib import Path
 
 from rollout.config import EngineConfig
@@ -32,6 +34,7 @@ LEASH_INTERVAL_S = 0.2
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # SGLang keeps 6 tokens of its context to itself; with these added, a request may fill `context_tokens` exactly.
 CONTEXT_MARGIN_TOKENS = 8
+KEY_VARIABLE = "SLIME_ENGINE_KEY"
 CPU_MEMORY_FRACTION = 0.3  # of the machine's memory; `max_total_tokens` is the limit that counts there
 
 
@@ -88,7 +91,7 @@ def server_arguments(
     return arguments
 
 
-def server_environment(config: EngineConfig, cpu: bool, threads: int) -> dict[str, str]:
+def server_environment(config: EngineConfig, cpu: bool, threads: int, key: str = "") -> dict[str, str]:
     """Environment variables of an engine, the only place that sets any."""
     variables = {
         # torch would take every core for one engine.
@@ -106,6 +109,9 @@ def server_environment(config: EngineConfig, cpu: bool, threads: int) -> dict[st
             cores = sorted(os.sched_getaffinity(0))
             bound = [str(cores[rank % len(cores)]) for rank in range(config.tensor_parallel)]
             variables["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(bound)
+    if key:
+        # Read by `serve`. Other users of the machine see a process's arguments, not its environment.
+        variables[KEY_VARIABLE] = key
     if config.delta:
         # Read by the platform plugin, which nothing else reaches before SGLang loads its model.
         variables["SLIME_ENGINE_DELTA"] = "1"
@@ -119,10 +125,20 @@ def free_port(host: str) -> int:
         return int(probe.getsockname()[1])
 
 
+def asks_for_key(url: str) -> bool:
+    """Whether a server refuses a request that comes without a key."""
+    try:
+        with urllib.request.urlopen(f"{url}/model_info", timeout=60):
+            return False
+    except urllib.error.HTTPError as error:
+        return error.code == HTTPStatus.UNAUTHORIZED
+
+
 class EngineServer:
     """Starts a server with its construction; `start` returns its address.
 
     The server is a process group of its own and ends with `stop`, with this process (also by SIGKILL), or by itself.
+    Whoever reaches `host` can use the engine, unless it has a `key`: then it answers "/health" and those who know it.
     """
 
     def __init__(
@@ -136,20 +152,23 @@ class EngineServer:
         seed: int = 0,
         host: str = "127.0.0.1",
         yields_memory: bool = False,
+        key: str = "",
     ) -> None:
         self.config = config
+        self._key = key
         self.log_path = Path(log_path)
         port = free_port(host)
         self.url = f"http://{host}:{port}"
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         arguments = server_arguments(config, model_path, context_tokens, host, port, cpu, seed, yields_memory)
+        server = ["-c", "from rollout.engine import serve; serve()"] if key else ["-m", "sglang.launch_server"]
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "rollout.engine", sys.executable, "-m", "sglang.launch_server", *arguments],
+                [sys.executable, "-m", "rollout.engine", sys.executable, *server, *arguments],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **server_environment(config, cpu, threads)},
+                env={**os.environ, **server_environment(config, cpu, threads, key)},
                 start_new_session=True,
             )
 
@@ -166,6 +185,9 @@ class EngineServer:
                 self.stop()
                 raise TimeoutError(f"the engine is not up after {self.config.start_timeout_s} s; {self._log_tail()}")
             time.sleep(HEALTH_INTERVAL_S)
+        if self._key and not asks_for_key(self.url):
+            self.stop()
+            raise RuntimeError("the engine answers requests without its key; it was stopped")
         self._freeze_objects()
         return self.url
 
@@ -185,7 +207,8 @@ class EngineServer:
 
         SGLang asks itself for it, but when it has skipped its warm-up it does so before it listens.
         """
-        request = urllib.request.Request(f"{self.url}/freeze_gc", method="POST")
+        header = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        request = urllib.request.Request(f"{self.url}/freeze_gc", method="POST", headers=header)
         with urllib.request.urlopen(request, timeout=60) as response:
             response.read()
 
@@ -215,6 +238,21 @@ def hold(command: list[str]) -> None:
     if child.returncode is not None:
         print(f"the server ended with exit code {child.returncode}", file=sys.stderr, flush=True)
     os.killpg(os.getpgid(0), signal.SIGKILL)
+
+
+def serve() -> None:
+    """SGLang's server, for those who know the key that stands in the environment.
+
+    It is SGLang's own check. Given as an argument, the key would stand in the list of processes and in the log.
+    """
+    from sglang.srt.entrypoints.http_server import app
+    from sglang.srt.utils.auth import add_api_key_middleware
+    from starlette.routing import WebSocketRoute
+
+    add_api_key_middleware(app, api_key=os.environ.pop(KEY_VARIABLE), admin_api_key=None)
+    # The check lets websockets pass; the engine needs none.
+    app.router.routes[:] = [route for route in app.router.routes if not isinstance(route, WebSocketRoute)]
+    runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,11 @@ class RolloutGroup:
 class EngineGroup:
     """All engines, over HTTP."""
 
-    def __init__(self, urls: Sequence[str], vocab_size: int, context_tokens: int, config: EngineConfig) -> None:
+    def __init__(
+        self, urls: Sequence[str], vocab_size: int, context_tokens: int, config: EngineConfig, key: str = ""
+    ) -> None:
+        """`key`: what the engines were started with."""
+        self._key = key
         self.urls = list(urls)
         self.config = config
         self._shape = (vocab_size, context_tokens)
@@ -62,7 +66,7 @@ class EngineGroup:
     @contextlib.asynccontextmanager
     async def clients(self) -> AsyncIterator[list[EngineClient]]:
         """A client for each engine, closed at the end."""
-        made = [EngineClient(url, *self._shape, self.config.request_timeout_s) for url in self.urls]
+        made = [EngineClient(url, *self._shape, self.config.request_timeout_s, key=self._key) for url in self.urls]
         try:
             yield made
         finally:

@@ -44,6 +44,7 @@ class RolloutSettings:
     vocab_size: int
     engine_urls: Sequence[str]
     seed: int
+    engine_key: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,9 @@ class RolloutWorker:
         context = s.config.compaction.context_tokens
         engine = s.config.engine
         self._clients = [
-            EngineClient(url, s.vocab_size, context, engine.request_timeout_s, pause_mode=engine.pause)
+            EngineClient(
+                url, s.vocab_size, context, engine.request_timeout_s, pause_mode=engine.pause, key=s.engine_key
+            )
             for url in s.engine_urls
         ]
         self._pool = make_pool(s.config.sandbox)  # in the loop's own thread, which sandboxes follow into death

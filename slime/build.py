@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,11 @@ from critic.estimators import CriticEstimator, EpisodeEstimator, Estimator
 from critic.group import CriticGroup
 from critic.worker import CriticWorker
 from launch.config import Sharing
+from launch.nodes import Places, find_nodes, look_around
 from rollout.engine import EngineServer
 from rollout.group import EngineGroup, RolloutGroup
 from rollout.worker import RolloutSettings, RolloutWorker
+from slime.config.nodes import CRITIC, ENGINES, POLICY, REFERENCE, part_of, placed
 from slime.prepare import Prepared
 from slime.schema import Config
 from slime.weights import SharedGpuWeights, Weights
@@ -55,6 +58,7 @@ class Parts:
         ray.get([server.stop.remote() for server in self.servers], timeout=60)
 
 
+HERE = Places()  # everything on this machine
 SHARE = 0.2  # of a GPU that engine, policy, reference and critic share: a bookkeeping number of Ray's
 
 
@@ -64,74 +68,92 @@ def _gpus(config: Config, shared_by: Sequence[Sharing], each: int = 1) -> float:
     return SHARE if config.cluster.sharing in shared_by else each
 
 
-def _ranks(
-    config: Config, worker: type, role: PolicyConfig | CriticConfig, folder: Path, frozen: bool = False
-) -> list[Any]:
+def find_places(config: Config, run_dir: Path, model_folder: Path) -> Places:
+    """The nodes of a joined Ray cluster, looked at, and who goes where. NodeError: see launch/nodes.py."""
+    if not config.cluster.ray_address:
+        return HERE
+    return Places(look_around(find_nodes(config.cluster), run_dir, model_folder), placed(config))
+
+
+def _ranks(config: Config, name: str, role: PolicyConfig | CriticConfig, folder: Path, places: Places) -> list[Any]:
     """One actor for each process of a training role, not started."""
-    cls = ray.remote(worker).options(num_cpus=0, num_gpus=_gpus(config, (Sharing.trainers, Sharing.all)))
+    cls = ray.remote(CriticWorker if name == CRITIC else PolicyWorker)
+    gpus, part, frozen = _gpus(config, (Sharing.trainers, Sharing.all)), part_of(config, name), name == REFERENCE
     threads, timeout_s = config.cluster.threads_per_process, config.cluster.start_timeout_s
 
     def settings(rank: int) -> WorkerSettings:
-        return WorkerSettings(rank, role.layout, role.optimizer, str(folder), config.seed, threads, timeout_s, frozen)
+        return WorkerSettings(
+            rank, role.layout, role.optimizer, str(folder.resolve()), config.seed, threads, timeout_s, frozen
+        )
 
-    return [cls.remote(settings(rank), role) for rank in range(role.layout.num_processes)]
+    return [
+        cls.options(num_cpus=0, num_gpus=gpus, **places.options(part, rank // role.layout.tensor_parallel)).remote(
+            settings(rank), role
+        )
+        for rank in range(role.layout.num_processes)
+    ]
 
 
-def build_policy(config: Config, folder: Path) -> PolicyGroup:
+def build_policy(config: Config, folder: Path, places: Places = HERE) -> PolicyGroup:
     """The policy's ranks, not started."""
-    ranks = _ranks(config, PolicyWorker, config.policy, folder)
+    ranks = _ranks(config, POLICY, config.policy, folder, places)
     return PolicyGroup(ranks, config.policy, config.cluster.start_timeout_s)
 
 
-def build_reference(config: Config, folder: Path) -> PolicyGroup | NoReference:
+def build_reference(config: Config, folder: Path, places: Places = HERE) -> PolicyGroup | NoReference:
     """The starting model, frozen, in the policy's layout, not started; nothing where no KL is asked for."""
     if not config.policy.kl_coef:
         return NoReference()
-    ranks = _ranks(config, PolicyWorker, config.policy, folder, frozen=True)
-    return PolicyGroup(ranks, config.policy, config.cluster.start_timeout_s, "reference")
+    ranks = _ranks(config, REFERENCE, config.policy, folder, places)
+    return PolicyGroup(ranks, config.policy, config.cluster.start_timeout_s, REFERENCE)
 
 
-def build_estimator(config: Config, folder: Path) -> Estimator:
+def build_estimator(config: Config, folder: Path, places: Places = HERE) -> Estimator:
     """The critic's ranks, not started, or a baseline that needs none."""
     if config.advantage.baseline is not Baseline.critic:
         return EpisodeEstimator(config.advantage)
-    ranks = _ranks(config, CriticWorker, config.critic, folder)
+    ranks = _ranks(config, CRITIC, config.critic, folder, places)
     return CriticEstimator(CriticGroup(ranks, config.critic, config.cluster.start_timeout_s), config.advantage)
 
 
-def build_servers(config: Config, folder: Path, run_dir: Path) -> list[Any]:
-    """Engine servers; each starts its SGLang process when it is made."""
-    engine = config.rollout.engine
-    cls = ray.remote(EngineServer).options(num_cpus=0, num_gpus=_gpus(config, (Sharing.all,), engine.tensor_parallel))
+def build_servers(config: Config, folder: Path, run_dir: Path, places: Places = HERE, key: str = "") -> list[Any]:
+    """Engine servers; each starts its SGLang process when it is made. `key`: see `EngineServer`."""
+    engine, cls = config.rollout.engine, ray.remote(EngineServer)
+    gpus, part = _gpus(config, (Sharing.all,), engine.tensor_parallel), part_of(config, ENGINES)
     return [
-        cls.remote(
+        cls.options(num_cpus=0, num_gpus=gpus, **places.options(part, number)).remote(
             engine,
-            str(folder),
+            str(folder.resolve()),
             config.rollout.compaction.context_tokens,
             str((run_dir / "logs" / f"engine_{number}.log").resolve()),
             cpu=config.cluster.gpus_per_node == 0,
             threads=config.cluster.threads_per_process,
             seed=config.seed + number,
+            host=places.address(part, number),
+            key=key,
             yields_memory=config.cluster.sharing is Sharing.all,
         )
         for number in range(engine.num_engines)
     ]
 
 
-def build_rollout(config: Config, inputs: Prepared, engine_urls: list[str]) -> RolloutGroup:
-    """Rollout workers, not started."""
-    cls = ray.remote(RolloutWorker).options(num_cpus=0, max_concurrency=ASYNC_CALLS)
+def build_rollout(
+    config: Config, inputs: Prepared, engine_urls: list[str], places: Places = HERE, key: str = ""
+) -> RolloutGroup:
+    """Rollout workers, not started. `key`: what the engines were started with."""
+    cls = ray.remote(RolloutWorker)
     rows = ray.put(inputs.train_rows), ray.put(inputs.eval_rows)
     workers = [
-        cls.remote(
+        cls.options(num_cpus=0, max_concurrency=ASYNC_CALLS, **places.options("rollout", number)).remote(
             RolloutSettings(
                 name=f"rollout-{number}",
                 config=config.rollout,
                 task=inputs.task,
-                model_folder=str(inputs.model_folder),
+                model_folder=str(inputs.model_folder.resolve()),
                 template=config.model.template,
                 vocab_size=inputs.vocab_size,
                 engine_urls=engine_urls,
+                engine_key=key,
                 seed=config.seed,
             ),
             *rows,
@@ -162,23 +184,26 @@ def take_turns(config: Config, trainers: Sequence[WorkerGroup]) -> None:
 def build(config: Config, inputs: Prepared, run_dir: Path) -> Parts:
     """Starts everything side by side and waits until all of it answers."""
     limit_s = config.cluster.start_timeout_s
-    servers = build_servers(config, inputs.model_folder, run_dir)
-    policy = build_policy(config, inputs.model_folder)
-    reference = build_reference(config, inputs.model_folder)
-    estimator = build_estimator(config, inputs.model_folder)
+    places = find_places(config, run_dir, inputs.model_folder)
+    key = secrets.token_hex(32) if places.nodes else ""  # engines that others can reach serve this run alone
+    servers = build_servers(config, inputs.model_folder, run_dir, places, key)
+    policy = build_policy(config, inputs.model_folder, places)
+    reference = build_reference(config, inputs.model_folder, places)
+    estimator = build_estimator(config, inputs.model_folder, places)
     frozen = [reference] if isinstance(reference, PolicyGroup) else []
     trainers: list[WorkerGroup] = [policy, *frozen, *estimator.roles]
     take_turns(config, trainers)
     starting = [role.start(limit_s) for role in trainers]
-    buffer_class = ray.remote(BufferActor).options(num_cpus=0, max_concurrency=ASYNC_CALLS)
+    buffer_class = ray.remote(BufferActor).options(num_cpus=0, max_concurrency=ASYNC_CALLS, **places.options("buffer"))
     buffer = buffer_class.remote(config.buffer, len(inputs.train_rows), config.seed)
     urls = ray.get([server.start.remote() for server in servers], timeout=limit_s)
-    rollout = build_rollout(config, inputs, urls)
+    rollout = build_rollout(config, inputs, urls, places, key)
     ready = [worker.start.remote() for worker in rollout.workers]
     for pending in starting:
         pending.result(limit_s)
     ray.get(ready, timeout=limit_s)
-    engines = EngineGroup(urls, inputs.vocab_size, config.rollout.compaction.context_tokens, config.rollout.engine)
+    window = config.rollout.compaction.context_tokens
+    engines = EngineGroup(urls, inputs.vocab_size, window, config.rollout.engine, key)
     weights = build_weights(config, policy, engines, trainers)
     weights.connect()
     return Parts(

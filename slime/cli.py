@@ -94,12 +94,13 @@ def _compose_and_run(command: str, rest: list[str]) -> int:
     if against:
         return _refuse("; ".join(against))
 
+    from launch.nodes import NodeError
     from slime.checkpoint import CheckpointError
     from slime.train import main as run
 
     try:
         run(loaded.config, recipes_dir)
-    except (ConfigError, CheckpointError) as error:
+    except (ConfigError, CheckpointError, NodeError) as error:
         return _refuse(str(error))
     return 0
 

@@ -11,7 +11,7 @@ import ray
 
 from buffer.types import Batch, SubTraceInfo
 from rollout.group import RolloutGroup
-from slime.build import build_policy, build_rollout
+from slime.build import build_policy, build_rollout, find_places
 from slime.observe.tracking import Tracker
 from slime.observe.view import View
 from slime.prepare import Prepared
@@ -54,9 +54,10 @@ def run(config: Config, inputs: Prepared, run_dir: Path, view: View, tracker: Tr
     """Trains `config.steps` optimizer steps and exports a Hugging Face folder; returns it."""
     limit_s = config.cluster.start_timeout_s
     view.phase("starting training processes and sandboxes")
-    policy = build_policy(config, inputs.model_folder)
+    places = find_places(config, run_dir, inputs.model_folder)
+    policy = build_policy(config, inputs.model_folder, places)
     starting = policy.start(limit_s)
-    rollout = build_rollout(config, inputs, [])
+    rollout = build_rollout(config, inputs, [], places)
     ray.get([worker.start.remote() for worker in rollout.workers], timeout=limit_s)
     starting.result(limit_s)
     view.phase("imitating demonstrations")

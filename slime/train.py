@@ -52,6 +52,10 @@ def start_model(config: Config, recipes_dir: Path | None) -> Path:
         return base
     arguments = [f"recipe={config.model.start}", f"model={config.model.name}", f"cluster={config.cluster.name}"]
     arguments += [f"seed={config.seed}", f"runs_dir={config.runs_dir}", f"cache_dir={config.cache_dir}"]
+    arguments += [
+        f"cluster.ray_address='{config.cluster.ray_address}'",
+        f"cluster.num_nodes={config.cluster.num_nodes}",
+    ]
     arguments += [f"tracking.wandb={config.tracking.wandb}"]
     arguments += [f"rollout.sandbox.allow_unsafe={config.rollout.sandbox.allow_unsafe}"]
     warm_start = load(arguments, recipes_dir).config

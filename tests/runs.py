@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,16 +40,16 @@ class Place:
 class Run:
     """One `slime train` process and everything that it starts."""
 
-    def __init__(self, place: Place, *overrides: str) -> None:
+    def __init__(self, place: Place, *overrides: str, environment: Mapping[str, str] | None = None) -> None:
         self.mark = uuid.uuid4().hex
         self.log = place.folder / f"{self.mark}.log"
         self._known: set[psutil.Process] = set()
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-        environment = {**inherited, MARK: self.mark, "TMPDIR": str(place.temporary), "WANDB_MODE": "offline"}
+        own = {MARK: self.mark, "TMPDIR": str(place.temporary), "WANDB_MODE": "offline"}
         self.process = subprocess.Popen(
             place.command(*overrides),
             cwd=Path(__file__).parent,  # where the task's module is
-            env=environment,
+            env={**inherited, **own, **(environment or {})},
             stdin=subprocess.DEVNULL,
             stdout=self.log.open("wb"),
             stderr=subprocess.STDOUT,

@@ -205,7 +205,7 @@ def test_roles_must_fit_the_gpus(arguments: list[str], parts: list[str]) -> None
 
 
 def test_more_nodes_make_room() -> None:
-    load([*GPU_PINNED, "critic.layout.num_processes=4", "cluster.num_nodes=2"])
+    load([*GPU_PINNED, "critic.layout.num_processes=4", "cluster.num_nodes=2", "cluster.ray_address=auto"])
 
 
 def test_a_warm_start_needs_no_gpus_for_a_critic() -> None:

@@ -129,7 +129,10 @@ def test_own_recipe_may_begin_with_ours(tmp_path: Path) -> None:
 
 def test_recipes_of_the_current_folder_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "recipes" / "recipe" / "mine.yaml", DERIVED)
-    write(tmp_path / "recipes" / "cluster" / "local.yaml", "# @package _global_\ncluster: {name: mine, num_nodes: 3}\n")
+    write(
+        tmp_path / "recipes" / "cluster" / "local.yaml",
+        "# @package _global_\ncluster: {name: mine, num_nodes: 3, ray_address: auto}\n",
+    )
     monkeypatch.chdir(tmp_path)
     config = load(["recipe=mine"]).config
     assert (config.steps, config.cluster.num_nodes) == (9, 3)  # a name of theirs stands before ours

@@ -15,8 +15,9 @@ from typing import Any
 
 from critic.config import Baseline, Credit, Truncation
 from launch.config import Sharing
+from slime.config.nodes import layouts, unplaced
 from slime.schema import Config, Kind
-from trainer.config import Correction, LayoutConfig, Loss, Precision
+from trainer.config import Correction, Loss, Precision
 from trainer.layout import check_layout
 from trainer.megatron.models.shape import read_shape
 
@@ -189,7 +190,7 @@ def _budgets(config: Config) -> Iterator[str]:
             f"rollout.engine.max_total_tokens={cache} is below rollout.compaction.context_tokens={window}: "
             f"one agent would not fit in the KV cache; use at least {window}, or 0 to let the engine decide"
         )
-    for role, layout in _layouts(config):
+    for role, layout in layouts(config):
         if layout.max_tokens_per_micro_batch < window:
             yield (
                 f"{role}.layout.max_tokens_per_micro_batch={layout.max_tokens_per_micro_batch} is below "
@@ -201,7 +202,7 @@ def _budgets(config: Config) -> Iterator[str]:
 def _training(config: Config) -> Iterator[str]:
     yield from _algorithm(config)
     yield from _episode_baseline(config)
-    for role, _ in _layouts(config):
+    for role, _ in layouts(config):
         settings = get(config, role)
         optimizer = settings.optimizer
         if 0 < optimizer.decay_steps <= optimizer.warmup_steps:
@@ -272,30 +273,24 @@ def _episode_baseline(config: Config) -> Iterator[str]:
         )
 
 
-def _layouts(config: Config) -> list[tuple[str, LayoutConfig]]:
-    """Roles of training processes in a run of this kind. The last one's size is the first to give way."""
-    found = [("policy", config.policy.layout)]
-    if config.kind is Kind.ppo and config.advantage.baseline is Baseline.critic:
-        found.append(("critic", config.critic.layout))
-    return found
-
-
 def _processes(config: Config) -> Iterator[str]:
     cluster, engine = config.cluster, config.rollout.engine
     if cluster.gpus_per_node == 0:
-        for role, layout in _layouts(config):
+        for role, layout in layouts(config):
             if layout.precision is Precision.bf16:
                 yield (
                     f"{role}.layout.precision=bf16 on CPUs (cluster.gpus_per_node=0) is some 40 times slower "
                     "than fp32 without AMX: use fp32"
                 )
+        yield from unplaced(config)
         return
     if cluster.sharing is not Sharing.none:
         yield from _shared_gpu(config)
+        yield from unplaced(config)
         return
     sizes = [
         ("rollout.engine", engine.tensor_parallel),
-        *((f"{r}.layout", x.tensor_parallel) for r, x in _layouts(config)),
+        *((f"{r}.layout", x.tensor_parallel) for r, x in layouts(config)),
     ]
     for key, size in sizes:
         if size > cluster.gpus_per_node:
@@ -306,11 +301,12 @@ def _processes(config: Config) -> Iterator[str]:
     roles = [("rollout.engine.num_engines", engine.num_engines, engine.tensor_parallel, engine.tensor_parallel)]
     roles += [
         (f"{role}.layout.num_processes", layout.num_processes, copies, layout.row_size)
-        for (role, layout), copies in zip(_layouts(config), (2 if config.policy.kl_coef else 1, 1), strict=False)
+        for (role, layout), copies in zip(layouts(config), (2 if config.policy.kl_coef else 1, 1), strict=False)
     ]  # the policy's reference, with a KL, is as large as the policy
     gpus = cluster.gpus_per_node * cluster.num_nodes
     needed = sum(count * each for _, count, each, _ in roles)
     if needed <= gpus:
+        yield from unplaced(config)
         return
     cure = f"use cluster.gpus_per_node of at least {-(-needed // cluster.num_nodes)}"
     for key, count, each, multiple in reversed(roles):  # the last role that can give way alone
@@ -328,7 +324,7 @@ def _processes(config: Config) -> Iterator[str]:
 def _shared_gpu(config: Config) -> Iterator[str]:
     """What can lie on one GPU together."""
     cluster, engine = config.cluster, config.rollout.engine
-    counts = {f"{role}.layout.num_processes": layout.num_processes for role, layout in _layouts(config)}
+    counts = {f"{role}.layout.num_processes": layout.num_processes for role, layout in layouts(config)}
     if cluster.sharing is Sharing.all:
         counts["rollout.engine.num_engines"] = engine.num_engines
         counts["rollout.engine.tensor_parallel"] = engine.tensor_parallel
@@ -378,7 +374,7 @@ def _in_folder(config: Config, folder: Path) -> Iterator[str]:
             f"rollout.engine.tensor_parallel={size} does not divide the model's num_attention_heads={shape.heads} "
             f"({path}): the nearest that works is {nearest}"
         )
-    for role, layout in _layouts(config):
+    for role, layout in layouts(config):
         try:
             check_layout(shape, layout)
         except ValueError as error:
