@@ -18,7 +18,7 @@ from torch.distributed import distributed_c10d as c10d
 
 from trainer.delta import Base
 
-BUCKET_BYTES = 1 << 29
+BUCKET_BYTES = 1 << 30
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 Weight = tuple[str, str, list[int]]  # Hugging Face name, dtype, shape
 
