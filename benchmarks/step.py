@@ -179,6 +179,7 @@ class Bench:
             policy=self.policy,
             reference=SimpleNamespace(logprobs=lambda batch: SimpleNamespace(result=lambda: {})),
             estimator=self.estimator,
+            trainers=self.groups,
             weights=SimpleNamespace(version=0, lend_memory=lambda: None, publish=lambda version: 0.0),
         )
         self._watch: Any = SimpleNamespace(phase=lambda name: None, sample=lambda *rest: None)
