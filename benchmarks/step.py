@@ -34,6 +34,7 @@ from slime import loop
 from slime.build import build_estimator, build_policy
 from slime.config import load
 from slime.schema import Config
+from trainer.group import NoReference
 
 WINDOW = 104  # tokens of the demo's context
 PARTS = 3  # sub-traces an episode
@@ -177,7 +178,7 @@ class Bench:
                 release=SimpleNamespace(remote=lambda step: ray.put(None)),
             ),
             policy=self.policy,
-            reference=SimpleNamespace(logprobs=lambda batch: SimpleNamespace(result=lambda: {})),
+            reference=NoReference(),
             estimator=self.estimator,
             trainers=self.groups,
             weights=SimpleNamespace(version=0, lend_memory=lambda: None, publish=lambda version: 0.0),

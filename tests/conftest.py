@@ -58,6 +58,18 @@ def ray_cluster() -> Iterator[ModuleType]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@pytest.fixture(scope="module")
+def process() -> Iterator[None]:
+    """This process as the only one of a role."""
+    from rollout.engine import free_port
+    from trainer.config import LayoutConfig
+    from trainer.megatron.model import leave_process, start_process
+
+    start_process(0, LayoutConfig(), "127.0.0.1", free_port("127.0.0.1"), seed=0, timeout_s=60, threads=1)
+    yield
+    leave_process()
+
+
 @pytest.fixture(scope="session")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     """Where runs are made."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import socket
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,24 +10,12 @@ import torch
 from families import random_model
 
 from trainer.config import LayoutConfig, Precision
-from trainer.megatron.model import build_models, leave_process, start_process
+from trainer.megatron.model import build_models
 from trainer.megatron.models import experts
 from trainer.megatron.models.experts import GroupedExperts, GroupedProduct, grouped_product_takes
 from trainer.megatron.models.shape import read_shape
 
 ROWS = {"all": [5, 9, 1, 3, 2, 4], "some empty": [0, 9, 0, 0, 14, 1], "one": [0, 0, 0, 24, 0, 0], "none": [0] * 6}
-
-
-@pytest.fixture(scope="module")
-def process() -> Iterator[None]:
-    """This process as the only one of a role."""
-    torch.set_num_threads(1)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    start_process(0, LayoutConfig(), "127.0.0.1", port, seed=0, timeout_s=60, threads=1)
-    yield
-    leave_process()
 
 
 @pytest.fixture(scope="module", params=Precision, ids=lambda p: p.value)

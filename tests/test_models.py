@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +23,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from trainer.config import LayoutConfig, OptimizerConfig, PolicyConfig, Precision
 from trainer.group import PolicyGroup
 from trainer.megatron import checkpoint, hf, stored
-from trainer.megatron.model import build_models, leave_process, start_process
+from trainer.megatron.model import build_models
 from trainer.megatron.models.mapping import entries, strays, unmerge, weight_shapes
 from trainer.megatron.models.rope import inverse_frequencies
 from trainer.megatron.models.shape import ModelShape, read_shape
@@ -40,18 +39,6 @@ class Made(NamedTuple):
     shape: ModelShape
     ours: Any
     theirs: Any
-
-
-@pytest.fixture(scope="module")
-def process() -> Iterator[None]:
-    """This process as the only one of a role."""
-    torch.set_num_threads(1)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    start_process(0, LayoutConfig(), "127.0.0.1", port, seed=0, timeout_s=60, threads=1)
-    yield
-    leave_process()
 
 
 @pytest.fixture(scope="module")

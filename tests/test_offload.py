@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from roles import batch_of, random_qwen3, running, seven_sub_traces, write_checkpoint
+from roles import batch_of, random_qwen3, random_targets, running, seven_sub_traces, write_checkpoint
 
-from buffer.types import SubTrace, Targets
+from buffer.types import SubTrace
 from critic.group import CriticGroup
 from slime.config import load
 from trainer import offload
@@ -231,9 +231,7 @@ def trained(
         }
         return {name: sum(one.nbytes() for one in found) for name, found in parts.items()}
 
-    batch, rng = batch_of(traces), np.random.default_rng(2)
-    draw = lambda t: (rng.normal(size=len(t.tokens)) * t.action_mask).astype(np.float32)  # noqa: E731
-    targets = [Targets(draw(t), draw(t), draw(t)) for t in traces]
+    batch, targets = batch_of(traces), random_targets(traces)
     ones = [np.ones(len(trace.tokens), np.float32) for trace in traces]
     seen = []
     with running(PolicyGroup, PolicyWorker, folder, PolicyConfig(layout, num_minibatches=2)) as group:
