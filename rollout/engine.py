@@ -17,7 +17,6 @@ import os
 import runpy
 import select
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -26,6 +25,7 @@ import urllib.request
 from http import HTTPStatus
 from pathlib import Path
 
+from launch.ports import ReservedPort
 from rollout.config import EngineConfig
 
 HEALTH_INTERVAL_S = 0.2
@@ -118,13 +118,6 @@ def server_environment(config: EngineConfig, cpu: bool, threads: int, key: str =
     return variables
 
 
-def free_port(host: str) -> int:
-    """A port on which nobody listens now."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
-
-
 def asks_for_key(url: str) -> bool:
     """Whether a server refuses a request that comes without a key."""
     try:
@@ -157,10 +150,11 @@ class EngineServer:
         self.config = config
         self._key = key
         self.log_path = Path(log_path)
-        port = free_port(host)
-        self.url = f"http://{host}:{port}"
+        port, meeting_port = self._ports = ReservedPort(host), ReservedPort("")
+        self.url = f"http://{host}:{port.number}"
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        arguments = server_arguments(config, model_path, context_tokens, host, port, cpu, seed, yields_memory)
+        arguments = server_arguments(config, model_path, context_tokens, host, port.number, cpu, seed, yields_memory)
+        arguments += ["--nccl-port", str(meeting_port.number)]
         server = ["-c", "from rollout.engine import serve; serve()"] if key else ["-m", "sglang.launch_server"]
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(
@@ -201,6 +195,8 @@ class EngineServer:
         self._process.wait(timeout=30)
         if self._process.stdin is not None:
             self._process.stdin.close()
+        for port in self._ports:
+            port.close()
 
     def _freeze_objects(self) -> None:
         """Takes what was made at start out of garbage collection: a full pass over it costs a server 0.1 s and more.

@@ -61,11 +61,12 @@ def ray_cluster() -> Iterator[ModuleType]:
 @pytest.fixture(scope="module")
 def process() -> Iterator[None]:
     """This process as the only one of a role."""
-    from rollout.engine import free_port
+    from launch.ports import ReservedPort
     from trainer.config import LayoutConfig
     from trainer.megatron.model import leave_process, start_process
 
-    start_process(0, LayoutConfig(), "127.0.0.1", free_port("127.0.0.1"), seed=0, timeout_s=60, threads=1)
+    with ReservedPort("127.0.0.1") as port:
+        start_process(0, LayoutConfig(), "127.0.0.1", port.number, seed=0, timeout_s=60, threads=1)
     yield
     leave_process()
 

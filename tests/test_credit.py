@@ -7,7 +7,6 @@ advantages, not the loss, not the gradient, not the weights after the update.
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from buffer.trace import cut
 from buffer.types import Batch, Episode, Float32, Status, SubTrace, SubTraceInfo, SubTraceKind, Successor, Turn
 from critic.advantages import advantages
 from critic.config import AdvantageConfig, Credit
+from launch.ports import ReservedPort
 
 EXACT = [
     AdvantageConfig(),
@@ -171,10 +171,8 @@ class Lab:
         self.worker: Any = PolicyWorker(
             WorkerSettings(0, layout, optimizer, str(folder), 0, 1, 60.0), PolicyConfig(clip_low=0.2, clip_high=0.28)
         )
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        self.worker.start("127.0.0.1", port)
+        with ReservedPort("127.0.0.1") as port:
+            self.worker.start("127.0.0.1", port.number)
         self.first = self.parameters()
 
     def parameters(self) -> dict[str, Float32]:

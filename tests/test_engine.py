@@ -8,6 +8,7 @@ import functools
 import hashlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,9 +21,10 @@ import pytest
 import torch
 
 from buffer.types import Float32
+from launch.ports import ReservedPort
 from rollout.client import EngineClient, Generation, parse_generation
 from rollout.config import EngineConfig
-from rollout.engine import EngineServer, free_port, server_arguments, server_environment
+from rollout.engine import EngineServer, server_arguments, server_environment
 from trainer.broadcast import broadcast, join_update_group, leave_update_group
 
 T = TypeVar("T")
@@ -184,10 +186,11 @@ def test_the_client_refuses_bad_requests(prompt: list[int], max_new: int, messag
 
 
 def test_nobody_listening_is_named_after_the_deadline() -> None:
-    url = f"http://127.0.0.1:{free_port('127.0.0.1')}"
-    client = EngineClient(url, VOCAB, CONTEXT, connect_timeout_s=0.5)
-    with pytest.raises(RuntimeError, match=rf"/generate: no connection to {url} within 0.5 s"):
-        asyncio.run(client.generate([1], 1, []))
+    with ReservedPort("127.0.0.1") as port:
+        url = f"http://127.0.0.1:{port.number}"
+        client = EngineClient(url, VOCAB, CONTEXT, connect_timeout_s=0.5)
+        with pytest.raises(RuntimeError, match=rf"/generate: no connection to {url} within 0.5 s"):
+            asyncio.run(client.generate([1], 1, []))
 
 
 def test_the_leash_ends_everything_with_its_asker(tmp_path: Path) -> None:
@@ -332,10 +335,12 @@ def test_new_weights_in_the_middle_of_requests(server: EngineServer, folder: Pat
     prompts = prompts_with_shared_prefixes(seed=2)[:12]
 
     async def swap(client: EngineClient) -> list[Generation]:
-        port, loop = free_port("127.0.0.1"), asyncio.get_running_loop()
-        joined = loop.run_in_executor(None, join_update_group, "127.0.0.1", port, 0, 2, "weights", "gloo", 60.0)
-        await client.init_group("127.0.0.1", port, 1, 2, "weights", "gloo")
-        group = await joined
+        loop = asyncio.get_running_loop()
+        with ReservedPort("127.0.0.1") as port:
+            meeting = ("127.0.0.1", port.number)
+            joined = loop.run_in_executor(None, join_update_group, *meeting, 0, 2, "weights", "gloo", 60.0)
+            await client.init_group(*meeting, 1, 2, "weights", "gloo")
+            group = await joined
         assert await client.checksums() == [checksums(original)]
         running = [asyncio.create_task(client.generate(prompt, 100, [])) for prompt in prompts]
         await asyncio.sleep(0.3)
@@ -400,6 +405,18 @@ def test_a_server_that_can_not_start_shows_its_log(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"died while it started(.|\n)*absent"):
         engine.start()
     engine.stop()
+
+
+def test_nobody_takes_the_port_of_a_server_that_still_imports(tmp_path: Path) -> None:
+    engine = EngineServer(CONFIG, str(tmp_path), CONTEXT, str(tmp_path / "engine.log"), cpu=True)
+    address = ("127.0.0.1", int(engine.url.rsplit(":", 1)[1]))
+    try:
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(address)
+    finally:
+        engine.stop()
+    with socket.socket() as other:
+        other.bind(address)
 
 
 @pytest.mark.e2e

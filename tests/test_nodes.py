@@ -30,7 +30,8 @@ from launch import nodes
 from launch.config import ClusterConfig
 from launch.local import start_ray
 from launch.nodes import LOOPBACK, Node, NodeError, Part, Places, interface_of, look, place
-from rollout.engine import KEY_VARIABLE, asks_for_key, free_port
+from launch.ports import ReservedPort
+from rollout.engine import KEY_VARIABLE, asks_for_key
 from slime.config import ConfigError, load
 from slime.config.nodes import parts, placed
 
@@ -203,9 +204,10 @@ def test_an_engine_that_asks_for_no_key_is_noticed(status: int, refused: bool) -
 
 @pytest.mark.parametrize("address", ["ray://10.0.0.1:10001", "10.0.0.1", "10.0.0.1:gcs", "NOBODY"])
 def test_a_cluster_that_is_not_there_is_told_at_once(address: str) -> None:
-    address = address.replace("NOBODY", f"{LOOPBACK}:{free_port(LOOPBACK)}")
-    with pytest.raises(NodeError, match=re.escape(f"cluster.ray_address={address}")):
-        start_ray(ClusterConfig(ray_address=address))
+    with ReservedPort(LOOPBACK) as port:
+        address = address.replace("NOBODY", f"{LOOPBACK}:{port.number}")
+        with pytest.raises(NodeError, match=re.escape(f"cluster.ray_address={address}")):
+            start_ray(ClusterConfig(ray_address=address))
 
 
 # Two nodes -----------------------------------------------------------------------------------------------------------
@@ -304,15 +306,16 @@ def cluster(place: Place) -> Iterator[Cluster]:
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))
     environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0"}
-    port = free_port(NODES[0])
-    made = Cluster(folder, f"{NODES[0]}:{port}", environment)
-    head = ["--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={folder / 'ray'}"]
+    port = ReservedPort(NODES[0])
+    made = Cluster(folder, f"{NODES[0]}:{port.number}", environment)
+    head = ["--head", f"--port={port.number}", "--include-dashboard=false", f"--temp-dir={folder / 'ray'}"]
     try:
         made.start(f"--node-ip-address={NODES[0]}", *head)
         made.start(f"--node-ip-address={NODES[1]}", f"--address={made.address}")
         yield made
     finally:
         made.stop()
+        port.close()
 
 
 @dataclass

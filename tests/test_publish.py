@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
@@ -16,6 +15,7 @@ import torch
 from test_engine import CONFIG, CONTEXT, VOCAB, make_model, prompts_with_shared_prefixes, reference
 
 from buffer.types import Bool
+from launch.ports import ReservedPort
 from rollout.client import EngineClient, Generation
 from rollout.config import PauseMode
 from rollout.engine import EngineServer
@@ -58,9 +58,8 @@ class Trainer:
         return [(name, "float32", list(w.shape)) for name, w in self.weights().items()]
 
     def address(self) -> tuple[str, int]:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            return "127.0.0.1", probe.getsockname()[1]
+        with ReservedPort("127.0.0.1") as port:
+            return "127.0.0.1", port.number
 
     def join_engines(self, host: str, port: int, world_size: int, name: str, backend: str, timeout_s: float) -> None:
         self.group = join_update_group(host, port, 0, world_size, name, backend, timeout_s)

@@ -10,7 +10,6 @@ knows neither. Its caller is unknown to it: all it needs comes in as arguments.
 from __future__ import annotations
 
 import resource
-import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import torch
 from torch import distributed as dist
 
 from buffer.types import Float32, Grid, SubTrace
+from launch.ports import ReservedPort
 from trainer.batching import MicroBatch, length_multiples, micro_batch, per_sub_trace
 from trainer.config import LayoutConfig, OptimizerConfig
 from trainer.layout import check_layout
@@ -69,12 +69,12 @@ class MegatronWorker:
     def __init__(self, settings: WorkerSettings) -> None:
         self.settings = settings
         self.updates_done = 0  # optimizer steps
+        self._ports: list[ReservedPort] = []
 
     def address(self) -> tuple[str, int]:
-        """Host and a free port of this process, where the role's ranks meet."""
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+        """Host and a port of this process, kept free, where a group is about to meet."""
+        self._ports.append(ReservedPort(""))
+        return ray.util.get_node_ip_address(), self._ports[-1].number
 
     def start(self, master: str, port: int) -> int:
         """Joins the process group, builds the model, reads its weights. Returns the model's hidden size."""
@@ -268,6 +268,8 @@ class MegatronWorker:
         """Leaves the process group; another worker may start in this process."""
         optimizer.unwrap_ddp(self.chunks)
         model.leave_process()
+        for port in self._ports:
+            port.close()
 
 
 def fetch(refs: Sequence[Any], row: Sequence[Sequence[int]]) -> dict[int, SubTrace]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 
 from buffer.types import Status, SubTrace, SubTraceKind
+from launch.ports import ReservedPort
 
 # Shapes of the published Qwen3 models (their config.json); weights here are random.
 QWEN3: dict[str, dict[str, Any]] = {
@@ -102,22 +102,16 @@ def matrix_rate(n: int = 8192) -> float:
     return 2 * n**3 / (milliseconds(lambda: a @ b, repeats=20) * 1e-3)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def run_ranks(script: str, arguments: Sequence[str], num_ranks: int, timeout_s: float, first_gpu: int = 0) -> None:
     """Runs `script` once a GPU, each process seeing one.
 
     RuntimeError as soon as one fails (the others would wait for it until their own time is over); TimeoutError.
     """
     ends = time.monotonic() + timeout_s
-    port = str(free_port())
+    port = ReservedPort("127.0.0.1")
     ranks = [
         subprocess.Popen(
-            [sys.executable, script, *arguments, "--rank", str(rank), "--port", port],
+            [sys.executable, script, *arguments, "--rank", str(rank), "--port", str(port.number)],
             env={**os.environ, "CUDA_VISIBLE_DEVICES": str(first_gpu + rank)},
         )
         for rank in range(num_ranks)
@@ -131,6 +125,7 @@ def run_ranks(script: str, arguments: Sequence[str], num_ranks: int, timeout_s: 
         for rank in ranks:
             rank.kill()
             rank.wait()
+        port.close()
     if any(codes):
         raise RuntimeError(f"{script}: exit codes {codes}")
 

@@ -127,6 +127,7 @@ def main() -> None:
     parser.add_argument("--log", default="", help="where the engine's log goes")
     options = parser.parse_args()
     from benchmarks.gpu.check import VOCAB, make_model
+    from launch.ports import ReservedPort
     from rollout.config import EngineConfig
     from rollout.engine import EngineServer
     from rollout.group import EngineGroup
@@ -149,7 +150,8 @@ def main() -> None:
         worker = PolicyWorker(
             WorkerSettings(0, layout, OptimizerConfig(lr=2e-5), str(folder), 0, 1, 300.0), PolicyConfig(layout=layout)
         )
-        worker.start("127.0.0.1", common.free_port())
+        with ReservedPort("127.0.0.1") as port:
+            worker.start("127.0.0.1", port.number)
         url = server.start()
         print(common.machine())
         print(f"engine up after {time.perf_counter() - began:.0f} s")

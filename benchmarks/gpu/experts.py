@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.gpu import common
 from benchmarks.gpu.check import distance
+from launch.ports import ReservedPort
 from trainer.config import LayoutConfig, Precision
 from trainer.megatron.model import leave_process, start_process, transformer_config
 from trainer.megatron.models import experts
@@ -138,7 +139,8 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=CONFIG["moe_intermediate_size"])
     options = parser.parse_args()
     print(common.machine(), f"{vars(options)}", flush=True)
-    start_process(0, LayoutConfig(precision=Precision.bf16), "127.0.0.1", common.free_port(), 0, 300.0, 1)
+    with ReservedPort("127.0.0.1") as port:
+        start_process(0, LayoutConfig(precision=Precision.bf16), "127.0.0.1", port.number, 0, 300.0, 1)
     own = {"num_experts": options.experts, "hidden_size": options.hidden, "moe_intermediate_size": options.width}
     layer = make_layer(CONFIG | own)
     weights = list(layer.experts.parameters())

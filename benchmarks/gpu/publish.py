@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.gpu import common
 from benchmarks.gpu.engine import CONTEXT
 from benchmarks.gpu.train import RandomPolicy
+from launch.ports import ReservedPort
 
 
 def broadcast_rank(options: argparse.Namespace) -> None:
@@ -61,7 +62,8 @@ def frozen_policy(folder: Path) -> Any:
     layout = LayoutConfig(precision=Precision.bf16)
     settings = WorkerSettings(0, layout, OptimizerConfig(), str(folder), 0, 1, 300.0, frozen=True)
     worker = RandomPolicy(settings, PolicyConfig(layout=layout))
-    worker.start("127.0.0.1", common.free_port())
+    with ReservedPort("127.0.0.1") as port:
+        worker.start("127.0.0.1", port.number)
     out = folder / "weights"
     hf.save(hf.export(worker.models, worker.shape), folder, out)
     return worker, out
