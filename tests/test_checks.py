@@ -225,9 +225,9 @@ def test_a_warm_start_needs_no_gpus_for_a_critic() -> None:
                 "critic.layout.tensor_parallel=1",
                 "critic.layout.sequence_parallel=false",
                 "critic.layout.pipeline_parallel=2",
-                "critic.layout.virtual_stages=5",
+                "critic.layout.virtual_stages=19",
             ],
-            ["critic.layout: pipeline_parallel*virtual_stages=2*5", "num_hidden_layers=36", "virtual_stages=6"],
+            ["critic.layout: pipeline_parallel*virtual_stages=2*19", "num_hidden_layers=36", "virtual_stages=18"],
         ),
         ({"model_type": "mamba"}, [], ["config.json", "'mamba' is not mapped"]),
         (
@@ -247,10 +247,10 @@ def test_the_model_must_fit_the_layout(
 
 
 def test_a_model_that_the_task_makes_must_fit_the_layout_too(tmp_path: Path) -> None:
-    two = ["critic.layout.num_processes=2", "critic.layout.pipeline_parallel=2"]
-    config = load([PPO, f"cache_dir={tmp_path}", *two]).config  # nothing is known of the model yet
+    four = ["critic.layout.num_processes=4", "critic.layout.pipeline_parallel=4"]
+    config = load([PPO, f"cache_dir={tmp_path}", *four]).config  # nothing is known of the model yet
     with pytest.raises(
-        ConfigError, match=r"critic\.layout: pipeline_parallel.*num_hidden_layers=3.*pipeline_parallel=1"
+        ConfigError, match=r"critic\.layout: pipeline_parallel.*num_hidden_layers=3.*pipeline_parallel=2"
     ):
         untrained_model(config, make_task(config))
 

@@ -66,7 +66,7 @@ class Result(NamedTuple):
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     made = tmp_path_factory.mktemp("models")
-    return {kind: random_qwen3(made / kind, 4, experts=4 if kind == "experts" else 0) for kind in KINDS}
+    return {kind: random_qwen3(made / kind, 5, experts=4 if kind == "experts" else 0) for kind in KINDS}
 
 
 @pytest.fixture(scope="module")

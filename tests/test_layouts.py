@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from trainer.batching import MicroBatch, length_multiples, micro_batch, per_sub_trace
 from trainer.config import LayoutConfig, Loss, PolicyConfig
-from trainer.layout import check_layout, layers_of, pipeline_rank_of
+from trainer.layout import check_layout, chunks_of, pipeline_rank_of
 from trainer.megatron.hf import _own_part
 from trainer.megatron.models.mapping import Entry, Merge, Split, entries, merge, padded_vocab, shard
 from trainer.megatron.models.shape import ModelShape, MoeShape
@@ -73,11 +73,15 @@ def test_a_layout_that_works_for_no_model(numbers: dict[str, Any], parts: list[s
         (DENSE, {"num_processes": 16, "tensor_parallel": 16}, ["num_key_value_heads=8", "tensor_parallel=8"]),
         (replace(DENSE, ffn=12287), {"tensor_parallel": 2}, ["intermediate_size=12287", "works is tensor_parallel=1"]),
         (replace(DENSE, vocab=5), {"tensor_parallel": 4}, ["vocab_size=5", "works is tensor_parallel=2"]),
-        (DENSE, {"pipeline_parallel": 8}, ["=8*1", "num_hidden_layers=36", "works is pipeline_parallel=4"]),
+        (
+            replace(DENSE, num_layers=7),
+            {"pipeline_parallel": 8},
+            ["=8*1 leaves a process without", "num_hidden_layers=7", "works is pipeline_parallel=4"],
+        ),
         (
             DENSE,
-            {"pipeline_parallel": 4, "virtual_stages": 2},
-            ["=4*2", "num_hidden_layers=36", "works is virtual_stages=3"],
+            {"pipeline_parallel": 4, "virtual_stages": 10},
+            ["=4*10", "num_hidden_layers=36", "works is virtual_stages=9"],
         ),
         (DENSE, {"expert_parallel": 2}, ["expert_parallel=2", "without experts", "works is expert_parallel=1"]),
         (
@@ -104,6 +108,7 @@ def test_a_layout_that_does_not_work_for_a_model(shape: ModelShape, numbers: dic
 def test_layouts_that_work() -> None:
     for numbers in (
         {"tensor_parallel": 4, "sequence_parallel": True, "pipeline_parallel": 2, "virtual_stages": 9},
+        {"pipeline_parallel": 8, "virtual_stages": 4},
         {"context_parallel": 8},
         {"tensor_parallel": 2, "pipeline_parallel": 2, "context_parallel": 2},
     ):
@@ -117,15 +122,25 @@ def test_losses_of_whole_sequences_refuse_context_parallelism() -> None:
         PolicyConfig(layout(context_parallel=2), loss=Loss.gspo)
 
 
-@pytest.mark.parametrize(("pipeline", "virtual"), [(1, 1), (2, 1), (3, 2), (4, 3)])
-def test_every_layer_has_one_place(pipeline: int, virtual: int) -> None:
-    held = {(r, v): layers_of(24, pipeline, virtual, r, v) for r in range(pipeline) for v in range(virtual)}
-    assert sorted(itertools.chain.from_iterable(held.values())) == list(range(24))
-    for (rank, _), layers in held.items():
-        assert {pipeline_rank_of(layer, 24, pipeline, virtual) for layer in layers} == {rank}
-    assert [layers.start for layers in held.values()] == [
-        (v * pipeline + r) * 24 // (pipeline * virtual) for r in range(pipeline) for v in range(virtual)
-    ]
+@pytest.mark.parametrize(
+    ("num_layers", "pipeline", "virtual", "sizes"),
+    [
+        (24, 1, 1, [24]),
+        (24, 3, 2, [4, 4, 4, 4, 4, 4]),
+        (61, 2, 1, [31, 30]),
+        (61, 4, 1, [15, 16, 15, 15]),
+        (61, 8, 1, [7, 8, 8, 8, 8, 8, 7, 7]),
+        (7, 4, 1, [2, 2, 2, 1]),
+        (5, 2, 2, [1, 2, 1, 1]),
+        (6, 6, 1, [1, 1, 1, 1, 1, 1]),
+    ],
+)
+def test_every_layer_has_one_place(num_layers: int, pipeline: int, virtual: int, sizes: list[int]) -> None:
+    chunks = chunks_of(num_layers, pipeline, virtual)
+    assert list(itertools.chain.from_iterable(chunks)) == list(range(num_layers))
+    assert [len(layers) for layers in chunks] == sizes
+    for number, layers in enumerate(chunks):
+        assert {pipeline_rank_of(layer, num_layers, pipeline, virtual) for layer in layers} == {number % pipeline}
 
 
 # ------------------------------------------------------- which part of a tensor

@@ -51,7 +51,7 @@ def served(
 ) -> Iterator[tuple[Kind, Path, EngineGroup]]:
     """A kind of model, its folder, and engines that have read it."""
     kind, made = KINDS[request.param], tmp_path_factory.mktemp("served")
-    folder = random_qwen3(made / "model", 4, kind.experts)
+    folder = random_qwen3(made / "model", 5, kind.experts)
     with ExitStack() as stack:
         servers = []
         for number in range(kind.engines.num_engines):

@@ -43,8 +43,8 @@ EXPERTS = [
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four layers with tied embeddings."""
-    return random_qwen3(tmp_path_factory.mktemp("dense") / "model", num_layers=4)
+    """Five layers, which two processes do not divide, with tied embeddings."""
+    return random_qwen3(tmp_path_factory.mktemp("dense") / "model", num_layers=5)
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 from trainer.megatron.models.shape import ModelShape
 
+MOST_STAGES = 64  # virtual ones, of a layout that is proposed
+
 
 class Sizes(NamedTuple):
     """The numbers of a layout, under the names of their settings (trainer/config.py)."""
@@ -55,20 +57,24 @@ def check_layout(shape: ModelShape, layout: Any) -> None:
         raise ValueError(f"{problem}: {_cure(sizes, works)}")
 
 
-def layers_of(num_layers: int, pipeline_parallel: int, virtual_stages: int, rank: int, stage: int) -> range:
-    """Global numbers of the layers in virtual stage `stage` of pipeline rank `rank`.
+def chunks_of(num_layers: int, pipeline_parallel: int, virtual_stages: int) -> list[range]:
+    """Global numbers of the layers in each chunk of the model, first to last.
 
-    The pieces of the model go over the ranks, then over the virtual stages: of 8 layers on 2 ranks with 2 stages each
-    rank 0 has 0 1 and 4 5, rank 1 has 2 3 and 6 7.
+    The chunks go over the pipeline ranks, then over the virtual stages: of 8 layers on 2 ranks with 2 stages each rank
+    0 has 0 1 and 4 5, rank 1 has 2 3 and 6 7. Where the layers do not divide, some chunks have one more: the last never
+    (it has the projection to the vocabulary, too), the first (which has most micro-batches in flight) if it must be.
     """
-    size = num_layers // (pipeline_parallel * virtual_stages)
-    first = (stage * pipeline_parallel + rank) * size
-    return range(first, first + size)
+    chunks = pipeline_parallel * virtual_stages
+    size, larger = divmod(num_layers, chunks)
+    first = 0 if larger == chunks - 1 else 1
+    ends = list(itertools.accumulate(size + (first <= chunk < first + larger) for chunk in range(chunks)))
+    return [range(start, end) for start, end in itertools.pairwise([0, *ends])]
 
 
 def pipeline_rank_of(layer: int, num_layers: int, pipeline_parallel: int, virtual_stages: int) -> int:
-    """The pipeline rank that has a layer; see `layers_of`."""
-    return layer * pipeline_parallel * virtual_stages // num_layers % pipeline_parallel
+    """The pipeline rank that has a layer."""
+    chunks = chunks_of(num_layers, pipeline_parallel, virtual_stages)
+    return next(number for number, layers in enumerate(chunks) if layer in layers) % pipeline_parallel
 
 
 def _alone(s: Sizes) -> Iterator[str]:
@@ -114,10 +120,10 @@ def _for_model(s: Sizes, shape: ModelShape) -> Iterator[str]:
     if rows * (s.tensor_parallel - 1) >= shape.vocab:
         yield f"{tensor} leaves a process without a row of the model's vocab_size={shape.vocab}"
     chunks = s.pipeline_parallel * s.virtual_stages
-    if shape.num_layers % chunks:
+    if shape.num_layers < chunks:
         yield (
-            f"pipeline_parallel*virtual_stages={s.pipeline_parallel}*{s.virtual_stages} does not divide the model's "
-            f"num_hidden_layers={shape.num_layers}"
+            f"pipeline_parallel*virtual_stages={s.pipeline_parallel}*{s.virtual_stages} leaves a process without one "
+            f"of the model's num_hidden_layers={shape.num_layers}"
         )
     experts = shape.moe.experts if shape.moe else 0
     if s.expert_parallel > 1 and not experts:
@@ -145,7 +151,7 @@ def _candidates(sizes: Sizes) -> Iterator[Sizes]:
     """All layouts of the same number of processes, and those of more or fewer with the other numbers as they are."""
     total = max(1, sizes.num_processes)
     divisors = [n for n in range(1, total + 1) if total % n == 0]
-    stages = sorted({*range(1, 9), max(1, sizes.virtual_stages)})
+    stages = range(1, min(max(8, sizes.virtual_stages), MOST_STAGES) + 1)
     for tensor, pipeline, context in itertools.product(divisors, repeat=3):
         if total % (tensor * pipeline * context):
             continue

@@ -12,7 +12,7 @@ from torch import distributed as dist
 from torch.nn import functional as F
 
 from trainer.config import LayoutConfig, Precision, Recompute
-from trainer.layout import layers_of
+from trainer.layout import chunks_of
 from trainer.megatron import cpu
 
 cpu.enable()
@@ -91,6 +91,7 @@ def transformer_config(shape: ModelShape, layout: LayoutConfig) -> TransformerCo
         sequence_parallel=layout.sequence_parallel,
         pipeline_model_parallel_size=layout.pipeline_parallel,
         virtual_pipeline_model_parallel_size=_virtual(layout),
+        pipeline_model_parallel_layout=_pipeline(shape, layout),
         context_parallel_size=layout.context_parallel,
         expert_model_parallel_size=layout.expert_parallel,
         expert_tensor_parallel_size=layout.expert_tensor_parallel,
@@ -115,6 +116,15 @@ def transformer_config(shape: ModelShape, layout: LayoutConfig) -> TransformerCo
         apply_rope_fusion=False,
     )
     return found
+
+
+def _pipeline(shape: ModelShape, layout: LayoutConfig) -> list[list[str]] | None:
+    """What each chunk holds, in megatron's words; by itself it refuses numbers of layers that do not divide."""
+    if layout.pipeline_parallel == 1:
+        return None
+    chunks = chunks_of(shape.num_layers, layout.pipeline_parallel, layout.virtual_stages)
+    found = [["decoder"] * len(layers) for layers in chunks]
+    return [["embedding", *found[0]], *found[1:-1], [*found[-1], "loss"]]
 
 
 def _recompute(shape: ModelShape, layout: LayoutConfig) -> dict[str, Any]:
@@ -166,7 +176,8 @@ def _build(
     shape: ModelShape, layout: LayoutConfig, config: TransformerConfig, stage: int, output_layer: Any
 ) -> ScoringGPT:
     rank = parallel_state.get_pipeline_model_parallel_rank()
-    layers = layers_of(shape.num_layers, layout.pipeline_parallel, layout.virtual_stages, rank, stage)
+    chunks = chunks_of(shape.num_layers, layout.pipeline_parallel, layout.virtual_stages)
+    layers = chunks[stage * layout.pipeline_parallel + rank]
     last = layers.stop == shape.num_layers
     model = ScoringGPT(
         config,
