@@ -197,9 +197,10 @@ class Bench:
         """Gives the ranks what bare steps read."""
         indices, num_tokens = range(len(self.traces)), [len(trace.tokens) for trace in self.traces]
         rng = np.random.default_rng(0)
+        counts = (self.config.policy.num_minibatches, self.config.critic.num_minibatches)
         grids = [
-            [group.grid(indices, num_tokens), *group.minibatch_grids(self.batch, role.num_minibatches, rng)]
-            for group, role in zip(self.groups, (self.config.policy, self.config.critic), strict=True)
+            [group.grid(indices, num_tokens), *group.minibatch_grids(self.batch, count, rng)]
+            for group, count in zip(self.groups, counts, strict=True)
         ]
         self.call(prepare_bare, [self.traces] * 2, grids)
 
@@ -249,7 +250,8 @@ def report(bench: Bench, pairs: int, size: int) -> None:
     print(f"{size / 1e6:.2f} million parameters, {tokens} tokens in {len(bench.traces)} sub-traces a step", flush=True)
     bench.ours()
     bench.bare()
-    ours, bare = [], []
+    ours: list[tuple[float, list[float]]] = []
+    bare: list[tuple[float, list[float]]] = []
     for pair in range(pairs):
         steps = [(bench.ours, True, ours), (bench.bare, False, bare)]
         for step, driver, found in steps if pair % 2 else reversed(steps):

@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
-FILE = Path(__file__).parent.parent / "benchmarks" / "ablation.py"
+from benchmarks import ablation
 
 
-@pytest.fixture(scope="module")
-def ablation() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("ablation", FILE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules["ablation"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_a_curve_counts_the_tokens_of_pre_training(ablation: ModuleType) -> None:
+def test_a_curve_counts_the_tokens_of_pre_training() -> None:
     rows = [
         {"step": 0, "rollout/tokens_generated": 40.0, "eval/pass_rate": 0.1},
         {"step": 1, "rollout/tokens_generated": 10.0},
@@ -31,7 +18,7 @@ def test_a_curve_counts_the_tokens_of_pre_training(ablation: ModuleType) -> None
     assert ablation.curve(rows) == [(40.0, 0.1), (60.0, 0.5)]
 
 
-def test_runs_are_compared_at_a_budget_that_they_have_reached(ablation: ModuleType) -> None:
+def test_runs_are_compared_at_a_budget_that_they_have_reached() -> None:
     found = {
         "chained": {"0": [(40.0, 0.0), (100.0, 0.6)], "1": [(40.0, 0.2), (80.0, 0.4)]},
         "grpo": {"0": [(0.0, 0.1), (50.0, 0.3)]},
@@ -46,7 +33,7 @@ def test_runs_are_compared_at_a_budget_that_they_have_reached(ablation: ModuleTy
     assert "| 2 | 0.10 (0.00 - 0.20) | 0.10 (0.00 - 0.20) | 0.40 (0.40 - 0.40) |" in lines[-1]
 
 
-def test_the_command_of_a_cell_is_the_recipe_and_what_differs(ablation: ModuleType, tmp_path: Path) -> None:
+def test_the_command_of_a_cell_is_the_recipe_and_what_differs(tmp_path: Path) -> None:
     cells = ablation.cells(tmp_path, 2, ["no_warmup"])
     assert [cell.seed for cell in cells] == [0, 1]
     command = cells[1].command(["cluster.min_memory_gb=0"])

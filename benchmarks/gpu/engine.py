@@ -156,7 +156,8 @@ def main() -> None:
         print(common.machine())
         print(f"engine up after {time.perf_counter() - began:.0f} s")
         backend = "nccl" if options.engine_gpu else "gloo"
-        weights = Weights(common.OneRank(worker), EngineGroup([url], VOCAB, CONTEXT, config), backend, 120.0)
+        policy: Any = common.OneRank(worker)
+        weights = Weights(policy, EngineGroup([url], VOCAB, CONTEXT, config), backend, 120.0)
         asyncio.run(session(options, weights, VOCAB))
     finally:
         server.stop()

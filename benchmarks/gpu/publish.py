@@ -145,7 +145,8 @@ def main() -> None:
         print(f"engine up after {time.perf_counter() - began:.0f} s", flush=True)
         whole = replace(config, delta=False)
         engines = EngineGroup([url], common.VOCAB, CONTEXT, whole)
-        session(Weights(common.OneRank(worker), engines, "nccl", 300.0), options.repeats)
+        policy: Any = common.OneRank(worker)
+        session(Weights(policy, engines, "nccl", 300.0), options.repeats)
     finally:
         server.stop()
 
