@@ -29,12 +29,25 @@ def exact(hidden_PH: torch.Tensor, weight_VH: torch.Tensor, labels_P: torch.Tens
     return torch.stack([log_p_PV.gather(1, labels_P[:, None])[:, 0], -(log_p_PV.exp() * log_p_PV).sum(1)])
 
 
+@pytest.fixture(params=["one slice", "slices, kept", "slices, computed again"])
+def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], list[int]]:
+    """Tokens of each product with the vocabulary: those to come, and those that are wanted of a gradient."""
+    if request.param != "one slice":
+        monkeypatch.setattr(module, "CACHED_BYTES", 1)
+    if "again" in request.param:
+        monkeypatch.setattr(module, "SLICE_BYTES", 4 * P * PADDED - 1)
+    done: list[int] = []
+
+    def linear(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        done.append(len(hidden))
+        return hidden @ weight.T
+
+    monkeypatch.setattr(module, "F", SimpleNamespace(linear=linear))
+    return done, {"one slice": [P], "slices, kept": [128, P - 128]}.get(request.param, [128, P - 128] * 2)
+
+
 @pytest.mark.parametrize("scale", [0.0, 0.3, 1.0, 10.0])
-@pytest.mark.parametrize("one_slice", [True, False])
-def test_scores_and_gradients(scale: float, one_slice: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not one_slice:
-        monkeypatch.setattr(module, "SLICE_BYTES", 1)
-        assert module.slice_tokens(PADDED) == 128 < P
+def test_scores_and_gradients(scale: float, products: tuple[list[int], list[int]]) -> None:
     hidden_PH, weight_VH, labels_P = draw(scale)
     pair = hidden_PH.requires_grad_(), weight_VH.requires_grad_()
     double = hidden_PH.detach().double().requires_grad_(), weight_VH.detach().double().requires_grad_()
@@ -46,6 +59,7 @@ def test_scores_and_gradients(scale: float, one_slice: bool, monkeypatch: pytest
     for mine, theirs in zip(found, wanted, strict=True):
         assert float((mine.double() - theirs).norm()) <= 1e-5 * max(1.0, float(theirs.norm()))
     assert not found[1][V:].any(), "padding of the vocabulary is no token"
+    assert products[0] == products[1]
 
 
 def test_a_certain_token_has_no_entropy_and_a_finite_gradient() -> None:

@@ -2,7 +2,7 @@
 
 The logits of 32,768 tokens over 151,936 ids are 20 GB in float32, and their backward pass needs them several
 times. So the projection, the softmax and what is read off it are done for a slice of the tokens at a time, and
-once more in the backward pass:
+once more in the backward pass, but for the logits where all of them are no more than a slice may be:
 
     z = h W^T,  log p_v = z_v - log sum_u e^{z_u}        score_0 = log p_y,  score_1 = H = -sum_v p_v log p_v
     d score_0 / d z_v = [v = y] - p_v                    d score_1 / d z_v = -p_v (log p_v + H)
@@ -20,13 +20,14 @@ import torch
 from torch import distributed as dist
 from torch.nn import functional as F
 
-SLICE_BYTES = 1 << 30  # of float32 logits, the largest single tensor here
+SLICE_BYTES = 1 << 30  # of float32 logits, the most that is held at a time
+CACHED_BYTES = 4 << 20  # the same on CPUs, whose caches hold it
 SMALLEST = torch.finfo(torch.float32).min
 
 
-def slice_tokens(rows: int) -> int:
-    """Tokens whose float32 logits over `rows` ids take `SLICE_BYTES`, a multiple of 128."""
-    return max(128, SLICE_BYTES // (4 * rows) // 128 * 128)
+def slice_tokens(rows: int, limit: int) -> int:
+    """Tokens whose float32 logits over `rows` ids take `limit` bytes, a multiple of 128."""
+    return max(128, limit // (4 * rows) // 128 * 128)
 
 
 def fused(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -83,10 +84,14 @@ class _Scores(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_PH: torch.Tensor, weight_VH: torch.Tensor, labels_P: torch.Tensor, num_real: int, group: Any
     ) -> torch.Tensor:
-        scores, totals = [], []
-        size = slice_tokens(weight_VH.shape[0])
-        for hidden_CH, labels_C in zip(hidden_PH.split(size), labels_P.split(size), strict=True):
+        scores, totals, kept = [], [], []
+        rows = weight_VH.shape[0]
+        ctx.size = slice_tokens(rows, SLICE_BYTES if hidden_PH.is_cuda else CACHED_BYTES)
+        keeps = any(ctx.needs_input_grad) and 4 * len(hidden_PH) * rows <= SLICE_BYTES
+        for hidden_CH, labels_C in zip(hidden_PH.split(ctx.size), labels_P.split(ctx.size), strict=True):
             z_CV = F.linear(hidden_CH, weight_VH)
+            if keeps:
+                kept.append(z_CV)
             largest_C = _largest(z_CV, num_real)
             if group.size() > 1:
                 dist.all_reduce(largest_C, op=dist.ReduceOp.MAX, group=group)
@@ -97,20 +102,19 @@ class _Scores(torch.autograd.Function):
             scores.append(torch.stack([sums_3C[2] - log_total_C, log_total_C - sums_3C[1] / sums_3C[0]]))
             totals.append(largest_C + log_total_C)
         scores_2P = torch.cat(scores, 1)
-        ctx.save_for_backward(hidden_PH, weight_VH, labels_P, torch.cat(totals), scores_2P[1].contiguous())
+        ctx.save_for_backward(hidden_PH, weight_VH, labels_P, torch.cat(totals), scores_2P[1].contiguous(), *kept)
         ctx.num_real = num_real
         return scores_2P
 
     @staticmethod
     def backward(ctx: Any, grad_2P: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None, None]:
-        hidden_PH, weight_VH, labels_P, log_total_P, entropy_P = ctx.saved_tensors
-        size = slice_tokens(weight_VH.shape[0])
+        hidden_PH, weight_VH, labels_P, log_total_P, entropy_P, *kept = ctx.saved_tensors
         grad_hidden_PH = torch.empty_like(hidden_PH)
         grad_weight_VH = torch.zeros_like(weight_VH, dtype=torch.float32)  # the slices' parts are summed in float32
-        for start in range(0, len(hidden_PH), size):
-            part = slice(start, start + size)
+        for number, start in enumerate(range(0, len(hidden_PH), ctx.size)):
+            part = slice(start, start + ctx.size)
             hidden_CH = hidden_PH[part]
-            z_CV = F.linear(hidden_CH, weight_VH)
+            z_CV = kept[number] if kept else F.linear(hidden_CH, weight_VH)
             slope_CV = _slope(
                 z_CV, log_total_P[part], entropy_P[part], labels_P[part], grad_2P[:, part].contiguous(), ctx.num_real
             )
