@@ -43,6 +43,7 @@ def ray_cluster() -> Iterator[ModuleType]:
             env.setenv("RAY_AUTH_MODE", "token")
             env.setenv("RAY_AUTH_TOKEN_PATH", str(token))
             env.setenv("RAY_USAGE_STATS_ENABLED", "0")
+            env.setenv("RAY_worker_niceness", "0")  # as this process, whatever else the machine does
             _read_environment_again()
             try:
                 _start(ray, folder)

@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 
-START_S = 400.0  # generous: engines, workers and sandboxes start within a minute on two quiet cores
+START_S = 900.0  # generous: engines, workers and sandboxes start within a minute on two quiet cores
 GONE_S = 120.0
 SLIME = str(Path(sys.executable).with_name("slime"))
 MARK = "SLIME_TEST_MARK"
