@@ -301,7 +301,7 @@ SPREAD = [
 def test_layout_changes_nothing(name: str, ray_cluster: None, tmp_path: Path) -> None:
     """Own modules of a family spread over processes as megatron-core's do: log-probabilities, and weights after a
     step whose learning rate equals Adam's eps, which makes them gradients."""
-    folder = random_model(name, tmp_path / "model", num_layers=4)
+    folder = random_model(name, tmp_path / "model", num_layers=5)
     rng = np.random.default_rng(1)
     traces = [sub_trace(rng, length, i) for i, length in enumerate([50, 7, 33, 12, 41])]
 

@@ -37,6 +37,7 @@ DENSE = [  # each reads what the one before it has written; the first and the la
 ]
 EXPERTS = [
     LayoutConfig(num_processes=2, expert_parallel=2, **MICRO),
+    LayoutConfig(num_processes=2, pipeline_parallel=2, **MICRO),
     LayoutConfig(num_processes=2, tensor_parallel=2, sequence_parallel=True, **MICRO),
 ]
 
@@ -82,7 +83,7 @@ def test_a_run_goes_on_in_any_layout(
     Each checkpoint is written while its role trains on: what is trained after `save` returned is not in it. Exported
     without processes it gives the files that the workers themselves give, bit for bit.
     """
-    folder = random_qwen3(tmp_path / "model", 2, experts) if experts else dense
+    folder = random_qwen3(tmp_path / "model", 3, experts) if experts else dense
     wanted = uninterrupted(folder, traces, tmp_path / "step0", len(layouts) + 1)
     for i, layout in enumerate([*layouts, ONE]):
         with role(folder, layout) as group:
