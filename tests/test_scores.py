@@ -33,9 +33,9 @@ def exact(hidden_PH: torch.Tensor, weight_VH: torch.Tensor, labels_P: torch.Tens
 def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], list[int]]:
     """Tokens of each product with the vocabulary: those to come, and those that are wanted of a gradient."""
     if request.param != "one slice":
-        monkeypatch.setattr(module, "CACHED_BYTES", 1)
+        monkeypatch.setattr(module, "CPU_TOKENS", 128)
     if "again" in request.param:
-        monkeypatch.setattr(module, "SLICE_BYTES", 4 * P * PADDED - 1)
+        monkeypatch.setattr(module, "SLICE_BYTES", 4 * P * PADDED - 1)  # the limit of 128 tokens is the smaller one
     done: list[int] = []
 
     def linear(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

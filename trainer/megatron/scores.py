@@ -21,13 +21,14 @@ from torch import distributed as dist
 from torch.nn import functional as F
 
 SLICE_BYTES = 1 << 30  # of float32 logits, the most that is held at a time
-CACHED_BYTES = 4 << 20  # the same on CPUs, whose caches hold it
+CPU_TOKENS = 1024  # of a slice at most: caches hold their logits over a small vocabulary
 SMALLEST = torch.finfo(torch.float32).min
 
 
-def slice_tokens(rows: int, limit: int) -> int:
-    """Tokens whose float32 logits over `rows` ids take `limit` bytes, a multiple of 128."""
-    return max(128, limit // (4 * rows) // 128 * 128)
+def slice_tokens(rows: int, cuda: bool) -> int:
+    """Tokens of a slice, a multiple of 128: their float32 logits over `rows` ids take at most `SLICE_BYTES`."""
+    tokens = max(128, SLICE_BYTES // (4 * rows) // 128 * 128)
+    return tokens if cuda else min(tokens, CPU_TOKENS)
 
 
 def fused(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -86,7 +87,7 @@ class _Scores(torch.autograd.Function):
     ) -> torch.Tensor:
         scores, totals, kept = [], [], []
         rows = weight_VH.shape[0]
-        ctx.size = slice_tokens(rows, SLICE_BYTES if hidden_PH.is_cuda else CACHED_BYTES)
+        ctx.size = slice_tokens(rows, hidden_PH.is_cuda)
         keeps = any(ctx.needs_input_grad) and 4 * len(hidden_PH) * rows <= SLICE_BYTES
         for hidden_CH, labels_C in zip(hidden_PH.split(ctx.size), labels_P.split(ctx.size), strict=True):
             z_CV = F.linear(hidden_CH, weight_VH)
