@@ -137,15 +137,17 @@ def test_tickets_of_a_dead_worker_are_issued_again(stage: Stage) -> None:
     assert [item.episode_id for item in batch.items[::2]] == ["0.1", "1.1"]
 
 
-@pytest.mark.parametrize(
-    "stage", [BufferConfig(episodes_per_step=2, slots=2, take_timeout_s=1.0, claim_timeout_s=1.5)], indirect=True
-)
-def test_deadlines_name_who_is_waited_for(stage: Stage) -> None:
-    first = stage.get(stage.players[0].claim.remote())
+@pytest.mark.parametrize("stage", [BufferConfig(episodes_per_step=2, slots=2, take_timeout_s=1.0)], indirect=True)
+def test_a_deadline_names_who_is_waited_for(stage: Stage) -> None:
+    stage.get(stage.players[0].claim.remote())
     stage.get(stage.players[1].play.remote(stage.get(stage.players[1].claim.remote())))
     with pytest.raises(TimeoutError, match=r"1 of 2 episodes are missing after 1 s: w0 holds 1 \(oldest ticket 0\)"):
         stage.get(stage.buffer.take.remote())
-    overdue = stage.get(stage.players[1].claim.remote())  # nobody answered it in time
+
+
+@pytest.mark.parametrize("stage", [BufferConfig(episodes_per_step=1, slots=1, claim_timeout_s=1.0)], indirect=True)
+def test_an_overdue_ticket_goes_to_another(stage: Stage) -> None:
+    first, overdue = (stage.get(player.claim.remote()) for player in stage.players[:2])
     assert (overdue.number, overdue.attempt) == (first.number, 1)
 
 
