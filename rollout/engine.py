@@ -25,7 +25,7 @@ import urllib.request
 from http import HTTPStatus
 from pathlib import Path
 
-from launch.ports import ReservedPort
+from buffer.ports import ReservedPort
 from rollout.config import EngineConfig
 
 HEALTH_INTERVAL_S = 0.2

@@ -20,8 +20,8 @@ import numpy as np
 import pytest
 import torch
 
+from buffer.ports import ReservedPort
 from buffer.types import Float32
-from launch.ports import ReservedPort
 from rollout.client import EngineClient, Generation, parse_generation
 from rollout.config import EngineConfig
 from rollout.engine import EngineServer, server_arguments, server_environment

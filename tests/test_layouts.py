@@ -126,7 +126,9 @@ def test_losses_of_whole_sequences_refuse_context_parallelism() -> None:
     ("num_layers", "pipeline", "virtual", "sizes"),
     [
         (24, 1, 1, [24]),
+        (24, 2, 1, [12, 12]),
         (24, 3, 2, [4, 4, 4, 4, 4, 4]),
+        (24, 4, 3, [2] * 12),
         (61, 2, 1, [31, 30]),
         (61, 4, 1, [15, 16, 15, 15]),
         (61, 8, 1, [7, 8, 8, 8, 8, 8, 7, 7]),

@@ -5,6 +5,7 @@ Nothing here starts or imports anything: numbers in, sentences out.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -71,6 +72,7 @@ def chunks_of(num_layers: int, pipeline_parallel: int, virtual_stages: int) -> l
     return [range(start, end) for start, end in itertools.pairwise([0, *ends])]
 
 
+@functools.cache  # asked for every tensor of every publication
 def pipeline_rank_of(layer: int, num_layers: int, pipeline_parallel: int, virtual_stages: int) -> int:
     """The pipeline rank that has a layer."""
     chunks = chunks_of(num_layers, pipeline_parallel, virtual_stages)
