@@ -47,7 +47,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ([PPO, "policy.loss=x"], "one of ppo, dis"),
         (["recipe=nothing"], "recipe=nothing: no such recipe"),
         ([PPO, "model=tine"], "did you mean 'tiny'?"),
-        ([PPO, "cluster=moon"], "known: gpu_1, gpu_2, gpu_2x8, gpu_8, local"),
+        ([PPO, "cluster=moon"], "cluster=moon: no such cluster; known: "),
         ([PPO, "steps=[1"], "can't be read"),
         ([PPO, "steps"], "is not key=value"),
         ([PPO, "policy.layout.precision=bf16"], "use fp32"),
