@@ -10,10 +10,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from buffer.config import BufferConfig
-from buffer.store import Store, Ticket
+from buffer.store import Counts, Store, Ticket
+from buffer.throughput import Throughput
 from buffer.types import Batch, SubTraceInfo
 
 _POLL_S = 1.0  # while somebody waits, overdue tickets are noticed at least this often
@@ -32,6 +34,7 @@ class BufferActor:
         self._changed = asyncio.Event()
         self._deaths: dict[str, int] = {}  # worker -> how often it was lost
         self._broken = ""  # why training can't go on
+        self._throughput = Throughput()
 
     async def claim(self, worker: str, wait_s: float = 30.0) -> Ticket | None:
         """A ticket as soon as a slot is free; None after `wait_s` (ask again), or when the worker was lost meanwhile.
@@ -43,6 +46,7 @@ class BufferActor:
         while self._deaths.get(worker, 0) == deaths:
             self._expire()
             ticket = self._store.claim(self._now(), worker)
+            self._note_running()
             if ticket is not None or self._now() >= deadline_s:
                 return ticket
             await self._wait(deadline_s)
@@ -51,6 +55,8 @@ class BufferActor:
     async def add(self, ticket: Ticket, infos: Sequence[SubTraceInfo], stats: dict[str, float]) -> bool:
         """A finished episode; False when its ticket was issued again meanwhile, and the episode is dropped."""
         kept = self._store.add(ticket, infos, stats)
+        if kept:
+            self._throughput.finished(sum(info.num_actions for info in infos))
         self._notify()
         return kept
 
@@ -84,7 +90,10 @@ class BufferActor:
             self._expire()
             batch = self._store.take()
             if batch is not None:
-                return batch
+                now_s = self._now()
+                rate = self._throughput.tokens_per_s(now_s)
+                self._throughput.reset(now_s)
+                return replace(batch, tokens_per_s=rate)
             if self._now() >= deadline_s:
                 raise TimeoutError(self._missing())
             await self._wait(deadline_s)
@@ -94,9 +103,9 @@ class BufferActor:
         self._store.release(step)
         self._notify()
 
-    async def status(self) -> dict[str, int]:
-        """Counts for the live view: finished, takeable, wanted, in_flight, waiting, tokens."""
-        return self._store.counts()._asdict()
+    async def status(self) -> Counts:
+        """Counts for the live view."""
+        return self._store.counts()._replace(tokens_per_s=self._throughput.tokens_per_s(self._now()))
 
     async def state_dict(self) -> dict[str, Any]:
         return self._store.state_dict()
@@ -109,8 +118,12 @@ class BufferActor:
         if self._store.expire(self._now()):
             self._notify()
 
+    def _note_running(self) -> None:
+        self._throughput.runs(self._store.any_in_flight, self._now())
+
     def _notify(self) -> None:
         """Wakes everybody who waits."""
+        self._note_running()
         self._changed.set()
         self._changed = asyncio.Event()
 

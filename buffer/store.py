@@ -67,6 +67,7 @@ class Counts(NamedTuple):
     in_flight: int  # tickets that a worker holds
     waiting: int  # tickets to be issued again
     tokens: int  # of the finished episodes
+    tokens_per_s: float | None = None  # sampled, while episodes ran; None: not measured
 
 
 @dataclass
@@ -206,6 +207,11 @@ class Store:
             waiting=sum(state.worker is None for state in running),
             tokens=sum(info.num_tokens for state in finished for info in state.infos or ()),
         )
+
+    @property
+    def any_in_flight(self) -> bool:
+        """Whether a worker holds a ticket."""
+        return any(state.worker is not None and state.infos is None for state in self._open.values())
 
     def holders(self) -> dict[str, list[int]]:
         """Worker -> numbers of the tickets that it holds, oldest first."""

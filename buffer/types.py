@@ -152,6 +152,7 @@ class Batch:
     episodes: tuple[dict[str, float], ...]  # the numbers that rollout measured
     episode_ids: tuple[str, ...] = ()  # as in SubTraceInfo.episode_id
     groups: tuple[int, ...] = ()  # number of the group: equal for the attempts at one prompt, unique in a run
+    tokens_per_s: float | None = None  # sampled since the batch before, while episodes ran; None: not measured
 
     @property
     def num_actions(self) -> int:

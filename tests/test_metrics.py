@@ -277,7 +277,7 @@ def logged() -> set[str]:
     zeros = np.zeros(len(one.tokens), np.float32)
     targets = [Targets(advantages=zeros, returns=zeros, values=zeros)]
     names = {
-        *rollout_metrics(batch([stats(1, 2, 3)])),
+        *rollout_metrics(replace(batch([stats(1, 2, 3)]), tokens_per_s=1.0)),
         *staleness_metrics([one], 0),
         *engine_metrics([one], {0: one.logprobs}, 0),
         *correction_metrics([one], [zeros]),

@@ -89,6 +89,7 @@ def step_metrics(step: int, steps: int, rng: random.Random) -> dict[str, float]:
         "rollout/num_sub_traces": 150 + rng.randrange(20),
         "rollout/compactions_per_episode": 1.5 + rng.random(),
         "rollout/tokens_generated": 24_000 + rng.randrange(4000),
+        "rollout/tokens_per_s": 900.0 + rng.randrange(100),
         "rollout/truncated_fraction": 0.1 * rng.random(),
         "policy/loss": rng.gauss(0, 0.01),
         "policy/clip_fraction": 0.02 * rng.random(),

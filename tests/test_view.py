@@ -20,6 +20,7 @@ METRICS = {
     "time_s": 3700.0,
     "rollout/reward_mean": 0.25,
     "rollout/tokens_generated": 20_000,
+    "rollout/tokens_per_s": 1250.0,
     "rollout/num_sub_traces": 131,
     "policy/loss": -0.0123,
     "policy/clip_fraction": 0.01,
@@ -93,7 +94,7 @@ def test_plain_shows_missing_metrics_as_dashes() -> None:
 def test_everything_fits_the_terminal(width: int) -> None:
     view, out = make_view(width, plain=False)
     for metrics in ({"step": 0} | EVAL, METRICS, METRICS | EVAL):
-        view.rollout(finished=40, wanted=64, in_flight=20, tokens=9_000)
+        view.rollout(finished=40, wanted=64, in_flight=20, tokens_per_s=900.0)
         view._remember(metrics)
         view._console.print(_Panel(view))
     assert max(cell_len(line) for line in out.getvalue().splitlines()) <= width
@@ -106,7 +107,7 @@ def test_panel_tells_what_matters() -> None:
     view, out = make_view(120, plain=False)
     view._remember(METRICS | EVAL)
     view.phase_name = "rollout"
-    view.rollout(finished=16, wanted=64, in_flight=20, tokens=9_000)
+    view.rollout(finished=16, wanted=64, in_flight=20, tokens_per_s=900.0)
     view._console.print(_Panel(view))
     text = out.getvalue()
     for part in ("ppo_coding", "step 8/45", "rollout", "16/64", "20 in flight", "0.250", "0.500", "version 7", "lag 1"):

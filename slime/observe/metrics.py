@@ -32,7 +32,8 @@ def rollout_metrics(batch: Batch) -> dict[str, float]:
 
     reward_std is the standard deviation over episodes (divided by their number): for rewards of 0 and 1 it is
     sqrt(p (1 - p)) exactly, p the mean. p95 is the 95th percentile, interpolated linearly. Seconds are those of an
-    episode from its sandbox to its reward; straggler_ratio is the longest over the mean. ValueError: no episode.
+    episode from its sandbox to its reward; straggler_ratio is the longest over the mean. tokens_per_s is that of the
+    batch (buffer/throughput.py). ValueError: no episode.
     """
     if not batch.episodes:
         raise ValueError(f"step {batch.step}: the batch has no episode: at least 1 is needed")
@@ -57,6 +58,8 @@ def rollout_metrics(batch: Batch) -> dict[str, float]:
         "rollout/seconds_p95": np.percentile(seconds, 95),
         "rollout/seconds_max": seconds.max(),
     }
+    if batch.tokens_per_s is not None:
+        found["rollout/tokens_per_s"] = batch.tokens_per_s
     if seconds.mean() > 0:
         found["rollout/engine_time_fraction"] = of("engine_seconds").mean() / seconds.mean()
         found["rollout/straggler_ratio"] = seconds.max() / seconds.mean()

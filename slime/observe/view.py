@@ -2,7 +2,7 @@
 
     with View("ppo_coding", total_steps=50) as view:
         view.phase("rollout")
-        view.rollout(finished=12, wanted=64, in_flight=20, tokens=18_000)
+        view.rollout(finished=12, wanted=64, in_flight=20, tokens_per_s=950.0)
         view.step(metrics)                 # the same mapping that goes to metrics.jsonl
         view.final("held-out pass rate 0.81")
 
@@ -88,6 +88,11 @@ def count(number: float) -> str:
     return f"{number:,.0f}" if number >= 100 or number == int(number) else f"{number:.1f}"
 
 
+def rate(tokens_per_s: float | None) -> str:
+    """A rate as `count`; "-" where it was not measured."""
+    return "-" if tokens_per_s is None else count(tokens_per_s)
+
+
 def cells(weights: Sequence[float], width: int) -> list[int]:
     """`width` cells shared in proportion to `weights`, largest remainders first; they sum to `width`."""
     total = sum(weights)
@@ -122,7 +127,8 @@ class View:
         self.run, self.total_steps = run, total_steps
         self.phase_name = "starting"
         self.step_number = 0
-        self.progress = (0, 0, 0, 0)  # finished, wanted, in flight, tokens of the current step
+        self.progress = (0, 0, 0)  # episodes of the current step: finished, wanted, in flight
+        self._tokens_per_s: float | None = None
         self.last: dict[str, float] = {}
         self.rewards: list[float] = []
         self.pass_rates: list[tuple[int, float]] = []
@@ -170,14 +176,16 @@ class View:
             self._print(f"  ... {name}")
         self._refresh()
 
-    def rollout(self, finished: int, wanted: int, in_flight: int, tokens: int) -> None:
-        """Progress of the current step: episodes done, needed and running, tokens sampled so far."""
-        self.progress = (finished, wanted, in_flight, tokens)
+    def rollout(self, finished: int, wanted: int, in_flight: int, tokens_per_s: float | None) -> None:
+        """Shows the progress of the current step: episodes done, needed and running, tokens sampled a second."""
+        self.progress = (finished, wanted, in_flight)
+        self._tokens_per_s = tokens_per_s
 
     def step(self, metrics: Mapping[str, float]) -> None:
         """The end of a step: everything that was measured; keys that are missing are shown as '-'."""
         self._remember(metrics)
-        self.progress = (0, self.progress[1], self.progress[2], 0)
+        self.progress = (0, self.progress[1], self.progress[2])
+        self._tokens_per_s = None
         self.step_started_s = time.monotonic()
         if self._live is None:
             self._plain_step()
@@ -240,13 +248,12 @@ class View:
         def show(name: str, form: str) -> str:
             return format(last[name], form) if name in last else "-"
 
-        rate = tokens_per_s(last)
         return {
             "step": f"{self.step_number}/{self.total_steps}",
             "elapsed": duration(last.get("time_s", self.elapsed_s)),
             "reward": show("rollout/reward_mean", ".3f"),
             "s/step": show("time/step_s", ".1f"),
-            "tok/s": "-" if rate is None else count(rate),
+            "tok/s": rate(last.get("rollout/tokens_per_s")),
             "lag": show("weights/lag_max", ".0f"),
             "ev": show("critic/explained_variance", ".2f"),
             "loss": show("policy/loss", ".4f"),
@@ -255,12 +262,6 @@ class View:
             "sub-tr": show("rollout/num_sub_traces", ".0f"),
             "version": show("weights/version", ".0f"),
         }
-
-
-def tokens_per_s(metrics: Mapping[str, float]) -> float | None:
-    """Tokens sampled per second of rollout; None when that was not measured."""
-    tokens, seconds = metrics.get("rollout/tokens_generated"), metrics.get("time/rollout_s", 0.0)
-    return tokens / seconds if tokens is not None and seconds > 0 else None
 
 
 def _pass_rate(metrics: Mapping[str, float]) -> str:
@@ -315,12 +316,11 @@ class _Panel:
 
     def _progress(self, width: int, ascii_only: bool) -> Text:
         view = self._view
-        finished, wanted, in_flight, tokens = view.progress
+        finished, wanted, in_flight = view.progress
         if wanted < 1:
             return Text(f"{'episodes':<19} -", style="dim")
-        seconds = max(time.monotonic() - view.step_started_s, 1e-3)
         tail = f" {finished}/{wanted}"
-        more = f"  {in_flight} in flight  {count(tokens / seconds)} tok/s" if tokens or in_flight else ""
+        more = f"  {in_flight} in flight  {rate(view._tokens_per_s)} tok/s" if finished or in_flight else ""
         size = max(8, min(40, width - 20 - len(tail) - len(more)))
         done = min(size, finished * size // wanted)
         full, empty = ("#", ".") if ascii_only else ("━", "─")
@@ -330,12 +330,11 @@ class _Panel:
 
     def _facts(self, width: int) -> Text:
         last = self._view.last
-        rate = tokens_per_s(last)
         facts = (
             ("version", f"{last['weights/version']:.0f}" if "weights/version" in last else "-"),
             ("lag", f"{last['weights/lag_max']:.0f}" if "weights/lag_max" in last else "-"),
             ("critic ev", f"{last['critic/explained_variance']:.2f}" if "critic/explained_variance" in last else "-"),
-            ("tok/s", "-" if rate is None else count(rate)),
+            ("tok/s", rate(last.get("rollout/tokens_per_s"))),
         )
         line = Text(f"{'last step':<19} ")
         for name, value in facts:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from buffer.store import Counts
 from buffer.tasks import TaskRow
 from buffer.types import Batch, SubTrace, Targets
 from rollout.worker import Played
@@ -72,9 +73,9 @@ class Watch:
     def phase(self, name: str) -> None:
         self.view.phase(name)
 
-    def rollout(self, status: Mapping[str, int]) -> None:
-        """Progress of the episodes that training waits for."""
-        self.view.rollout(status["finished"], status["wanted"], status["in_flight"], status["tokens"])
+    def rollout(self, counts: Counts) -> None:
+        """Shows the progress of the episodes that training waits for."""
+        self.view.rollout(counts.finished, counts.wanted, counts.in_flight, counts.tokens_per_s)
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """The end of a step."""

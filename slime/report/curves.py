@@ -289,13 +289,9 @@ def by_place(rows: Rows, place: str) -> Chart:
 
 
 def speed(rows: Rows) -> Chart:
-    """Sampled tokens per second of rollout time."""
-    rates = [
-        (row["step"], row["rollout/tokens_generated"] / row["time/rollout_s"])
-        for row in rows
-        if row.get("time/rollout_s", 0.0) > 0 and "rollout/tokens_generated" in row
-    ]
-    return Chart("Sampled tokens per second", [Series("tokens/s", rates, 2)], "Of rollout time, all engines.")
+    """Sampled tokens per second, over the time in which episodes ran."""
+    rates = [(row["step"], row["rollout/tokens_per_s"]) for row in rows if "rollout/tokens_per_s" in row]
+    return Chart("Sampled tokens per second", [Series("tokens/s", rates, 2)], "While episodes ran, all engines.")
 
 
 def _smooth(values: Sequence[tuple[float, float]], window: int) -> list[tuple[float, float]]:

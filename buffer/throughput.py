@@ -1,0 +1,38 @@
+"""Sampled tokens a second, over the time in which episodes ran."""
+
+from __future__ import annotations
+
+
+class Throughput:
+    """Counts the tokens of finished episodes and the seconds in which at least one episode ran.
+
+    Episodes of a step may run before the step begins (during an evaluation) or beside another one's training, so
+    neither a step's own time nor its waiting for episodes is the time in which its tokens were sampled. Times are
+    seconds of any clock that only goes forward.
+    """
+
+    def __init__(self) -> None:
+        self._num_tokens = 0
+        self._spent_s = 0.0
+        self._since_s: float | None = None  # None: no episode runs
+
+    def runs(self, any_episode: bool, now_s: float) -> None:
+        """Records whether at least one episode runs from now on."""
+        if self._since_s is not None:
+            self._spent_s += now_s - self._since_s
+        self._since_s = now_s if any_episode else None
+
+    def finished(self, num_tokens: int) -> None:
+        """Counts an episode's sampled tokens."""
+        self._num_tokens += num_tokens
+
+    def tokens_per_s(self, now_s: float) -> float | None:
+        """Tokens a second since the last `reset`; None while nothing has run."""
+        spent_s = self._spent_s + (0.0 if self._since_s is None else now_s - self._since_s)
+        return self._num_tokens / spent_s if spent_s > 0 else None
+
+    def reset(self, now_s: float) -> None:
+        """Starts to count anew; episodes that run go on."""
+        self._num_tokens, self._spent_s = 0, 0.0
+        if self._since_s is not None:
+            self._since_s = now_s
