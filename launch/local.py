@@ -15,6 +15,7 @@ import ray
 from ray._raylet import AuthenticationTokenLoader, Config
 
 from launch.config import ClusterConfig
+from launch.environment import direct, forget_other_ray
 from launch.nodes import NodeError
 
 ATTEMPTS = 3
@@ -32,6 +33,7 @@ def _environment(token_file: Path) -> dict[str, str]:
         "RAY_DEDUP_LOGS": "1",
         # Ray's own 15 leaves a thirtieth of a core beside any busy process: training stands still.
         "RAY_worker_niceness": "5",
+        "RAY_grpc_enable_http_proxy": "0",  # Ray's processes speak to each other alone
     }
 
 
@@ -52,12 +54,13 @@ def join_ray(cluster: ClusterConfig) -> None:
 
     Its processes have the environment of their node's `ray start`, and what a run adds.
     """
-    _knock(cluster.ray_address)
+    address = _address(cluster.ray_address)
+    host = _knock(address)
     variables = _of_processes(cluster)
-    os.environ.update(variables)
+    os.environ.update(variables | direct([host]))
     try:
         ray.init(
-            address=cluster.ray_address,
+            address=address,
             runtime_env={"env_vars": variables},
             log_to_driver=False,
             logging_level=logging.ERROR,
@@ -65,20 +68,26 @@ def join_ray(cluster: ClusterConfig) -> None:
     except Exception as error:
         ray.shutdown()
         raise NodeError(
-            f"cluster.ray_address={cluster.ray_address} can't be joined: {error}; run `ray start` on this machine, "
+            f"cluster.ray_address={address} can't be joined: {error}; run `ray start` on this machine, "
             "too, and give both the same RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH"
         ) from error
 
 
-def _knock(address: str) -> None:
-    """NodeError: nobody listens there. Ray itself would ask for minutes."""
+def _address(address: str) -> str:
+    """Where `cluster.ray_address` leads: Ray looks up auto in RAY_ADDRESS first."""
+    return os.environ.get("RAY_ADDRESS") or address if address == "auto" else address
+
+
+def _knock(address: str) -> str:
+    """The host of an address. NodeError: nobody listens there. Ray itself would ask for minutes."""
     if address == "auto":
-        return
+        return "localhost"
     host, _, port = address.rpartition(":")
     if not host or "/" in address or not port.isdigit():
         raise NodeError(f"cluster.ray_address={address} is not auto or the head's HOST:PORT, e.g. 10.0.0.1:6379")
     try:
         socket.create_connection((host.strip("[]"), int(port)), KNOCK_TIMEOUT_S).close()
+        return host.strip("[]")
     except OSError as error:
         raise NodeError(
             f"cluster.ray_address={address}: nobody listens there ({error}); start Ray with `ray start --head`"
@@ -86,7 +95,7 @@ def _knock(address: str) -> None:
 
 
 def start_ray(cluster: ClusterConfig) -> None:
-    """Starts or joins Ray. RuntimeError: the raylet did not come up in `ATTEMPTS` tries; NodeError: see `join_ray`.
+    """Starts or joins Ray. NodeError: the raylet did not come up in `ATTEMPTS` tries, or see `join_ray`.
 
     Ray gives its raylet a fixed 30 s, which a loaded machine can miss, hence the tries.
     """
@@ -95,16 +104,18 @@ def start_ray(cluster: ClusterConfig) -> None:
     if cluster.ray_address:
         join_ray(cluster)
         return
+    forget_other_ray()
     folder = Path(tempfile.mkdtemp(prefix=TOKEN_FOLDER))
     token = folder / "token"
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))
-    os.environ.update(_environment(token) | _of_processes(cluster))
+    os.environ.update(_environment(token) | _of_processes(cluster) | direct([ray.util.get_node_ip_address()]))
     Config.initialize("")  # Ray read its environment when it was imported
     AuthenticationTokenLoader.instance().reset_cache()
     for attempt in range(1, ATTEMPTS + 1):
         try:
             ray.init(
+                address="local",  # whatever other Ray runs on this machine
                 num_cpus=8,  # a bookkeeping number: our actors ask for none, and Ray starts as many workers in advance
                 num_gpus=cluster.gpus_per_node or None,
                 include_dashboard=False,
@@ -117,7 +128,7 @@ def start_ray(cluster: ClusterConfig) -> None:
             ray.shutdown()
             if attempt == ATTEMPTS:
                 stop_ray()
-                raise RuntimeError(f"Ray did not start in {ATTEMPTS} attempts: {error}") from error
+                raise NodeError(f"Ray did not start in {ATTEMPTS} attempts: {error}") from error
             time.sleep(2.0 * attempt)
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import psutil
 
 from launch.config import ClusterConfig
+from launch.environment import direct
 
 LOOPBACK = "127.0.0.1"
 NODES_WAIT_S = 60.0  # nodes of a job do not start in the same second, and GPUs of a run before are freed late
@@ -135,11 +136,13 @@ def look_around(nodes: Sequence[Node], run_dir: Path, model_folder: Path, wait_s
     marker = run_dir.resolve() / f".seen-{secrets.token_hex(8)}"
     marker.write_text(marker.name)
     config = model_folder.resolve() / "config.json"
+    addresses = [node.address for node in nodes]
+    os.environ.update(direct(addresses))
     task = ray.remote(look)
     try:
         asked = [
             task.options(num_cpus=0, max_retries=0, scheduling_strategy=_on(node)).remote(
-                node.address, str(marker), str(config), _digest(config)
+                node.address, str(marker), str(config), _digest(config), addresses
             )
             for node in nodes
         ]
@@ -160,8 +163,13 @@ def look_around(nodes: Sequence[Node], run_dir: Path, model_folder: Path, wait_s
         marker.unlink(missing_ok=True)
 
 
-def look(address: str, marker: str, config: str, digest: str) -> tuple[str, dict[str, str]]:
-    """Runs on a node: (what is wrong, "" for nothing; the environment that processes need here)."""
+def look(
+    address: str, marker: str, config: str, digest: str, addresses: Sequence[str] = ()
+) -> tuple[str, dict[str, str]]:
+    """Runs on a node: (what is wrong, "" for nothing; the environment that processes need here).
+
+    `addresses`: of all nodes, between which nothing goes through a proxy.
+    """
     folder = Path(marker).parent
     if not Path(marker).is_file() or Path(marker).read_text() != Path(marker).name:
         return f"does not see the run's folder {folder}: put runs_dir on a disk that all nodes mount", {}
@@ -173,7 +181,7 @@ def look(address: str, marker: str, config: str, digest: str) -> tuple[str, dict
     interface = interface_of(address)
     known = GLOO_INTERFACE in os.environ or not interface
     # Gloo would take the interface of whatever the host's own name means, often the loopback.
-    return "", {} if known else {GLOO_INTERFACE: interface}
+    return "", direct(addresses) | ({} if known else {GLOO_INTERFACE: interface})
 
 
 def interface_of(address: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import tempfile
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import psutil
 
 from launch.config import ClusterConfig
+from launch.environment import ray_folder, temporary_problems
 
 GB = 1e9
 MIN_SHM_GB = 0.25  # Ray keeps its objects there; a container's default of 64 MB is too little
@@ -31,7 +31,7 @@ class Machine:
     num_cpus: int
     free_memory_gb: float
     free_disk_gb: float  # where the current folder lies
-    free_temporary_gb: float  # where temporary files go
+    free_temporary_gb: float  # where Ray's session folder goes
     free_shm_gb: float  # /dev/shm
     num_gpus: int
 
@@ -42,7 +42,7 @@ class Machine:
             num_cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
             free_memory_gb=_free_memory_bytes() / GB,
             free_disk_gb=shutil.disk_usage(".").free / GB,
-            free_temporary_gb=shutil.disk_usage(tempfile.gettempdir()).free / GB,
+            free_temporary_gb=_free_bytes(ray_folder()) / GB,
             free_shm_gb=shutil.disk_usage("/dev/shm").free / GB if Path("/dev/shm").is_dir() else 0.0,
             num_gpus=_num_gpus() if count_gpus else 0,
         )
@@ -85,12 +85,19 @@ def problems(cluster: ClusterConfig, machine: Machine | None = None) -> list[str
             f"{machine.free_shm_gb:.2f} GB are free in /dev/shm, Ray needs {shm:g}: "
             "start the container with a larger one (docker run --shm-size=8g), or delete what fills it"
         )
-    if machine.free_temporary_gb < MIN_TEMPORARY_GB:
+    if unusable := temporary_problems():
+        found += unusable
+    elif machine.free_temporary_gb < MIN_TEMPORARY_GB:
         found.append(
-            f"{machine.free_temporary_gb:.2f} GB are free in {tempfile.gettempdir()}, Ray needs {MIN_TEMPORARY_GB:g}: "
+            f"{machine.free_temporary_gb:.2f} GB are free in {ray_folder()}, Ray needs {MIN_TEMPORARY_GB:g}: "
             "free some or set TMPDIR to a short path on another disk"
         )
     return found
+
+
+def _free_bytes(folder: Path) -> int:
+    """What may be written to a folder; 0 when it is not there."""
+    return shutil.disk_usage(folder).free if folder.is_dir() else 0
 
 
 def _free_memory_bytes() -> int:

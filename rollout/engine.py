@@ -35,6 +35,8 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # SGLang keeps 6 tokens of its context to itself; with these added, a request may fill `context_tokens` exactly.
 CONTEXT_MARGIN_TOKENS = 8
 KEY_VARIABLE = "SLIME_ENGINE_KEY"
+# Opens the addresses of servers here, whatever proxy the environment names for the world outside.
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 CPU_MEMORY_FRACTION = 0.3  # of the machine's memory; `max_total_tokens` is the limit that counts there
 
 
@@ -121,7 +123,7 @@ def server_environment(config: EngineConfig, cpu: bool, threads: int, key: str =
 def asks_for_key(url: str) -> bool:
     """Whether a server refuses a request that comes without a key."""
     try:
-        with urllib.request.urlopen(f"{url}/model_info", timeout=60):
+        with DIRECT.open(f"{url}/model_info", timeout=60):
             return False
     except urllib.error.HTTPError as error:
         return error.code == HTTPStatus.UNAUTHORIZED
@@ -205,12 +207,12 @@ class EngineServer:
         """
         header = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         request = urllib.request.Request(f"{self.url}/freeze_gc", method="POST", headers=header)
-        with urllib.request.urlopen(request, timeout=60) as response:
+        with DIRECT.open(request, timeout=60) as response:
             response.read()
 
     def _healthy(self) -> bool:
         try:
-            with urllib.request.urlopen(f"{self.url}/health", timeout=5) as response:
+            with DIRECT.open(f"{self.url}/health", timeout=5) as response:
                 return bool(response.status == 200)
         except (urllib.error.URLError, OSError):  # not listening yet, still loading, or busy
             return False

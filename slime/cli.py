@@ -14,6 +14,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launch.environment import expand
 from recipes import catalogue
 
 if TYPE_CHECKING:
@@ -94,6 +95,11 @@ def _compose_and_run(command: str, rest: list[str]) -> int:
     if against:
         return _refuse("; ".join(against))
 
+    from launch.environment import forget_other_ray
+
+    if not loaded.config.cluster.ray_address:
+        forget_other_ray()
+
     from launch.nodes import NodeError
     from slime.checkpoint import CheckpointError
     from slime.train import main as run
@@ -125,8 +131,9 @@ def _of_a_run(command: str, rest: list[str]) -> int:
 
 
 def _run_dir(name: str) -> Path:
-    """A run's folder. ValueError: there is no such run."""
-    run_dir = Path(name) if Path(name).is_dir() else Path("runs") / name
+    """A run's folder. ValueError: there is no such run; see `expand`."""
+    given = Path(expand(name))
+    run_dir = given if given.is_dir() else Path("runs") / name
     if not run_dir.is_dir():
         runs = sorted(path.name for path in Path("runs").glob("*") if path.is_dir())
         raise ValueError(f"no such run; {'runs: ' + ', '.join(runs) if runs else 'runs/ has none'}")
@@ -150,7 +157,7 @@ def _export(rest: list[str]) -> int:
 
         from slime.checkpoint import export
 
-        _say(str(export(run_dir, None if step is None else int(step), Path(options["--out"]))))
+        _say(str(export(run_dir, None if step is None else int(step), Path(expand(options["--out"])))))
     except (ValueError, OSError) as error:
         return _refuse(f"export {' '.join(rest)}: {error}")
     return 0
@@ -185,9 +192,9 @@ def _refuse(message: str) -> int:
 
 
 def _take_recipes(arguments: list[str]) -> tuple[list[str], Path | None]:
-    """Splits `--recipes DIR` off. ValueError: see `_take_options`."""
+    """Splits `--recipes DIR` off. ValueError: see `_take_options` and `expand`."""
     overrides, options = _take_options(arguments, {"--recipes": "DIR"})
-    return overrides, Path(options["--recipes"]) if options else None
+    return overrides, Path(expand(options["--recipes"])) if options else None
 
 
 def _take_options(arguments: list[str], known: dict[str, str]) -> tuple[list[str], dict[str, str]]:

@@ -53,6 +53,9 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ([PPO, "policy.layout.precision=bf16"], "use fp32"),
         ([PPO, "rollout.compaction.context_tokens=10"], "context_tokens=10 is not above"),
         ([PPO, "advantage.gamma=1.5"], "the nearest that works is 1"),
+        ([PPO, "runs_dir=~nobody-here/runs"], "runs_dir=~nobody-here/runs begins with the home of a user"),
+        ([PPO, "model.path=$NOT_SET/model"], "model.path=$NOT_SET/model: no environment variable $NOT_SET"),
+        ([PPO, "--recipes=~nobody-here/own"], "~nobody-here/own begins with the home of a user"),
         ([PPO, "--recipes"], "--recipes needs a folder"),
         ([PPO, "--recipes", "absent"], "absent"),
         ([PPO, "--recipies=x"], "unknown option '--recipies=x'"),
@@ -128,6 +131,31 @@ def test_a_refusal_inside_training_is_one_line_too(
     fake.main = refuse  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "slime.train", fake)
     assert "steps: 3 -> 4 since the last start" in refused(capsys, "train", PPO)
+
+
+@pytest.mark.usefixtures("_roomy_machine")
+def test_paths_may_begin_at_home(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    own = tmp_path / "own" / "recipe" / "mine.yaml"
+    own.parent.mkdir(parents=True)
+    own.write_text(
+        "# @package _global_\ndefaults: [ppo_coding, _self_]\ntask: {eval: ~/rows.jsonl}\neval: {num_tasks: 1}\n"
+    )
+    (tmp_path / "rows.jsonl").write_text('{"id": "a", "domain": "d", "prompt": "p"}\n')
+    paths = ["eval.num_tasks=1", "runs_dir=~/runs", "cache_dir=$HOME/cache", "--recipes=~/own"]
+    assert cli.main(["config", "recipe=mine", *paths]) == 0
+    out = capsys.readouterr().out
+    assert "this machine can run it" in out
+    told = {line.partition(":")[0].strip(): line.partition(": ")[2].split() for line in out.splitlines()}
+    assert told["runs_dir"] == [f"{tmp_path}/runs", "#", "command", "line"]
+    assert told["cache_dir"][0] == f"{tmp_path}/cache"
+    assert told["eval"] == []  # the section
+    assert f"eval: {tmp_path}/rows.jsonl" in out
+    (tmp_path / "runs" / "first").mkdir(parents=True)
+    assert "no such run" in refused(capsys, "report", "~/runs/second")
+    assert "no such run" not in refused(capsys, "advise", "~/runs/first")
 
 
 def test_help_of_train_lists_what_can_be_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -31,10 +31,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
+from launch.environment import expand
 from recipes.catalogue import GROUPS, find, names, search_path
 from slime.config.checks import ConfigError, check, get
 from slime.schema import Config
 
+_PATHS = ("runs_dir", "cache_dir", "model.path", "task.train", "task.eval")
 _OPTIONS = "task.options"  # the one dict: keys below it are the task's own
 _ARGUMENT = re.compile(r"([A-Za-z_]\w*(?:\.\w+)*)=(.*)", re.DOTALL)
 _TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "text", dict: "a mapping"}
@@ -82,6 +84,7 @@ def load(arguments: list[str], recipes_dir: Path | None = None) -> Loaded:
             tree = compose("_run", [*_group_overrides(chosen), *(_quoted(*item) for item in values.items())])
         OmegaConf.update(tree, "recipe", chosen["recipe"])
         OmegaConf.resolve(tree)
+        _expand_paths(tree)
         config = _to_object(tree)
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(_one_line(error)) from error
@@ -290,6 +293,15 @@ def _expected(hint: Any) -> str:
     if isinstance(hint, type) and issubclass(hint, Enum):
         return f"must be one of {', '.join(member.value for member in hint)}"
     return f"must be {_TYPE_NAMES.get(hint, 'a mapping')}"
+
+
+def _expand_paths(tree: DictConfig) -> None:
+    """Puts home folders and environment variables into every path. ConfigError: one that is not there."""
+    for key in _PATHS:
+        try:
+            OmegaConf.update(tree, key, expand(OmegaConf.select(tree, key)))
+        except ValueError as error:
+            raise ConfigError(f"{key}={error}") from error
 
 
 def _to_object(tree: Any) -> Config:

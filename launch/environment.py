@@ -1,0 +1,122 @@
+"""Environment variables that decide where the processes of a run find each other.
+
+Proxies: a variable like `http_proxy` is meant for what lies outside (Weights & Biases, a user's judge). Nothing that
+one process of a run asks of another may follow it, so the run's own addresses are added to `no_proxy`.
+
+Ray: variables of another cluster would make a Ray that is started here a part of it.
+
+Temporary folders: sockets lie in them, and the kernel limits the length of a socket's path.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+LOOPBACKS = ("localhost", "127.0.0.1", "::1")
+PROXIES = ("http_proxy", "https_proxy", "all_proxy", "grpc_proxy")
+NO_PROXIES = ("no_proxy", "no_grpc_proxy")
+
+# Which Ray a process belongs to, as whom, and what is done before its jobs start.
+OTHER_RAY = (
+    "RAY_ADDRESS",
+    "RAY_AUTH_TOKEN",  # goes before RAY_AUTH_TOKEN_PATH
+    "RAY_CLIENT_MODE",
+    "RAY_JOB_CONFIG_JSON_ENV_VAR",  # of `ray job submit`
+    "RAY_JOB_ID",
+    "RAY_NAMESPACE",
+    "RAY_NODE_ID",
+    "RAY_OVERRIDE_JOB_RUNTIME_ENV",
+    "RAY_OVERRIDE_NODE_ID_FOR_TESTING",
+    "RAY_OVERRIDE_RESOURCES",
+    "RAY_RAYLET_PID",
+    "RAY_REDIS_ADDRESS",
+    "RAY_RUNTIME_ENV",
+    "RAY_RUNTIME_ENV_HOOK",
+)
+
+SOCKET_PATH_BYTES = 107  # Linux's sun_path, less its end
+# Below Ray's temporary folder; %s: a process id. The longest path of a socket there.
+RAY_SOCKET = "/ray/session_2026-01-31_23-59-59_999999_%s/sockets/plasma_store"
+# multiprocessing's, below Python's temporary folder. SGLang's and W&B's are shorter.
+PYTHON_SOCKET = "/pymp-12345678/listener-12345678"
+
+
+def direct(addresses: Sequence[str], environment: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The variables that keep requests to these hosts, and to this machine, from every proxy; none without a proxy.
+
+    Both spellings are set: some programs read one, some the other. What the user excepts stays excepted.
+    """
+    known = os.environ if environment is None else environment
+    if not any(known.get(spelling) for name in PROXIES for spelling in (name, name.upper())):
+        return {}
+    hosts = dict.fromkeys((*LOOPBACKS, *addresses))
+    variables = {}
+    for name in NO_PROXIES:
+        lower, upper = known.get(name, ""), known.get(name.upper(), "")
+        if name != NO_PROXIES[0] and not lower and not upper:
+            continue  # gRPC then reads no_proxy
+        for spelling, listed in ((name, lower or upper), (name.upper(), upper or lower)):
+            entries = [entry.strip() for entry in listed.split(",") if entry.strip()]
+            # Python takes "*" for every host only where it stands alone.
+            variables[spelling] = "*" if "*" in entries else ",".join(dict.fromkeys((*entries, *hosts)))
+    return variables
+
+
+def forget_other_ray() -> None:
+    """Takes what belongs to another Ray out of this process's environment, for one that is started here.
+
+    Ray reads some variables when it is imported, so this comes before. Empty folders go, too: Ray believes them.
+    """
+    for name in OTHER_RAY:
+        os.environ.pop(name, None)
+    os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"  # `uv run`: Ray would copy the current folder, models and all
+    for name in ("RAY_TMPDIR", "TMPDIR"):
+        if not os.environ.get(name):
+            os.environ.pop(name, None)
+
+
+def expand(path: str) -> str:
+    """A path with `~` and `$VARIABLE`s put in, which shells leave alone after "=" or in quotes.
+
+    ValueError: there is no such user or variable.
+    """
+    found = os.path.expanduser(os.path.expandvars(path))
+    if found.startswith("~"):
+        raise ValueError(f"{path} begins with the home of a user that this machine does not know")
+    if unknown := re.search(r"\$(\w+|\{\w+\})", found):
+        raise ValueError(f"{path}: no environment variable {unknown[0]}")
+    return found
+
+
+def ray_folder() -> Path:
+    """The folder in which Ray makes its own, as it chooses it."""
+    return Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp")
+
+
+def temporary_problems() -> list[str]:
+    """Why Ray, the engines or a worker can't use the folders for temporary files, one line each."""
+    digits = Path("/proc/sys/kernel/pid_max").read_text().strip()
+    python = "TMPDIR", os.environ.get("TMPDIR", ""), PYTHON_SOCKET
+    ray = "RAY_TMPDIR", os.environ.get("RAY_TMPDIR", ""), RAY_SOCKET % digits
+    folders = [python, ray] if ray[1] else [(python[0], python[1], ray[2])]
+    return [problem for name, value, socket in folders if value and (problem := _problem(name, value, socket))]
+
+
+def _problem(name: str, value: str, socket: str) -> str:
+    folder, room = Path(value), SOCKET_PATH_BYTES - len(socket)
+    size = len(os.fsencode(value.removesuffix("/")))
+    if not folder.is_absolute():
+        return f"{name}={value} is not an absolute path: set it to one, or unset it to use /tmp"
+    if not folder.is_dir():
+        return f"{name}={value}: no such folder; make it, or unset {name} to use /tmp"
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return f"{name}={value}: this user may not write there; choose another folder, or unset {name} to use /tmp"
+    if size > room:
+        return (
+            f"{name}={value} has {size} characters, and sockets lie below it, whose paths may have "
+            f"{SOCKET_PATH_BYTES}: the longest that works has {room}, e.g. {name}=/tmp"
+        )
+    return ""
