@@ -94,6 +94,7 @@ class EngineClient:
         self.context_tokens = context_tokens
         self.request_timeout_s = request_timeout_s  # one call, from sending to the last byte of the answer
         self.connect_timeout_s = connect_timeout_s  # all attempts to reach the server together
+        self.answered = 0  # calls
         self.pause_mode = pause_mode  # of whoever publishes weights to this server
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._seen_version = -1  # newest that has sampled a token for this client
@@ -299,7 +300,9 @@ class EngineClient:
         deadline = time.monotonic() + self.connect_timeout_s
         while True:
             try:
-                return await self._attempt(method, endpoint, body)
+                answer = await self._attempt(method, endpoint, body)
+                self.answered += 1
+                return answer
             except aiohttp.ClientConnectorError as error:
                 if time.monotonic() + RETRY_INTERVAL_S > deadline:
                     raise RuntimeError(

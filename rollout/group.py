@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -13,13 +14,16 @@ from rollout.client import EngineClient
 from rollout.config import EngineConfig
 from rollout.worker import Played
 
+POLL_S = 1.0
+
 
 class RolloutGroup:
     """All rollout workers."""
 
-    def __init__(self, workers: Sequence[Any], timeout_s: float) -> None:
+    def __init__(self, workers: Sequence[Any], quiet_s: float) -> None:
+        """`quiet_s`: episodes may take as long as they do, unless nothing happens in any of them for so long."""
         self.workers = list(workers)
-        self.timeout_s = timeout_s
+        self.quiet_s = quiet_s
         self._running: list[Any] = []
 
     def run(self, buffer: Any) -> None:
@@ -39,10 +43,33 @@ class RolloutGroup:
         each = -(-keep // len(self.workers))
         shares = zip(self.workers, self._share(indices), strict=True)
         refs = [worker.evaluate.remote(share, each) for worker, share in shares]
-        return [played for part in ray.get(refs, timeout=self.timeout_s) for played in part]
+        return self.played(refs, "evaluation")
+
+    def played(self, refs: Sequence[Any], what: str) -> list[Played]:
+        """Episodes that were asked for, one reference a worker. A worker's error or death is raised at once.
+
+        TimeoutError: no worker got an answer of an engine, or ended an episode, for `quiet_s`.
+        """
+        late, before = list(refs), -1
+        asked: list[Any] = []
+        deadline = time.monotonic() + self.quiet_s
+        while late:
+            done, late = ray.wait(late, num_returns=len(late), timeout=POLL_S)
+            ray.get(done, timeout=60)  # raises what went wrong
+            asked = asked or [worker.progress.remote() for worker in self.workers]
+            if len(ray.wait(asked, num_returns=len(asked), timeout=0)[0]) == len(asked):
+                now, asked = sum(ray.get(asked, timeout=60)), []
+                if now != before:
+                    before, deadline = now, time.monotonic() + self.quiet_s
+            if late and time.monotonic() > deadline:
+                workers = sorted(refs.index(ref) for ref in late)
+                raise TimeoutError(
+                    f"{what}: nothing happened in the episodes of rollout workers {workers} for {self.quiet_s:g} s"
+                )
+        return [played for part in ray.get(list(refs), timeout=60) for played in part]
 
     def demonstrate(self, indices: Sequence[int], progress: float) -> list[Any]:
-        """References of lists of demonstrations, one a worker."""
+        """References for `played`, one a worker."""
         shares = zip(self.workers, self._share(indices), strict=True)
         return [worker.demonstrate.remote(share, progress) for worker, share in shares]
 

@@ -95,6 +95,7 @@ class RolloutWorker:
         self._stopping = False
         self._pool: SandboxPool | None = None
         self._clients: list[EngineClient] = []
+        self._ended = 0  # attempts at an episode, failed ones included
 
     async def start(self) -> None:
         """Loads the tokenizer, opens the engines' clients and the sandboxes."""
@@ -128,12 +129,17 @@ class RolloutWorker:
             environment = self.settings.task.environment(row, sandbox)
             episode = await Agent(sampler, self._renderer, self.settings.config).run(row, index, environment, name)
         finally:
+            self._ended += 1
             await self._pool.release(sandbox)
         sub_traces = cut(episode)
         stats = stats_of(episode, sub_traces)
         stats["seconds"] = time.monotonic() - began
         stats["engine_seconds"] = sampler.waited_s if isinstance(sampler, EngineSampler) else 0.0
         return Played(index, stats, sub_traces)
+
+    async def progress(self) -> int:
+        """A number that grows with every answer of an engine and every end of an episode."""
+        return self._ended + sum(client.answered for client in self._clients)
 
     async def run(self, buffer: Any) -> None:
         """Plays tickets of the buffer, `episodes_in_flight` at a time, until `stop`."""

@@ -160,7 +160,7 @@ def build_rollout(
         )
         for number in range(config.rollout.num_workers)
     ]
-    return RolloutGroup(workers, config.rollout.engine.request_timeout_s)
+    return RolloutGroup(workers, max(config.rollout.engine.request_timeout_s, config.buffer.take_timeout_s))
 
 
 def build_weights(
@@ -183,8 +183,8 @@ def take_turns(config: Config, trainers: Sequence[WorkerGroup]) -> None:
 
 def build(config: Config, inputs: Prepared, run_dir: Path) -> Parts:
     """Starts everything side by side and waits until all of it answers."""
-    limit_s = config.cluster.start_timeout_s
     places = find_places(config, run_dir, inputs.model_folder)
+    limit_s, engine = config.cluster.start_timeout_s, config.rollout.engine
     key = secrets.token_hex(32) if places.nodes else ""  # engines that others can reach serve this run alone
     servers = build_servers(config, inputs.model_folder, run_dir, places, key)
     policy = build_policy(config, inputs.model_folder, places)
@@ -196,14 +196,15 @@ def build(config: Config, inputs: Prepared, run_dir: Path) -> Parts:
     starting = [role.start(limit_s) for role in trainers]
     buffer_class = ray.remote(BufferActor).options(num_cpus=0, max_concurrency=ASYNC_CALLS, **places.options("buffer"))
     buffer = buffer_class.remote(config.buffer, len(inputs.train_rows), config.seed)
-    urls = ray.get([server.start.remote() for server in servers], timeout=limit_s)
+    # Each has a deadline of its own, told with its log; this one is for the processes around them.
+    urls = ray.get([server.start.remote() for server in servers], timeout=limit_s + engine.start_timeout_s)
     rollout = build_rollout(config, inputs, urls, places, key)
     ready = [worker.start.remote() for worker in rollout.workers]
     for pending in starting:
         pending.result(limit_s)
     ray.get(ready, timeout=limit_s)
     window = config.rollout.compaction.context_tokens
-    engines = EngineGroup(urls, inputs.vocab_size, window, config.rollout.engine, key)
+    engines = EngineGroup(urls, inputs.vocab_size, window, engine, key)
     weights = build_weights(config, policy, engines, trainers)
     weights.connect()
     return Parts(

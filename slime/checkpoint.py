@@ -101,21 +101,20 @@ class Checkpoints:
             self.wait()
 
     def wait(self, limit_s: float | None = None) -> None:
-        """Until what was saved is on the disk; `limit_s`: from now, else the ranks' own deadline holds."""
+        """Until what was saved is on the disk; `limit_s`: from now, else as long as the files grow."""
         if self._writing is None:
             return
         writing, self._writing = self._writing, None
         try:
-            writing.result(limit_s or 2 * self._timeout_s)
+            writing.result(limit_s)
         except TimeoutError:
             raise CheckpointError("the checkpoint was not written in time") from None
 
     def _finish(self, step: int, part: Path, state: dict[str, Any]) -> None:
         """Runs beside the training, until the checkpoint is in its place."""
-        deadline = time.monotonic() + self._timeout_s
         try:
             for role in self._parts.roles:
-                of_ranks = self._written(role, deadline)
+                of_ranks = self._written(role, part)
                 ray.get(role.actors[0].finish_save.remote(of_ranks), timeout=self._timeout_s)
             (part / "state.json").write_text(json.dumps(state))
             _sync(part)
@@ -125,16 +124,24 @@ class Checkpoints:
         except (OSError, RayError) as error:
             raise CheckpointError(self._failed(step, error)) from error
 
-    def _written(self, role: Any, deadline: float) -> list[bytes]:
-        """What every rank has written, in rank order. TimeoutError names the ranks that are still writing."""
+    def _written(self, role: Any, part: Path) -> list[bytes]:
+        """What every rank has written, in rank order.
+
+        TimeoutError names the ranks that are still writing when the files have not grown for the ranks' deadline.
+        """
         pause_s, longest_s = _POLL_S
+        before, deadline = -1, 0.0
         while True:
+            if (size := _size(part)) != before:
+                before, deadline = size, time.monotonic() + self._timeout_s
             answers = role.submit("saved").result()
             late = [rank for rank, answer in enumerate(answers) if answer is None]
             if not late:
                 return list(answers)
             if time.monotonic() > deadline:
-                raise TimeoutError(f"{role.name}: ranks {late} have not written their files in {self._timeout_s:.0f} s")
+                raise TimeoutError(
+                    f"{role.name}: ranks {late} have not written to their files in {self._timeout_s:.0f} s"
+                )
             if self._stop.wait(pause_s):
                 raise TimeoutError(f"{role.name}: the run ended before ranks {late} had written their files")
             pause_s = min(longest_s, 1.5 * pause_s)
@@ -192,6 +199,16 @@ def export(run_dir: Path, step: int | None, out: Path) -> Path:
 
     stored.export(folder / "policy", source, out)
     return out
+
+
+def _size(folder: Path) -> int:
+    """Bytes of the files in a folder, some of which may be gone by now."""
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += os.stat(os.path.join(parent, name)).st_size
+    return total
 
 
 def _put_in_place(part: Path, folder: Path) -> None:

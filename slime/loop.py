@@ -32,6 +32,7 @@ from trainer.losses.correction import correction_weights
 from trainer.losses.kl import kl_reward
 
 VALUE_BATCHES_SEED = 7919  # keeps the critic's shuffles apart from the policy's
+FETCH_TIMEOUT_S = 600.0  # for a step's episodes, which are finished
 EXPLAINED = "critic/explained_variance"
 
 
@@ -64,7 +65,7 @@ def take(config: Config, parts: Parts, watch: Watch) -> tuple[Batch, list[SubTra
         parts.rollout.check()
         watch.rollout(ray.get(parts.buffer.status.remote(), timeout=60))
     batch = ray.get(waiting)
-    return batch, ray.get([item.ref for item in batch.items], timeout=config.cluster.start_timeout_s)
+    return batch, ray.get([item.ref for item in batch.items], timeout=FETCH_TIMEOUT_S)
 
 
 def train_step(config: Config, parts: Parts, watch: Watch, step: int, evaluating: bool) -> dict[str, float]:

@@ -37,8 +37,8 @@ def demonstrations(config: Config, inputs: Prepared, rollout: RolloutGroup) -> I
     coming = ask()
     while True:
         while len(pool) < 4 * config.sft.batch_sub_traces:
-            ready, coming = ray.get(coming, timeout=config.cluster.start_timeout_s), ask()
-            for played in (one for part in ready for one in part):
+            ready, coming = rollout.played(coming, "demonstrations"), ask()
+            for played in ready:
                 pool += [
                     SubTraceInfo(s, s.episode_id, len(s.tokens), s.num_actions, 0)
                     for s in played.sub_traces

@@ -132,8 +132,8 @@ class Weights:
                 flush = mode is PauseMode.retract
                 await _all(clients, "update_bucket", names, dtypes, shapes, GROUP, version, flush, load_format)
 
-        thread = ThreadPoolExecutor(1)
-        sent = asyncio.get_running_loop().run_in_executor(thread, sending.result, self.timeout_s)
+        thread, limit_s = ThreadPoolExecutor(1), self.timeout_s * max(1, len(self._buckets))
+        sent = asyncio.get_running_loop().run_in_executor(thread, sending.result, limit_s)
         thread.shutdown(wait=False)
         await asyncio.gather(sent, receive())  # whichever fails first is the reason
         await _all(clients, "end_update")

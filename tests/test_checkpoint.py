@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,6 +33,8 @@ class Role:
     error: Exception | None = None
     folder: Path = Path()
     timeout_s: float = 20.0
+    writes: Callable[[int], None] = lambda count: None  # what happens at each question to rank 1
+    asked: int = 0
 
     def submit(self, method: str, *args: Any) -> Any:
         return SimpleNamespace(result=lambda: [self.answer(method, rank, *args) for rank in range(2)])
@@ -41,6 +45,8 @@ class Role:
             self.folder = Path(args[0])
             self.folder.mkdir()
         if method == "saved":
+            self.asked += rank
+            self.writes(self.asked)
             if rank and self.error is not None and self.allowed.is_set():
                 raise self.error
             return f"{rank}".encode() if rank == 0 or self.allowed.is_set() else None
@@ -203,6 +209,22 @@ def test_ranks_that_never_finish_are_named_at_the_deadline(story: Story) -> None
         role.timeout_s = 0.05
     with pytest.raises(CheckpointError, match=r"policy: ranks \[1\] have not written"), story.opened() as checkpoints:
         checkpoints.save(5)
+
+
+def test_ranks_may_write_as_long_as_their_files_grow(story: Story, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(monotonic=map(float, itertools.count()).__next__)  # a second for each look at it
+    monkeypatch.setattr(checkpoint, "time", clock)
+
+    def grow(role: Role, count: int) -> None:
+        (role.folder / "__1_0.distcp").write_bytes(b"x" * count)
+        if count == 20:
+            role.allowed.set()
+
+    for role in story.roles:
+        role.timeout_s, role.writes = 3.0, partial(grow, role)
+    with story.opened() as checkpoints:
+        checkpoints.save(5)
+    assert checkpoint.steps(story.run_dir) == [5]
 
 
 @pytest.mark.parametrize("stuck", [False, True])

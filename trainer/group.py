@@ -44,11 +44,15 @@ class Ready(Generic[T]):
 class Pending(Generic[T]):
     """An answer that all ranks of a role are working on."""
 
-    def __init__(self, group: WorkerGroup, method: str, refs: Sequence[Any], finish: Callable[[list[Any]], T]) -> None:
+    def __init__(
+        self, group: WorkerGroup, method: str, refs: Sequence[Any], finish: Callable[[list[Any]], T], units: int = 1
+    ) -> None:
+        """`units`: of work, one after the other, each of which may take the group's `timeout_s`."""
         self._group = group
         self._method = method
         self._refs = list(refs)
         self._finish = finish
+        self._units = max(1, units)
 
     def result(self, timeout_s: float | None = None) -> T:
         """Waits. TimeoutError names the ranks that are missing; a rank's own error passes through, at once."""
@@ -57,7 +61,7 @@ class Pending(Generic[T]):
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Until all ranks have answered; errors as of `result`."""
-        limit = timeout_s or self._group.timeout_s
+        limit = timeout_s or self._group.timeout_s * self._units
         late, deadline = list(self._refs), time.monotonic() + limit
         while late and (left_s := deadline - time.monotonic()) > 0:
             done, late = ray.wait(late, num_returns=len(late), timeout=min(1.0, left_s))
@@ -97,13 +101,15 @@ class WorkerGroup:
         self.turns: Turns | None = None  # shared with the other roles on its GPU
         self._quadratic = QUADRATIC
 
-    def _ask(self, method: str, calls: Iterable[tuple[Any, ...]], finish: Callable[[list[Any]], T]) -> Pending[T]:
-        """Calls a method of every rank, once for each tuple of arguments."""
+    def _ask(
+        self, method: str, calls: Iterable[tuple[Any, ...]], finish: Callable[[list[Any]], T], units: int = 1
+    ) -> Pending[T]:
+        """Calls a method of every rank, once for each tuple of arguments. `units`: see `Pending`."""
         turns = None if method in WITHOUT_MODEL else self.turns
         if turns:
             turns.wait(self)
         refs = [getattr(actor, method).remote(*arguments) for arguments in calls for actor in self.actors]
-        asked = Pending(self, method, refs, finish)
+        asked = Pending(self, method, refs, finish, units)
         if turns:
             turns.taken(self, asked)
         return asked
@@ -131,7 +137,9 @@ class WorkerGroup:
         """Forward only: float32 [T] of each sub-trace, by its index in the batch."""
         grid = self.grid(range(len(batch.items)), [item.num_tokens for item in batch.items])
         refs = [item.ref for item in batch.items]
-        return self._ask(method, [(refs, grid)], lambda parts: {i: out for part in parts for i, out in part.items()})
+        return self._ask(
+            method, [(refs, grid)], lambda parts: {i: out for part in parts for i, out in part.items()}, depth([grid])
+        )
 
     def peak_memory(self) -> dict[str, float]:
         """The metric `<role>/peak_memory_gb`: of the rank that has the most (`MegatronWorker.peak_memory_gb`)."""
@@ -145,7 +153,8 @@ class WorkerGroup:
     def train(self, batch: Batch, epochs: Sequence[tuple[Mapping[str, Any], list[Grid]]]) -> Pending[dict[str, float]]:
         """Epochs of optimizer steps; the result is per-token means and means over the optimizer steps."""
         refs = [item.ref for item in batch.items]
-        return self._ask("update", ((refs, ray.put(fields), grids) for fields, grids in epochs), reduced)
+        units = sum(depth(grids) for _, grids in epochs)
+        return self._ask("update", ((refs, ray.put(fields), grids) for fields, grids in epochs), reduced, units)
 
 
 class PolicyGroup(WorkerGroup):
@@ -162,7 +171,7 @@ class PolicyGroup(WorkerGroup):
     def imitate(self, batch: Batch, grid: Grid) -> Pending[dict[str, float]]:
         """One supervised optimizer step on a batch."""
         refs = [item.ref for item in batch.items]
-        return self._ask("imitate", [(refs, [grid])], reduced)
+        return self._ask("imitate", [(refs, [grid])], reduced, depth([grid]))
 
     def update(
         self,
@@ -194,6 +203,11 @@ class NoReference:
 
     def logprobs(self, batch: Batch) -> Ready[dict[int, Float32]]:
         return Ready({})
+
+
+def depth(grids: Sequence[Grid]) -> int:
+    """Micro-batches that a rank does one after the other."""
+    return sum(max((len(row) for row in grid), default=0) for grid in grids)
 
 
 def reduced(parts: Sequence[dict[str, Any]]) -> dict[str, float]:

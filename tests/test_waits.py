@@ -1,0 +1,107 @@
+"""A limit of one request, or of a start, ends nothing larger: what goes on may take as long as it does."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import itertools
+from concurrent.futures import Future
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from roles import batch_of, sub_trace
+
+import rollout.group
+import trainer.group
+from rollout.group import RolloutGroup
+from slime.build import build_rollout
+from slime.config import load
+from trainer.config import LayoutConfig
+from trainer.group import Pending, WorkerGroup
+
+QUIET_S = 3.0
+
+
+def _done(value: Any) -> Future[Any]:
+    found: Future[Any] = Future()
+    found.set_result(value)
+    return found
+
+
+def _wait(refs: list[Future[Any]], num_returns: int, timeout: float) -> tuple[list[Any], list[Any]]:
+    done = concurrent.futures.wait(refs, timeout=0).done
+    return [ref for ref in refs if ref in done], [ref for ref in refs if ref not in done]
+
+
+FAKE_RAY = SimpleNamespace(
+    wait=_wait, get=lambda refs, timeout=None: [ref.result(timeout=0) for ref in refs], put=lambda value: value
+)
+
+
+class Worker:
+    """Plays one evaluation, which ends at poll `length`; something happens in it until poll `active`."""
+
+    def __init__(self, length: int, active: int) -> None:
+        self.polls, self.answer = itertools.count(1), Future[Any]()
+        self.evaluate = SimpleNamespace(remote=lambda share, keep: self.answer)
+        self.progress = SimpleNamespace(remote=self._progress)
+        self.length, self.active = length, active
+
+    def _progress(self) -> Future[Any]:
+        poll = next(self.polls)
+        if poll == self.length:
+            self.answer.set_result([f"{id(self)}"])
+        return _done(min(poll, self.active))
+
+
+@pytest.fixture(autouse=True)
+def _clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second passes whenever somebody looks at the clock."""
+    clock = SimpleNamespace(monotonic=map(float, itertools.count()).__next__)
+    for module in (rollout.group, trainer.group):
+        monkeypatch.setattr(module, "ray", FAKE_RAY)
+        monkeypatch.setattr(module, "time", clock, raising=False)
+
+
+def test_an_evaluation_is_as_long_as_something_happens_in_it() -> None:
+    workers = [Worker(length=50, active=50), Worker(length=10, active=10)]
+    assert len(RolloutGroup(workers, QUIET_S).evaluate(range(8), keep=0)) == 2
+
+
+def test_an_evaluation_in_which_nothing_happens_names_its_workers() -> None:
+    workers = [Worker(length=3, active=5), Worker(length=1000, active=5)]
+    with pytest.raises(TimeoutError, match=r"evaluation: nothing happened.* workers \[1\] for 3 s"):
+        RolloutGroup(workers, QUIET_S).evaluate(range(8), keep=0)
+
+
+def test_a_worker_that_dies_is_told_while_the_others_play_on() -> None:
+    workers = [Worker(length=1000, active=1000), Worker(length=1000, active=1000)]
+    workers[1].answer.set_exception(RuntimeError("the worker died"))
+    with pytest.raises(RuntimeError, match="the worker died"):
+        RolloutGroup(workers, QUIET_S).evaluate(range(8), keep=0)
+
+
+@pytest.mark.parametrize(("request_s", "quiet_s"), [(5.0, 3600.0), (7200.0, 7200.0)])
+def test_requests_do_not_limit_episodes(monkeypatch: pytest.MonkeyPatch, request_s: float, quiet_s: float) -> None:
+    config = load(["recipe=ppo_coding", f"rollout.engine.request_timeout_s={request_s}"]).config
+    made = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda *_: "worker"))
+    monkeypatch.setattr("ray.remote", lambda cls: made)
+    monkeypatch.setattr("ray.put", lambda rows: rows)
+    inputs: Any = SimpleNamespace(train_rows=[], eval_rows=[], task=None, model_folder=SimpleNamespace(resolve=str))
+    inputs.vocab_size = 10
+    assert build_rollout(config, inputs, []).quiet_s == quiet_s
+
+
+def test_a_role_has_its_limit_for_every_micro_batch() -> None:
+    rng = np.random.default_rng(0)
+    batch = batch_of([sub_trace(rng, 30, episode) for episode in range(6)])
+    rank = SimpleNamespace(predict=SimpleNamespace(remote=lambda refs, grid: Future()))
+    group = WorkerGroup("critic", [rank], LayoutConfig(max_tokens_per_micro_batch=32), timeout_s=10.0)
+    asked: Pending[Any] = group.predict("predict", batch)
+    with pytest.raises(TimeoutError, match=r"critic\.predict: no answer from ranks \[0\] in 60 s"):
+        asked.result()
+    grids = group.minibatch_grids(batch, 2, rng)
+    rank.update = SimpleNamespace(remote=lambda refs, fields, grids: Future())
+    with pytest.raises(TimeoutError, match="in 120 s"):
+        group.train(batch, [({}, grids), ({}, grids)]).result()
