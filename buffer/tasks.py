@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -86,9 +87,9 @@ def read_rows(path: Path) -> list[TaskRow]:
 
 
 def write_rows(path: Path, rows: list[TaskRow]) -> None:
-    """Writes rows so that `read_rows` gives them back; the file appears whole or not at all."""
+    """Writes rows so that `read_rows` gives them back; the file appears whole or not at all, whoever else writes it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
+    part = path.with_suffix(f".{secrets.token_hex(4)}.part")
     with part.open("w", encoding="utf-8") as out:
         for row in rows:
             out.write(json.dumps({f.name: getattr(row, f.name) for f in fields(row)}) + "\n")

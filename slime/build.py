@@ -181,9 +181,8 @@ def take_turns(config: Config, trainers: Sequence[WorkerGroup]) -> None:
             one.turns = turns
 
 
-def build(config: Config, inputs: Prepared, run_dir: Path) -> Parts:
+def build(config: Config, inputs: Prepared, run_dir: Path, places: Places = HERE) -> Parts:
     """Starts everything side by side and waits until all of it answers."""
-    places = find_places(config, run_dir, inputs.model_folder)
     limit_s, engine = config.cluster.start_timeout_s, config.rollout.engine
     key = secrets.token_hex(32) if places.nodes else ""  # engines that others can reach serve this run alone
     servers = build_servers(config, inputs.model_folder, run_dir, places, key)

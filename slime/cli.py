@@ -100,13 +100,14 @@ def _compose_and_run(command: str, rest: list[str]) -> int:
     if not loaded.config.cluster.ray_address:
         forget_other_ray()
 
+    from launch.lock import LockError
     from launch.nodes import NodeError
     from slime.checkpoint import CheckpointError
     from slime.train import main as run
 
     try:
         run(loaded.config, recipes_dir)
-    except (ConfigError, CheckpointError, NodeError) as error:
+    except (ConfigError, CheckpointError, LockError, NodeError) as error:
         return _refuse(str(error))
     return 0
 

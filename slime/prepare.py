@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from buffer.tasks import TaskRow, read_rows, write_rows
+from launch.lock import made_once
 from rollout.environment import Task
 from slime.config import ConfigError, check_model
 from slime.schema import Config
@@ -83,9 +84,7 @@ def untrained_model(config: Config, task: Task) -> Path:
     if config.model.path:
         return Path(config.model.path)
     folder = Path(config.cache_dir) / "models" / f"{config.model.name}-{digest([config.task.target, config.seed])}"
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        task.make_model(folder, config.seed)
+    made_once(folder, lambda part: task.make_model(part, config.seed))
     check_model(config, folder)
     return folder.resolve()
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import ray
 
 from buffer.types import Batch, SubTraceInfo
+from launch.nodes import Places
 from rollout.group import RolloutGroup
-from slime.build import build_policy, build_rollout, find_places
+from slime.build import build_policy, build_rollout
 from slime.observe.tracking import Tracker
 from slime.observe.view import View
 from slime.prepare import Prepared
@@ -50,11 +51,10 @@ def demonstrations(config: Config, inputs: Prepared, rollout: RolloutGroup) -> I
         yield chosen
 
 
-def run(config: Config, inputs: Prepared, run_dir: Path, view: View, tracker: Tracker) -> Path:
+def run(config: Config, inputs: Prepared, run_dir: Path, view: View, tracker: Tracker, places: Places) -> Path:
     """Trains `config.steps` optimizer steps and exports a Hugging Face folder; returns it."""
     limit_s = config.cluster.start_timeout_s
     view.phase("starting training processes and sandboxes")
-    places = find_places(config, run_dir, inputs.model_folder)
     policy = build_policy(config, inputs.model_folder, places)
     starting = policy.start(limit_s)
     rollout = build_rollout(config, inputs, [], places)

@@ -10,8 +10,9 @@ from pathlib import Path
 import yaml
 
 from launch.local import start_ray, stop_ray
+from launch.lock import made_once, run_lock
 from slime import checkpoint, loop, sft
-from slime.build import Parts, build
+from slime.build import Parts, build, find_places
 from slime.config import ConfigError, differences, dump, load
 from slime.observe.tracking import Tracker, read_metrics
 from slime.observe.view import View
@@ -28,9 +29,14 @@ _FREE = (
 _FIXED = ("policy.layout.precision", "critic.layout.precision")  # of what they hold
 
 
+def folder_of(config: Config) -> Path:
+    """The run's folder."""
+    return Path(config.runs_dir) / (config.run or config.recipe)
+
+
 def open_run(config: Config) -> tuple[Path, int]:
     """The run's folder and the step to go on from. ConfigError: it is another run's, or may not be resumed."""
-    run_dir = Path(config.runs_dir) / (config.run or config.recipe)
+    run_dir = folder_of(config)
     done = checkpoint.steps(run_dir)
     saved = run_dir / "config.yaml"
     if saved.exists() and not config.resume:
@@ -40,9 +46,15 @@ def open_run(config: Config) -> tuple[Path, int]:
         changed = [line for line in lines if line.startswith(_FIXED) or not line.startswith(_FREE)]
         if changed:
             raise ConfigError(f"{run_dir} was started with other settings: {changed[0]}; choose another run= name")
-    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-    saved.write_text(dump(config))
     return run_dir, done[-1] if done else 0
+
+
+def record(config: Config, run_dir: Path) -> None:
+    """Writes down what the run was started with: the first that it leaves, when all that can refuse was asked."""
+    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+    part = run_dir / "config.part"
+    part.write_text(dump(config))
+    part.replace(run_dir / "config.yaml")
 
 
 def start_model(config: Config, recipes_dir: Path | None) -> Path:
@@ -59,27 +71,26 @@ def start_model(config: Config, recipes_dir: Path | None) -> Path:
     arguments += [f"tracking.wandb={config.tracking.wandb}"]
     arguments += [f"rollout.sandbox.allow_unsafe={config.rollout.sandbox.allow_unsafe}"]
     warm_start = load(arguments, recipes_dir).config
-    folder = start_folder(config, warm_start)
-    if not folder.exists():
-        run_dir = Path(config.runs_dir) / warm_start.recipe
-        exported = run_sft(warm_start, run_dir)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        part = folder.with_suffix(".part")
-        shutil.copytree(exported, part, dirs_exist_ok=True)
-        part.rename(folder)
+    folder, run_dir = start_folder(config, warm_start), folder_of(warm_start)
+
+    def make(part: Path) -> None:
+        with run_lock(run_dir, wait=True):
+            shutil.copytree(run_sft(warm_start, run_dir), part)
+
+    made_once(folder, make)
     return folder
 
 
 def run_sft(config: Config, run_dir: Path) -> Path:
     """A supervised run; returns the exported model folder."""
-    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.yaml").write_text(dump(config))
     inputs = prepare(config)
-    tracker = Tracker(run_dir, run_dir.name, yaml.safe_load(dump(config)), config.tracking, None)
     start_ray(config.cluster)
+    places = find_places(config, run_dir, inputs.model_folder)
+    record(config, run_dir)
+    tracker = Tracker(run_dir, run_dir.name, yaml.safe_load(dump(config)), config.tracking, None)
     try:
         with View(run_dir.name, config.steps) as view:
-            exported = sft.run(config, inputs, run_dir, view, tracker)
+            exported = sft.run(config, inputs, run_dir, view, tracker, places)
             write_report(run_dir)
             view.final(f"warm start: {exported}")
     finally:
@@ -91,6 +102,8 @@ def run_ppo(config: Config, run_dir: Path, step: int, inputs: Prepared) -> None:
     """Builds the parts, goes on from `step`, trains to the end."""
     from transformers import AutoTokenizer  # takes seconds to import
 
+    places = find_places(config, run_dir, inputs.model_folder)
+    record(config, run_dir)
     history = read_metrics(run_dir) if step else []
     tracker = Tracker(run_dir, run_dir.name, yaml.safe_load(dump(config)), config.tracking, step or None)
     view = View(run_dir.name, config.steps, history=[row for row in history if row["step"] <= step])
@@ -99,7 +112,7 @@ def run_ppo(config: Config, run_dir: Path, step: int, inputs: Prepared) -> None:
     watch = Watch(view, tracker, tokenizer, inputs.train_rows, inputs.eval_rows, t.sample_every, t.sample_episodes)
     with view:
         view.phase("starting engines, workers and sandboxes")
-        parts = build(config, inputs, run_dir)
+        parts = build(config, inputs, run_dir, places)
         try:
             train(config, parts, watch, run_dir, step)
         finally:
@@ -146,8 +159,13 @@ def train(config: Config, parts: Parts, watch: Watch, run_dir: Path, step: int) 
 
 def main(config: Config, recipes_dir: Path | None = None) -> None:
     """Runs a recipe to its end, or goes on with one that was stopped. `recipes_dir`: the user's own recipes."""
-    run_dir, step = open_run(config)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    with run_lock(folder_of(config)):
+        _main(config, recipes_dir)
+
+
+def _main(config: Config, recipes_dir: Path | None) -> None:
+    run_dir, step = open_run(config)
     try:
         if config.kind is Kind.sft:
             run_sft(config, run_dir)

@@ -260,7 +260,7 @@ def test_a_checkpoint_that_can_not_be_loaded_says_where_to_go_on(story: Story) -
 def test_a_resume_may_have_another_layout_but_no_other_precision(story: Story) -> None:
     story.allow()
     place = ["recipe=ppo_coding", f"runs_dir={story.run_dir.parent}", f"run={story.run_dir.name}"]
-    train.open_run(load([*place], None).config)
+    train.record(load([*place], None).config, story.run_dir)
     with story.opened() as checkpoints:
         checkpoints.save(4)
     two = [*place, "policy.layout.num_processes=2", "critic.layout.num_processes=2"]

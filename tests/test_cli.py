@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import subprocess
 import sys
 import time
@@ -11,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from launch.lock import run_lock
 from launch.preflight import Machine
 from slime import cli
 
@@ -156,6 +159,17 @@ def test_paths_may_begin_at_home(
     (tmp_path / "runs" / "first").mkdir(parents=True)
     assert "no such run" in refused(capsys, "report", "~/runs/second")
     assert "no such run" not in refused(capsys, "advise", "~/runs/first")
+
+
+@pytest.mark.usefixtures("_roomy_machine")
+def test_a_run_that_is_running_is_not_started_twice(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "ppo_coding"
+    with run_lock(folder):
+        (folder / "metrics.jsonl").write_text('{"step": 0}\n')
+        before = {path.name: path.read_bytes() for path in folder.iterdir()}
+        line = refused(capsys, "train", PPO)
+        assert f"in use by process {os.getpid()} on {socket.gethostname()}" in line
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_help_of_train_lists_what_can_be_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

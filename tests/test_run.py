@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from runs import START_S, Place, Run, rows_of
 
+from buffer.ports import ReservedPort
 from slime import checkpoint, cli, loop, train
 from slime.config import load
 
@@ -146,6 +147,23 @@ def test_bad_tasks_are_refused_in_one_line(
     out, err = capsys.readouterr()
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert message in err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_start_that_is_refused_late_leaves_nothing_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows, model and lock are there, and nobody listens where the cluster should be."""
+    monkeypatch.setattr(train, "stop_ray", lambda: None)
+    places = [f"runs_dir={tmp_path / 'runs'}", f"cache_dir={tmp_path / 'cache'}", "model.start=''"]
+    with ReservedPort("127.0.0.1") as port:
+        code = cli.main(["train", "recipe=ppo_coding", *places, f"cluster.ray_address=127.0.0.1:{port.number}"])
+    out, err = capsys.readouterr()
+    assert (code, out) == (2, "")
+    assert "nobody listens there" in err.splitlines()[-1]  # libraries that make the model may have shown progress
+    assert "Traceback" not in err
+    assert not (tmp_path / "runs").exists()
+    assert not [path.name for path in (tmp_path / "cache").rglob("*") if path.suffix in (".lock", ".part")]
 
 
 # The real thing ------------------------------------------------------------------------------------------------------

@@ -1,0 +1,189 @@
+"""Locks on folders, so that two commands never write to the same one.
+
+A lock is a file beside or in the folder, held with flock and telling who holds it. The kernel gives it back when its
+holder dies, however. That is proof on one machine. Over a shared disk flock may mean nothing, so the holder also writes
+a count into the file every `BEAT_S` seconds: a lock of another machine is held as long as its count goes on.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import TracebackType
+
+BEAT_S = 5.0
+SILENT_S = 30.0  # a lock of another machine is given up when its count stands still as long
+POLL_S = 0.5
+_UNSUPPORTED = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
+
+
+class LockError(RuntimeError):
+    """Another process has the folder, or it can't be written to: one line with who, and the cure."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The process that holds a lock."""
+
+    host: str
+    pid: int
+    started: str
+    kernel: str  # of one boot of one machine
+    beats: int = 0
+
+    @staticmethod
+    def here() -> Holder:
+        boot = Path("/proc/sys/kernel/random/boot_id")
+        kernel = boot.read_text().strip() if boot.is_file() else socket.gethostname()
+        return Holder(socket.gethostname(), os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S"), kernel)
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host} (started {self.started})"
+
+
+def _holder(path: Path) -> Holder | None:
+    """Who a lock file names; None where it names nobody."""
+    try:
+        return Holder(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+class FolderLock:
+    """Held within `with`. Makes the folders that are missing, and removes those that are empty at the end.
+
+    LockError: another process holds it, unless `wait`: then until it does not, saying once for whom.
+    """
+
+    def __init__(self, path: Path, cure: str = "", wait: bool = False) -> None:
+        """`path`: the lock's file. `cure`: what to do when it is held, beside waiting."""
+        self._path = path
+        self._cure = cure
+        self._wait = wait
+        self._made: list[Path] = []
+        self._end = threading.Event()
+
+    def __enter__(self) -> FolderLock:
+        told = False
+        while True:
+            try:
+                held_by = self._try()
+            except FileNotFoundError:  # who made the folder has removed it just now
+                continue
+            except OSError as error:
+                self._remove_folders()
+                raise LockError(f"{self._path.parent} can't be written to: {error.strerror or error}") from error
+            if held_by is None:
+                self._beating = threading.Thread(target=self._beat, name="lock", daemon=True)
+                self._beating.start()
+                return self
+            if not self._wait:
+                raise LockError(f"{self._path.parent} is in use by {held_by}: wait for its end{self._cure}")
+            if not told:
+                print(f"waiting for {held_by}, which has {self._path}", file=sys.stderr, flush=True)
+                told = True
+            time.sleep(POLL_S)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end.set()
+        self._beating.join()
+        self._path.unlink(missing_ok=True)  # before the file is let go: nobody may take one that is about to vanish
+        os.close(self._file)
+        self._remove_folders()
+
+    def _try(self) -> Holder | str | None:
+        """Takes the lock; else who holds it."""
+        self._make_folders()
+        file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
+                os.close(file)
+                if isinstance(error, BlockingIOError):
+                    return _holder(self._path) or "another process"
+                raise
+        if not self._is_at_path(file):  # its holder has removed it just now
+            os.close(file)
+            return self._try()
+        alive = self._alive_elsewhere()
+        if alive is not None:
+            os.close(file)
+            return alive
+        self._file, self._me = file, Holder.here()
+        self._write()
+        return None
+
+    def _is_at_path(self, file: int) -> bool:
+        with suppress(FileNotFoundError):
+            return os.path.samestat(os.fstat(file), os.stat(self._path))
+        return False
+
+    def _alive_elsewhere(self) -> Holder | None:
+        """The holder on another machine, when it still counts."""
+        first = _holder(self._path)
+        if first is None or first.kernel == Holder.here().kernel:
+            return None
+        deadline = time.monotonic() + SILENT_S
+        while time.monotonic() < deadline:
+            time.sleep(POLL_S)
+            if (now := _holder(self._path)) != first:
+                return now or first
+        return None
+
+    def _write(self) -> None:
+        text = json.dumps(asdict(self._me)).encode()
+        os.pwrite(self._file, text, 0)
+        os.ftruncate(self._file, len(text))
+        os.fsync(self._file)
+
+    def _beat(self) -> None:
+        while not self._end.wait(BEAT_S):
+            self._me = replace(self._me, beats=self._me.beats + 1)
+            with suppress(OSError):  # a full disk is told by those who write what matters
+                self._write()
+
+    def _make_folders(self) -> None:
+        missing = [folder for folder in (self._path.parent, *self._path.parent.parents) if not folder.exists()]
+        for folder in reversed(missing):
+            folder.mkdir(exist_ok=True)
+            self._made.append(folder)
+
+    def _remove_folders(self) -> None:
+        for folder in reversed(self._made):
+            with suppress(OSError):  # it holds something by now
+                folder.rmdir()
+
+
+def run_lock(run_dir: Path, wait: bool = False) -> FolderLock:
+    """The lock of a run's folder."""
+    return FolderLock(run_dir / "run.lock", ", stop it, or choose another run= name", wait)
+
+
+def made_once(folder: Path, make: Callable[[Path], None]) -> None:
+    """Makes a cached folder unless it is there; it appears whole or not at all. `make` fills the one it is given.
+
+    Whoever wants the same one meanwhile waits. LockError: it can't be written to.
+    """
+    if folder.exists():
+        return
+    with FolderLock(folder.with_name(f"{folder.name}.lock"), wait=True):
+        if folder.exists():
+            return
+        part = folder.with_name(f"{folder.name}.part")
+        shutil.rmtree(part, ignore_errors=True)  # of one that was killed
+        make(part)
+        part.rename(folder)
