@@ -24,7 +24,7 @@ class BufferConfig:
     slots: int = 0  # 0: episodes_per_step (synchronous)
     window: int = 0  # 0: slots
     claim_timeout_s: float = 3600.0  # a ticket that is not returned in this time is issued again
-    take_timeout_s: float = 3600.0  # training waits at most this long for its episodes
+    take_timeout_s: float = 3600.0  # training waits this long for its episodes, and for a next sign of an evaluation
 
     def __post_init__(self) -> None:
         if self.episodes_per_step < 1:

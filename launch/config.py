@@ -26,4 +26,4 @@ class ClusterConfig:
     min_disk_gb: float = 4.0
     threads_per_process: int = 1  # OMP threads of engines and training processes on CPUs
     ray_address: str = ""  # "": start Ray here; else join this cluster
-    start_timeout_s: float = 600.0  # deadline for every process to answer for the first time
+    start_timeout_s: float = 600.0  # for a process's first answer, later for a rank's micro-batch, save or publication

@@ -24,6 +24,7 @@ OTHER_RAY = (
     "RAY_ADDRESS",
     "RAY_AUTH_TOKEN",  # goes before RAY_AUTH_TOKEN_PATH
     "RAY_CLIENT_MODE",
+    "RAY_GCS_SERVER_PORT",
     "RAY_JOB_CONFIG_JSON_ENV_VAR",  # of `ray job submit`
     "RAY_JOB_ID",
     "RAY_NAMESPACE",
@@ -35,6 +36,8 @@ OTHER_RAY = (
     "RAY_REDIS_ADDRESS",
     "RAY_RUNTIME_ENV",
     "RAY_RUNTIME_ENV_HOOK",
+    "RAY_USE_TLS",  # with certificates for that Ray's hosts
+    "RAY_gcs_storage",
 )
 
 SOCKET_PATH_BYTES = 107  # Linux's sun_path, less its end
@@ -107,9 +110,11 @@ def temporary_problems() -> list[str]:
 
 def _problem(name: str, value: str, socket: str) -> str:
     folder, room = Path(value), SOCKET_PATH_BYTES - len(socket)
-    size = len(os.fsencode(value.removesuffix("/")))
+    size = len(value.removesuffix("/"))
     if not folder.is_absolute():
         return f"{name}={value} is not an absolute path: set it to one, or unset it to use /tmp"
+    if not value.isascii():
+        return f"{name}={value} holds characters other than ASCII, which Ray refuses: choose another folder"
     if not folder.is_dir():
         return f"{name}={value}: no such folder; make it, or unset {name} to use /tmp"
     if not os.access(folder, os.W_OK | os.X_OK):

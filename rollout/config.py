@@ -26,7 +26,7 @@ class EngineConfig:
     pause: PauseMode = PauseMode.retract
     delta: bool = False  # True: after the first publication only elements that changed are sent
     start_timeout_s: float = 600.0
-    request_timeout_s: float = 600.0
+    request_timeout_s: float = 600.0  # one request; episodes and evaluations make many
 
 
 @dataclass

@@ -265,6 +265,11 @@ def test_a_broken_model_folder_is_named(tmp_path: Path) -> None:
     assert missing(load([*GPU, f"model.path={tmp_path}"]).config) == []
 
 
+def test_a_run_is_not_put_into_the_folder_of_its_warm_start() -> None:
+    assert "run=sft_coding is the folder of the warm start" in refusal(PPO, "run=sft_coding")
+    load([PPO, "run=sft_coding", "model.start=''"])
+
+
 def test_rows_for_evaluation_must_suffice(tmp_path: Path) -> None:
     rows = write(tmp_path / "eval.jsonl", "{}\n" * 3)
     assert "use at most 3" in refusal(PPO, f"task.eval={rows}")

@@ -14,10 +14,11 @@ from urllib.request import getproxies, proxy_bypass
 import pytest
 from requests.utils import should_bypass_proxies
 
-from launch import environment
+from buffer.ports import ReservedPort
+from launch import environment, local
 from launch.config import ClusterConfig
 from launch.environment import OTHER_RAY, direct, expand, forget_other_ray, temporary_problems
-from launch.nodes import LOOPBACK, look
+from launch.nodes import LOOPBACK, NodeError, look
 from launch.preflight import problems
 from rollout.client import EngineClient
 from rollout.engine import EngineServer, asks_for_key
@@ -131,6 +132,37 @@ def test_what_belongs_to_another_ray_is_forgotten(monkeypatch: pytest.MonkeyPatc
     assert os.environ["RAY_LOG_TO_STDERR"] == "1"
 
 
+def test_ray_is_started_here_whatever_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(local.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(local.ray, "init", lambda **options: asked.append({**os.environ, **options}))
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "of another Ray")
+    monkeypatch.setenv("http_proxy", NOWHERE)
+    try:
+        local.start_ray(ClusterConfig())
+        (seen,) = asked
+        assert seen["address"] == "local"
+        assert not {"RAY_ADDRESS", "RAY_AUTH_TOKEN"} & set(seen)
+        assert seen["RAY_grpc_enable_http_proxy"] == "0"
+        assert seen["http_proxy"] == NOWHERE
+        assert {LOOPBACK, local.ray.util.get_node_ip_address()} <= set(seen["no_proxy"].split(","))
+    finally:
+        local.stop_ray()
+
+
+@pytest.mark.parametrize("address", ["10.0.0.1", "ray://10.0.0.1:10001"])
+def test_auto_is_the_cluster_that_ray_address_names(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(NodeError, match=f"cluster.ray_address={address} is not"):
+        local.start_ray(ClusterConfig(ray_address="auto"))
+    with ReservedPort(LOOPBACK) as port:
+        monkeypatch.setenv("RAY_ADDRESS", f"{LOOPBACK}:{port.number}")
+        with pytest.raises(NodeError, match=f"{LOOPBACK}:{port.number}: nobody listens there"):
+            local.start_ray(ClusterConfig(ray_address="auto"))
+
+
 # Folders for temporary files -----------------------------------------------------------------------------------------
 
 
@@ -170,6 +202,7 @@ def test_the_longest_folder_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("tmp", "TMPDIR=tmp is not an absolute path"),
         ("~/tmp", "is not an absolute path"),
+        ("/tmp/ö", "holds characters other than ASCII"),
         ("/absent/tmp", "TMPDIR=/absent/tmp: no such folder"),
         ("/etc/hostname", "no such folder"),
         ("/proc/self", "may not write there"),

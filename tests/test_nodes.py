@@ -306,6 +306,7 @@ def cluster(place: Place) -> Iterator[Cluster]:
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))
     environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0"}
+    environment |= {"http_proxy": "http://127.0.0.1:9", "no_proxy": "of.the.node", "NO_PROXY": ""}
     port = ReservedPort(NODES[0])
     made = Cluster(folder, f"{NODES[0]}:{port.number}", environment)
     head = ["--head", f"--port={port.number}", "--include-dashboard=false", f"--temp-dir={folder / 'ray'}"]
@@ -326,6 +327,7 @@ class Seen:
     key: str
     commands: list[str]  # of all processes of this machine
     answers: dict[str, int]  # status of requests
+    no_proxy: set[str]  # what the engine reaches without its node's proxy
 
 
 def ask(url: str, path: str, key: str | None = None, method: str = "GET") -> int:
@@ -360,7 +362,8 @@ def look_at_engine(run_dir: Path) -> Seen:
     ]
     command = leash.cmdline()
     host, port = (command[command.index(name) + 1] for name in ("--host", "--port"))
-    url, key = f"http://{host}:{port}", leash.environ()[KEY_VARIABLE]
+    variables = leash.environ()
+    url, key, no_proxy = f"http://{host}:{port}", variables[KEY_VARIABLE], set(variables["no_proxy"].split(","))
     answers = {
         "read, no key": ask(url, "/model_info"),
         "read, another key": ask(url, "/model_info", secrets.token_hex(32)),
@@ -375,7 +378,7 @@ def look_at_engine(run_dir: Path) -> Seen:
         ask(f"http://{LOOPBACK}:{port}", "/health")
     except urllib.error.URLError:
         answers["another address"] = -1
-    return Seen(url, key, [" ".join(command) for _, command in everyone], answers)
+    return Seen(url, key, [" ".join(command) for _, command in everyone], answers, no_proxy)
 
 
 @dataclass
@@ -419,6 +422,11 @@ def test_a_run_over_two_nodes_trains(story: Story) -> None:
         assert row["rollout/num_episodes"] == EPISODES
         assert 0 < row["policy/engine_logprob_diff_max"] <= 1e-4  # the weights came to the engine's node
     assert (story.run_dir / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.e2e
+def test_a_proxy_of_the_nodes_is_for_the_world_outside(story: Story) -> None:
+    assert story.seen.no_proxy == {"of.the.node", "localhost", "::1", LOOPBACK, *NODES}
 
 
 @pytest.mark.e2e

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import signal
+import socket
 import subprocess
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ import pytest
 from runs import START_S, Place, Run, rows_of
 
 from buffer.ports import ReservedPort
+from launch.environment import RAY_SOCKET, SOCKET_PATH_BYTES
 from slime import checkpoint, cli, loop, train
 from slime.config import load
 
@@ -179,6 +181,20 @@ class Story:
     resumed_from: int  # newest checkpoint after the kill
     rows_at_kill: list[dict[str, Any]]
     temporary: list[str]  # names in the folder for temporary files afterwards
+    first: int  # process id of the killed one
+    refused: tuple[int, str]  # exit code and output of the same command beside it
+    looked_at: list[int]  # exit codes of `slime report` and `slime advise` beside it
+
+
+def hostile(place: Place) -> dict[str, str]:
+    """Proxies that refuse everything, another Ray that is not there, and the longest folder that Ray can use."""
+    proxies = dict.fromkeys(("http_proxy", "https_proxy", "all_proxy"), "http://127.0.0.1:9") | {"no_proxy": ""}
+    ray = {"RAY_ADDRESS": "127.0.0.1:1", "RAY_AUTH_TOKEN": "of another Ray", "RAY_grpc_enable_http_proxy": "1"}
+    longest = SOCKET_PATH_BYTES - len(RAY_SOCKET % Path("/proc/sys/kernel/pid_max").read_text().strip())
+    size = longest - len(f"{place.temporary}/")
+    folder = place.temporary / ("r" * size)
+    folder.mkdir()
+    return proxies | {name.upper(): value for name, value in proxies.items()} | ray | {"RAY_TMPDIR": str(folder)}
 
 
 @pytest.fixture(scope="module")
@@ -186,11 +202,15 @@ def story(place: Place, warm_start: Path) -> Story:
     arguments = [*RUN, f"model.path={warm_start}"]
     run_dir = place.run_dir("whole")
     metrics = run_dir / "metrics.jsonl"
-    with Run(place, *arguments) as first:
+    with Run(place, *arguments, environment=hostile(place)) as first:
+        first.wait_until((run_dir / "run.lock").exists, "lock", START_S)
+        with Run(place, *arguments) as beside:
+            refused = beside.process.wait(timeout=START_S), beside.output
         first.wait_until(lambda: bool(rows_of(metrics)) and rows_of(metrics)[-1]["step"] >= 2, "step 2", START_S)
         priorities = {process.name(): process.nice() for process in first.processes()}
         assert any("bwrap" in name for name in priorities), priorities
         assert max(priorities.values()) <= 5, f"a busy neighbour would stop training: {priorities}"
+        looked_at = [cli.main([command, str(run_dir)]) for command in ("report", "advise")]
         first.process.send_signal(signal.SIGKILL)
         first.process.wait(timeout=30)
         gone = first.left_over(but=RAY_AGENTS)
@@ -203,7 +223,8 @@ def story(place: Place, warm_start: Path) -> Story:
         third.finish()
     outputs = [first.output, second.output, third.output]
     kept = [path.name for path in place.temporary.iterdir()]
-    return Story(run_dir, outputs, [gone, gone_too], newest, at_kill, kept)
+    seen_beside = first.process.pid, refused, looked_at
+    return Story(run_dir, outputs, [gone, gone_too], newest, at_kill, kept, *seen_beside)
 
 
 @pytest.mark.e2e
@@ -218,6 +239,15 @@ def test_warm_start_learns(place: Place, warm_start: Path) -> None:
 def test_nothing_outlives_a_run_that_ends_or_is_killed(story: Story) -> None:
     assert story.left_over == [[], []]
     assert sum(name.startswith("slime-ray-") for name in story.temporary) <= 1  # the token of the killed run
+
+
+@pytest.mark.e2e
+def test_a_second_command_on_the_same_folder_is_refused(story: Story) -> None:
+    code, output = story.refused
+    assert (code, output.count("\n")) == (2, 1), output
+    assert f"{story.run_dir} is in use by process {story.first} on {socket.gethostname()}" in output
+    assert story.looked_at == [0, 0]  # what only reads is not refused
+    assert not (story.run_dir / "run.lock").exists()
 
 
 @pytest.mark.e2e

@@ -171,6 +171,8 @@ def _names(config: Config) -> Iterator[str]:
             yield f"{key} is empty: name a folder, e.g. {key}={get(Config(), key)}"
     if not TARGET.fullmatch(config.task.target):
         yield f"task.target={config.task.target!r} does not name a task: write package.module:Class"
+    if config.kind is Kind.ppo and config.model.start == run:
+        yield f"run={run} is the folder of the warm start, model.start={run}: choose another run= name"
     if config.kind is Kind.sft and config.model.start == config.recipe:
         yield f"model.start={config.model.start} starts recipe {config.recipe} from its own result: use model.start=''"
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
+import os
 from collections.abc import Mapping
 from html import escape
 from importlib.resources import files
@@ -69,7 +70,7 @@ def write_report(run_dir: Path) -> Path:
         },
     )
     out = run_dir / REPORT_FILE
-    part = out.with_suffix(".part")
+    part = out.with_suffix(f".{os.getpid()}.part")  # a run that ends writes its own
     part.write_text(page, encoding="utf-8")
     part.replace(out)
     return out
