@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import secrets
+import string
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 
@@ -39,6 +42,11 @@ _KINDS: dict[str, type] = {
     "budgets": dict,
 }
 _REQUIRED = ("id", "domain", "prompt")
+_HALF_PAIR = re.compile(
+    "[\ud800-\udfff]"
+)  # no character: in a file read with surrogateescape, a byte that is not UTF-8
+_BLANK = string.whitespace + "\ufeff"  # the byte-order mark
+_MAX_PARTS, _MAX_PART_BYTES = 100, 255  # of a path, as sandboxes take it
 
 
 def _check(row: Any, where: str) -> TaskRow:
@@ -52,11 +60,12 @@ def _check(row: Any, where: str) -> TaskRow:
             raise ValueError(f"{where}: unknown key {key!r}; known: {', '.join(_KINDS)}")
         if not isinstance(value, _KINDS[key]):
             raise ValueError(f"{where}: {key!r} must be a {_KINDS[key].__name__}, found {type(value).__name__}")
-    for path, text in row.get("files", {}).items():
-        if not isinstance(text, str):
-            raise ValueError(f"{where}: files[{path!r}] must be text, found {type(text).__name__}")
-        if path.startswith("/") or ".." in Path(path).parts:
-            raise ValueError(f"{where}: files[{path!r}] leaves the workspace")
+    for key in _REQUIRED:
+        _check_text(row[key], f"{where}: {key!r}")
+    for key in ("protected_paths", "allowed_hosts"):
+        for number, text in enumerate(row.get(key, ())):
+            _check_text(text, f"{where}: {key}[{number}]")
+    _check_files(row.get("files", {}), where)
     for name, limit in row.get("budgets", {}).items():
         if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
             raise ValueError(f"{where}: budgets[{name!r}]={limit!r} must be an integer of at least 1")
@@ -64,33 +73,114 @@ def _check(row: Any, where: str) -> TaskRow:
     return TaskRow(**values)
 
 
-def read_rows(path: Path) -> list[TaskRow]:
-    """All rows of a task file. ValueError names file and line of the first bad row."""
-    if not path.is_file():
-        raise ValueError(f"{path}: no such task file")
+def _check_text(value: Any, what: str) -> None:
+    if not isinstance(value, str):
+        raise ValueError(f"{what} must be text, found {type(value).__name__}")
+    half = _HALF_PAIR.search(value)
+    if half:
+        raise ValueError(
+            f"{what} has half a surrogate pair, \\u{ord(half[0]):04x}, at character {half.start()}: that is no text; "
+            "remove it, or write \\ufffd"
+        )
+
+
+def _check_files(files: dict[str, Any], where: str) -> None:
+    """ValueError: files that can't all be written into one workspace."""
+    names: dict[tuple[str, ...], str] = {}
+    for path, text in files.items():
+        what = f"{where}: files[{path!r}]"
+        _check_text(path, f"{what}: its path")
+        _check_text(text, what)
+        parts = PurePosixPath(path).parts
+        if path.startswith("/") or ".." in parts:
+            raise ValueError(f"{what} leaves the workspace")
+        if not parts or path.endswith("/"):
+            raise ValueError(f"{what} names no file")
+        if "\0" in path or len(parts) > _MAX_PARTS or max(len(part.encode()) for part in parts) > _MAX_PART_BYTES:
+            raise ValueError(f"{what} is no path: no zero byte, at most {_MAX_PARTS} parts of {_MAX_PART_BYTES} bytes")
+        if parts in names:
+            raise ValueError(f"{what} is the same file as files[{names[parts]!r}]")
+        names[parts] = path
+    for parts, path in names.items():
+        for end in range(1, len(parts)):
+            if parts[:end] in names:
+                raise ValueError(
+                    f"{where}: files[{names[parts[:end]]!r}] is a file, and a folder in files[{path!r}]: rename one"
+                )
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. ValueError: a key that is there twice, of which one value would be lost."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} is there twice")
+    return found
+
+
+def _parse(line: str, where: str) -> Any:
+    broken = _HALF_PAIR.search(line)
+    if broken:
+        raise ValueError(
+            f"{where}: not UTF-8: byte 0x{ord(broken[0]) & 0xFF:02x} at character {broken.start()}; "
+            "save the file as UTF-8"
+        )
+    try:
+        return json.loads(line, object_pairs_hook=_object)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON, one object a line: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _rows(texts: Iterable[tuple[int, str]], place: str, unit: str) -> list[TaskRow]:
+    """Rows from numbered JSON texts. ValueError names the first bad one: `place` and its number."""
     rows: list[TaskRow] = []
     seen: dict[str, int] = {}
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            where = f"{path}:{number}"
-            try:
-                row = _check(json.loads(line), where)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where}: not JSON: {error}") from error
-            if row.id in seen:
-                raise ValueError(f"{where}: id {row.id!r} stands already in line {seen[row.id]}")
-            seen[row.id] = number
-            rows.append(row)
+    for number, text in texts:
+        where = f"{place}{number}"
+        row = _check(_parse(text, where), where)
+        if row.id in seen:
+            raise ValueError(f"{where}: id {row.id!r} is already used on {unit} {seen[row.id]}")
+        seen[row.id] = number
+        rows.append(row)
+    return rows
+
+
+def read_rows(path: Path) -> list[TaskRow]:
+    """All rows of a task file: UTF-8, a JSON object a line; blank lines and a byte-order mark do not count.
+
+    ValueError names file and line of the first bad row.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such task file")
+    try:
+        with path.open(encoding="utf-8", errors="surrogateescape") as lines:
+            texts = ((number, line.strip(_BLANK)) for number, line in enumerate(lines, start=1))
+            rows = _rows(((number, text) for number, text in texts if text), f"{path}:", "line")
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
     if not rows:
         raise ValueError(f"{path}: no rows")
     return rows
 
 
-def write_rows(path: Path, rows: list[TaskRow]) -> None:
-    """Writes rows so that `read_rows` gives them back; the file appears whole or not at all, whoever else writes it."""
+def write_rows(path: Path, rows: Iterable[TaskRow]) -> None:
+    """Writes rows so that `read_rows` gives them back; the file appears whole or not at all, whoever else writes it.
+
+    ValueError names the first row that `read_rows` would refuse.
+    """
+    lines = []
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, TaskRow):
+            raise ValueError(f"row {number} is a {type(row).__name__}: must be a TaskRow")
+        try:
+            lines.append(json.dumps({f.name: getattr(row, f.name) for f in fields(row)}))
+        except (TypeError, ValueError) as error:  # what JSON can't hold
+            raise ValueError(f"row {number}, id {row.id!r}: {error}") from error
+    if not _rows(enumerate(lines, start=1), "row ", "row"):
+        raise ValueError("no rows")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".{secrets.token_hex(4)}.part")
-    with part.open("w", encoding="utf-8") as out:
-        for row in rows:
-            out.write(json.dumps({f.name: getattr(row, f.name) for f in fields(row)}) + "\n")
+    part.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     part.replace(path)

@@ -89,6 +89,39 @@ def test_paths_that_leave_the_workspace_are_refused(kind: type[SandboxPool]) -> 
 
 
 @pytest.mark.parametrize("kind", POOLS)
+def test_what_is_no_text_is_refused_by_name_and_costs_no_sandbox(kind: type[SandboxPool]) -> None:
+    async def body(box: Any) -> None:
+        await box.write_files({"f": "x"})
+        refused = [
+            (box.write_files({"a": None}), "content of file 'a' must be text, found NoneType"),
+            (box.write_files({"a": b"x"}), "content of file 'a' must be text, found bytes"),
+            (box.write_files({1: "x"}), "path of a file must be text, found int"),
+            (box.write_files(["a"]), "files must be .*, found list"),
+            (box.write_files({"a": "\udcff"}), "the text of 'a' has no UTF-8 form"),
+            (box.write_files({"a" * 256: ""}), "'a+' is no file name: .* 255 bytes"),
+            (box.read_file("a/" * 2000 + "b"), "is no file name: at most 100 parts"),
+            (box.read_file(None), "path must be text, found NoneType"),
+            (box.run_python(None), "source must be text, found NoneType"),
+            (box.run_python("", b""), "stdin must be text, found bytes"),
+            (box.run(["echo", 1]), r"argv\[1\] must be text, found int"),
+            (box.run("echo 1"), "argv='echo 1': must be a list"),
+            (box.run([]), r"argv=\[\]: must be a list"),
+        ]
+        for call, message in refused:
+            with pytest.raises(ValueError, match=message):
+                await call
+        for files in ({"f/g": "x"}, {"d/g": "x", "d": "y"}):  # one place as a file and as a folder
+            with pytest.raises(OSError, match=r"'.*/box/[fd]'"):
+                await box.write_files(files)
+        for argument in ("a\0b", "x" * 3_000_000):
+            assert (await box.run(["echo", argument])).exit_code == 127
+        assert (await box.run(["echo", "a\udcffb"])).stdout == "a\ufffdb\n"
+        assert await box.read_file("f") == "x"  # all of it in one sandbox
+
+    use(body, kind)
+
+
+@pytest.mark.parametrize("kind", POOLS)
 def test_endless_program_times_out_and_the_next_one_runs(kind: type[SandboxPool]) -> None:
     async def body(box: Sandbox) -> None:
         started = time.monotonic()

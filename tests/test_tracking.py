@@ -111,7 +111,7 @@ def test_bad_calls_are_refused(tmp_path: Path) -> None:
 
 def test_readable_text_marks_what_was_sampled() -> None:
     hostile = {"sub_traces": [{"kind": "final", "tokens": [*TOKENS, {"text": "\ud800", "action": False}]}]}
-    assert readable_text(hostile) == "[1 final] task ⟦done⟧?"
+    assert readable_text(hostile) == "[1 final] task ⟦done⟧\ufffd"
 
 
 def test_logged_in_by_environment_or_netrc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,13 +52,13 @@ class CodingEnvironment(Environment):
         if action.startswith("cat "):
             try:
                 return Step(await self.sandbox.read_file(action.removeprefix("cat ")))
-            except (FileNotFoundError, ValueError):
+            except (OSError, ValueError):
                 return Step("err")
         if not action.startswith("put "):
             return Step("err")
         try:
             await self.sandbox.write_files({"solution.py": action.removeprefix("put ")})
-        except OSError:  # an earlier program filled the workspace
+        except (OSError, ValueError):  # an earlier program filled the workspace, or put a folder there
             return Step("err")
         self.written = True
         results = await self._results([x for x, _ in self.row.visible_tests])

@@ -21,7 +21,7 @@ import subprocess
 from typing import Any
 
 from rollout.config import SandboxConfig
-from rollout.sandbox.interface import RunResult, Sandbox
+from rollout.sandbox.interface import RunResult, Sandbox, require_argv, require_files, require_text
 from rollout.sandbox.jail import Jail, build_jail, last_message, start
 
 START_TIMEOUT_S = 60.0
@@ -59,20 +59,23 @@ class BubblewrapSandbox:
 
     async def write_files(self, files: dict[str, str]) -> None:
         """See `Sandbox`."""
+        require_files(files)
         await self._ask({"op": "write", "files": files}, ANSWER_TIMEOUT_S)
 
     async def read_file(self, path: str) -> str:
         """See `Sandbox`."""
+        require_text(path=path)
         return str((await self._ask({"op": "read", "path": path}, ANSWER_TIMEOUT_S))["text"])
 
     async def run_python(self, source: str, stdin: str = "") -> RunResult:
         """See `Sandbox`. The program sees the standard library and the workspace's own modules."""
+        require_text(source=source, stdin=stdin)
         return await self._run({"op": "run", "source": source, "stdin": stdin})
 
     async def run(self, argv: list[str], stdin: str = "") -> RunResult:
         """See `Sandbox`. A command that does not exist ends with exit code 127."""
-        if not argv:
-            raise ValueError("argv is empty: give a command")
+        require_argv(argv)
+        require_text(stdin=stdin)
         return await self._run({"op": "run", "argv": argv, "stdin": stdin})
 
     async def reset(self) -> bool:

@@ -20,7 +20,7 @@ class Sandbox(Protocol):
     """A workspace of one episode, cut off from network, host files and other episodes."""
 
     async def write_files(self, files: dict[str, str]) -> None:
-        """Puts text files into the workspace. ValueError: a path that leaves it."""
+        """Puts text files into the workspace. ValueError: a path that leaves it or is none, or what is no text."""
 
     async def read_file(self, path: str) -> str:
         """Text of a workspace file. FileNotFoundError: there is none; ValueError: path leaves the workspace."""
@@ -30,6 +30,28 @@ class Sandbox(Protocol):
 
     async def run(self, argv: list[str], stdin: str = "") -> RunResult:
         """Runs a command in the workspace."""
+
+
+def require_text(**values: object) -> None:
+    """ValueError names what is not text."""
+    for name, value in values.items():
+        if not isinstance(value, str):
+            raise ValueError(f"{name} must be text, found {type(value).__name__}")
+
+
+def require_files(files: object) -> None:
+    """ValueError: not {path: text}."""
+    if not isinstance(files, dict):
+        raise ValueError(f"files must be {{path: text}}, found {type(files).__name__}")
+    for path, text in files.items():
+        require_text(**{"the path of a file": path, f"the content of file {path!r}": text})
+
+
+def require_argv(argv: object) -> None:
+    """ValueError: not a list of texts, or an empty one."""
+    if not isinstance(argv, list | tuple) or not argv:
+        raise ValueError(f"argv={argv!r}: must be a list with a command and its arguments")
+    require_text(**{f"argv[{number}]": argument for number, argument in enumerate(argv)})
 
 
 class SandboxPool(Protocol):

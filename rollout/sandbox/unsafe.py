@@ -20,7 +20,7 @@ from typing import IO
 
 from rollout.config import SandboxConfig
 from rollout.sandbox.inside.files import RequestError, read_file, write_file
-from rollout.sandbox.interface import RunResult, Sandbox
+from rollout.sandbox.interface import RunResult, Sandbox, require_argv, require_files, require_text
 from rollout.sandbox.jail import OUTPUT_BYTES, READ_BYTES, WORKSPACE_BYTES
 
 _CUT = "\n[sandbox: output truncated]\n"
@@ -50,6 +50,7 @@ class SubprocessSandbox:
 
     async def write_files(self, files: dict[str, str]) -> None:
         """See `Sandbox`."""
+        require_files(files)
         for path, text in files.items():
             try:
                 write_file(str(self._box), path, text)
@@ -58,6 +59,7 @@ class SubprocessSandbox:
 
     async def read_file(self, path: str) -> str:
         """See `Sandbox`."""
+        require_text(path=path)
         try:
             return read_file(str(self._box), path, READ_BYTES)
         except RequestError as error:
@@ -65,14 +67,15 @@ class SubprocessSandbox:
 
     async def run_python(self, source: str, stdin: str = "") -> RunResult:
         """See `Sandbox`."""
+        require_text(source=source, stdin=stdin)
         program = self._folder / "main.py"
         program.write_text(source, encoding="utf-8", errors="replace")
         return await self.run([sys.executable, "-B", str(program)], stdin)
 
     async def run(self, argv: list[str], stdin: str = "") -> RunResult:
         """See `Sandbox`."""
-        if not argv:
-            raise ValueError("argv is empty: give a command")
+        require_argv(argv)
+        require_text(stdin=stdin)
         async with self._turn:
             return await asyncio.to_thread(self._run, argv, stdin)
 
@@ -94,9 +97,12 @@ class SubprocessSandbox:
         with tempfile.TemporaryFile() as source, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
             source.write(stdin.encode("utf-8", "replace"))
             source.seek(0)
-            process = subprocess.Popen(
-                launcher, stdin=source, stdout=out, stderr=err, cwd=self._box, env=variables, start_new_session=True
-            )
+            try:
+                process = subprocess.Popen(
+                    launcher, stdin=source, stdout=out, stderr=err, cwd=self._box, env=variables, start_new_session=True
+                )
+            except (OSError, ValueError) as error:  # an argument that is too long, or with a zero byte
+                return RunResult(127, "", f"{argv[0]}: {error}\n")
             timed_out = False
             try:
                 process.wait(self._config.run_timeout_s)

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from buffer.text import clean_text
 from slime.schema import TrackingConfig
 
 METRICS_FILE = "metrics.jsonl"
@@ -65,11 +66,6 @@ def readable_text(record: Mapping[str, Any]) -> str:
             text.append(str(token.get("text", "")))
         parts.append(f"[{number} {sub_trace.get('kind', '')}] {''.join(text)}{'⟧' if inside else ''}")
     return clean_text("\n\n".join(parts))
-
-
-def clean_text(text: str) -> str:
-    """`text` as valid UTF-8: lone surrogates, which half-decoded bytes leave behind, become '?'."""
-    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 class Tracker:

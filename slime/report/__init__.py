@@ -20,7 +20,8 @@ from typing import Any
 
 import yaml
 
-from slime.observe.tracking import EPISODES_FILE, METRICS_FILE, clean_text, read_metrics
+from buffer.text import clean_text
+from slime.observe.tracking import EPISODES_FILE, METRICS_FILE, read_metrics
 from slime.observe.view import duration
 from slime.report.charts import Chart, Series, figure, percent, short, standalone
 from slime.report.curves import Rows, curves, pass_rate, points

@@ -13,7 +13,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from slime.observe.tracking import clean_text
+from buffer.text import clean_text
 from slime.report.charts import short
 
 MAX_EPISODES = 60

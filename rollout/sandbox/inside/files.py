@@ -6,6 +6,7 @@ import os
 import stat
 
 BOX = "/box"
+MAX_PARTS, MAX_PART_BYTES = 100, 255  # of a path in the workspace; the latter is Linux' own limit
 SCRATCH = {BOX: 0o755, "/tmp": 0o1777, "/dev/shm": 0o1777}  # every place that can be written, and its mode
 
 
@@ -20,9 +21,12 @@ class RequestError(Exception):
 def inside(root: str, path: str) -> str:
     """The real path of a workspace file; `path` is relative to `root`, or starts with it. Links may not lead out."""
     try:
+        parts = os.fsencode(path).split(b"/")
+        if len(parts) > MAX_PARTS or max(map(len, parts)) > MAX_PART_BYTES:
+            raise ValueError(f"at most {MAX_PARTS} parts of {MAX_PART_BYTES} bytes")
         real = os.path.realpath(os.path.join(root, path))
-    except ValueError as error:  # a zero byte, or half a surrogate pair
-        raise RequestError("value", f"{path!r} is no file name: {error}") from None
+    except ValueError as error:  # a zero byte, half a surrogate pair, too long
+        raise RequestError("value", f"{path[:80]!r} is no file name: {error}") from None
     if not real.startswith(os.path.join(os.path.realpath(root), "")):
         raise RequestError("value", f"{path!r} leaves the workspace")
     return real

@@ -119,7 +119,8 @@ def handle(limits: Limits, number: int) -> int:
     except RequestError as error:
         reply = {"error": error.kind, "message": str(error)}
     except OSError as error:
-        reply = {"error": "os", "errno": error.errno, "message": error.strerror}
+        name = "" if error.filename is None else f": {error.filename!r}"
+        reply = {"error": "os", "errno": error.errno, "message": f"{error.strerror}{name}"}
     write_frame({"number": number, **reply})
     return ANSWERED
 
