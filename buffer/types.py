@@ -77,6 +77,7 @@ class Episode:
     reward: float
     status: Status
     parents: tuple[int, ...] = (-1,)
+    prompt_tokens: int = 0  # of the task, up to where the policy speaks
     error: str = ""  # why, when status is FAILED
     guard_events: tuple[str, ...] = ()
 

@@ -17,7 +17,7 @@ import numpy as np
 from buffer.tasks import TaskRow
 from buffer.types import Bool, Episode, Float32, Int32, Status, Turn, TurnKind
 from rollout.config import RolloutConfig
-from rollout.environment import Demonstrator, Environment
+from rollout.environment import Demonstrator, Environment, as_reward, as_step, as_text, awaited
 from rollout.rendering import Renderer
 
 
@@ -50,6 +50,7 @@ class EpisodeAborted(RuntimeError):
 class _State:
     """Where an episode stands."""
 
+    name: str  # of episode and row, for messages
     task: str
     context: list[int]
     turns: list[Turn] = field(default_factory=list)
@@ -68,7 +69,7 @@ class Agent:
         limits = config.compaction
         # Held back from every turn: room for a tool's empty answer, and for the request to summarise with its summary.
         self._compaction_tokens = len(renderer.compact_ids) + limits.summary_tokens
-        self._held_back = len(renderer.observation("", 0)) + self._compaction_tokens
+        self._held_back = renderer.num_closing + len(renderer.observation("", 0)) + self._compaction_tokens
         if limits.reserve_tokens <= self._held_back:
             raise ValueError(
                 f"rollout.compaction.reserve_tokens={limits.reserve_tokens} leaves no room for a turn: summary_tokens="
@@ -76,12 +77,17 @@ class Agent:
             )
 
     async def run(self, row: TaskRow, row_index: int, environment: Environment, episode_id: str) -> Episode:
-        """One attempt. Exceptions of engine or sandbox pass through: the caller records a failed episode."""
-        task = await environment.start()
-        state = _State(task, self.renderer.prompt(task))
+        """One attempt. Exceptions of engine or sandbox pass through: the caller records a failed episode.
+
+        ValueError: the environment answered what can't be played or trained; the message names episode and row.
+        """
+        name = f"episode {episode_id}, row {row.id!r}"
+        task = as_text(await awaited(environment.start(), f"{name}: the prompt"), f"{name}: the prompt")
+        state = _State(name, task, self.renderer.prompt(task))
+        prompt_tokens = len(state.context)
         status = await self._play(state, environment, row.budgets.get("max_turns", self.config.max_turns))
-        reward = await environment.reward()
-        return Episode(episode_id, row_index, tuple(state.turns), reward, status)
+        reward = as_reward(await awaited(environment.reward(), f"{name}: reward"), f"{name}: reward")
+        return Episode(episode_id, row_index, tuple(state.turns), reward, status, prompt_tokens=prompt_tokens)
 
     async def _play(self, state: _State, environment: Environment, max_turns: int) -> Status:
         limits = self.config.compaction
@@ -97,7 +103,9 @@ class Agent:
             if turn.finish_reason == "length":
                 return Status.TRUNCATED
             state.num_actions += 1
-            answer = await environment.step(self.renderer.sampled_text(turn.output_ids))
+            what = f"{state.name}, turn {len(state.turns) - 1}"
+            step = environment.step(self.renderer.sampled_text(turn.output_ids))
+            answer = as_step(await awaited(step, f"{what}: the step"), what)
             state.turns[-1] = replace(turn, observation=answer.observation, reward=answer.reward)
             if answer.done:
                 return Status.FINISHED
@@ -124,8 +132,9 @@ class Agent:
         return turn
 
     def _observe(self, state: _State, turn: Turn, observation: str) -> None:
-        room = self.config.compaction.context_tokens - len(state.context) - self._compaction_tokens
-        ids = self.renderer.observation(observation, room)
+        closing = self.renderer.closing(turn.output_ids)
+        room = self.config.compaction.context_tokens - len(state.context) - len(closing) - self._compaction_tokens
+        ids = [*closing, *self.renderer.observation(observation, room)]
         state.context += ids
         state.steps.append([*turn.output_ids.tolist(), *ids])
 
@@ -133,7 +142,7 @@ class Agent:
         limits = self.config.compaction
         state.context += self.renderer.compact_ids
         turn = await self._turn(state, TurnKind.SUMMARY, limits.summary_tokens)
-        summary = [int(i) for i in turn.output_ids if i != self.renderer.stop_id]
+        summary = self.renderer.said(turn.output_ids)
         state.num_compactions += 1
         kept = state.steps[-limits.keep_steps :] if limits.keep_steps else []
         while True:
@@ -157,12 +166,14 @@ class _Scripted:
 class ScriptedSampler:
     """A demonstrator that speaks where the policy would, so that both play the same loop."""
 
-    def __init__(self, demonstrator: Demonstrator, renderer: Renderer) -> None:
+    def __init__(self, demonstrator: Demonstrator, renderer: Renderer, name: str = "demonstration") -> None:
+        self._name = name  # for messages
         self._demonstrator = demonstrator
         self._renderer = renderer
 
     async def sample(self, prompt_ids: list[int], max_tokens: int, kind: TurnKind) -> Sampled:
-        text = self._demonstrator.summary() if kind is TurnKind.SUMMARY else self._demonstrator.action()
+        asked = self._demonstrator.summary if kind is TurnKind.SUMMARY else self._demonstrator.action
+        text = as_text(asked(), f"{self._name}: {type(self._demonstrator).__name__}.{asked.__name__}()")
         ids = np.asarray(self._renderer.encode_reply(text)[:max_tokens], np.int32)
         done = bool(len(ids)) and int(ids[-1]) == self._renderer.stop_id
         size = len(ids)

@@ -49,6 +49,11 @@ class CompactionConfig:
     keep_steps: int = 2  # last (action, observation) pairs carried over, fewer if they do not fit
     max_compactions: int = 3
 
+    @property
+    def max_prompt_tokens(self) -> int:
+        """The longest task, with its markup, that leaves room for a turn."""
+        return self.context_tokens - self.reserve_tokens
+
     def __post_init__(self) -> None:
         if self.context_tokens <= self.reserve_tokens:
             raise ValueError(

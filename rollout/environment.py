@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
+import math
+import numbers
 import random
+import reprlib
 from abc import ABC, abstractmethod
+from collections.abc import Awaitable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from buffer.tasks import TaskRow
+from buffer.text import clean_text
 from rollout.sandbox.interface import Sandbox
+
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -71,3 +81,53 @@ class Task(ABC):
     def demonstrate(self, row: TaskRow, rng: random.Random, progress: float = 1.0) -> Demonstrator:
         """A script that plays the row, for recipes of kind sft. `progress` in [0, 1]: how far the run has come."""
         raise ValueError(f"{type(self).__name__} has no demonstrations")
+
+
+# What user code answers, checked where it comes in. `what` begins the sentence of the ValueError.
+
+
+async def awaited(answer: Awaitable[Any], what: str) -> Any:
+    """The answer of an `async def`."""
+    if not inspect.isawaitable(answer):
+        raise ValueError(f"{what} is {_shown(answer)}: the method must be an `async def`")
+    return await answer
+
+
+def require_kind(value: object, kind: type, what: str) -> None:
+    """An object of a class of ours."""
+    if not isinstance(value, kind):
+        raise ValueError(f"{what} is {_shown(value)}: it must be a slime.{kind.__name__}")
+
+
+def as_text(value: object, what: str) -> str:
+    """Text that every tokenizer takes: see `clean_text`."""
+    if not isinstance(value, str):
+        raise ValueError(f"{what} is {_shown(value)}: it must be text")
+    return clean_text(str(value))
+
+
+def as_reward(value: object, what: str) -> float:
+    """A finite number of any kind, a bool too, that float32 can hold."""
+    if isinstance(value, numbers.Real | np.bool_):
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if abs(number) <= _LARGEST:
+            return number
+    raise ValueError(f"{what} is {_shown(value)}: it must be a finite number")
+
+
+def as_step(step: Any, what: str) -> Step:
+    """A Step whose observation is text, that may be None at the end, and whose `done` is a bool."""
+    require_kind(step, Step, f"{what}: the step")
+    if not isinstance(step.done, bool | np.bool_):
+        raise ValueError(f"{what}: done is {_shown(step.done)}: it must be True or False")
+    observation = "" if step.done and step.observation is None else step.observation
+    text, reward = as_text(observation, f"{what}: observation"), as_reward(step.reward, f"{what}: reward")
+    return Step(text, bool(step.done), reward)
+
+
+def _shown(value: object) -> str:
+    """A value on one short line."""
+    return " ".join(reprlib.repr(value).split())

@@ -6,10 +6,15 @@ its parts, so that what is trained is what the engine saw.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from buffer.text import clean_text
 
 
 @dataclass(frozen=True)
@@ -41,10 +46,31 @@ TEMPLATES = {
 }
 
 
-class Renderer:
-    """Builds contexts for one tokenizer and template."""
+def end_ids(model_folder: Path) -> list[int]:
+    """The ids at which an engine ends a turn of the model by itself: what its configuration calls end of sequence.
 
-    def __init__(self, tokenizer: Any, template: str) -> None:
+    ValueError: an `eos_token_id` that is neither an id nor a list of ids.
+    """
+    found: set[int] = set()
+    for name in ("config.json", "generation_config.json"):
+        path = model_folder / name
+        given = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+        ids = given if isinstance(given, list) else [] if given is None else [given]
+        if not all(isinstance(i, int) for i in ids):
+            raise ValueError(f"{path}: eos_token_id={given!r}: must be an id, or a list of ids")
+        found.update(ids)
+    return sorted(found)
+
+
+class Renderer:
+    """Builds contexts for one tokenizer and template.
+
+    A policy ends its turn with the template's stop id or with any of `end_ids`, its tokenizer's end of sequence among
+    them. Whichever it was stays in the context as it was sampled; in what the environment hears, and in a summary that
+    is carried over, there is none.
+    """
+
+    def __init__(self, tokenizer: Any, template: str, end_ids: Iterable[int] = ()) -> None:
         if template not in TEMPLATES:
             raise ValueError(f"model.template={template!r}: known templates are {', '.join(TEMPLATES)}")
         self._tokenizer = tokenizer
@@ -53,6 +79,9 @@ class Renderer:
         if len(stop) != 1:
             raise ValueError(f"stop text {self._t.stop!r} is {len(stop)} tokens in this tokenizer; it must be one")
         self.stop_id = stop[0]
+        end = tokenizer.eos_token_id
+        self.stop_ids = frozenset([self.stop_id, *end_ids, *([] if end is None else [end])])
+        self.num_closing = min(1, len(self.stop_ids) - 1)  # the most that `closing` takes
         unknown = tokenizer.unk_token_id
         self._reserved = frozenset(tokenizer.all_special_ids) - {unknown}
         self._in_its_place = [] if unknown is None else [unknown]
@@ -68,7 +97,7 @@ class Renderer:
         """
         if not text:
             return []
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        ids: list[int] = self._tokenizer.encode(clean_text(text), add_special_tokens=False, split_special_tokens=True)
         if self._reserved.isdisjoint(ids):
             return ids
         return [kept for i in ids for kept in (self._in_its_place if i in self._reserved else [i])]
@@ -94,9 +123,18 @@ class Renderer:
         opening = self._wrapped(self._t.user, self._content(task))
         return [*opening, *self._wrapped(self._t.summary, summary_ids, self._t.reply), *kept_ids]
 
+    def closing(self, output_ids: np.ndarray) -> list[int]:
+        """What a turn lacks to be closed as the template closes turns: its stop id after another end of turn."""
+        return [] if len(output_ids) and output_ids[-1] == self.stop_id else [self.stop_id]
+
+    def said(self, output_ids: np.ndarray) -> list[int]:
+        """What the policy said: a turn's ids without the one that ends it."""
+        ids: list[int] = output_ids.tolist()
+        return ids[:-1] if ids and ids[-1] in self.stop_ids else ids
+
     def sampled_text(self, output_ids: np.ndarray) -> str:
-        """What the policy said, without the stop token."""
-        return self._tokenizer.decode([int(i) for i in output_ids if i != self.stop_id])
+        """The same as text."""
+        return clean_text(self._tokenizer.decode(self.said(output_ids), clean_up_tokenization_spaces=False))
 
     def encode_reply(self, text: str) -> list[int]:
         """A scripted turn of the policy, stop token included."""

@@ -13,8 +13,9 @@ import asyncio
 import random
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -25,8 +26,8 @@ from buffer.types import Episode, Status, SubTrace, SubTraceInfo, SubTraceKind, 
 from rollout.agent import Agent, Sampled, Sampler, ScriptedSampler
 from rollout.client import EngineClient
 from rollout.config import RolloutConfig
-from rollout.environment import Task
-from rollout.rendering import Renderer
+from rollout.environment import Demonstrator, Environment, Task, require_kind
+from rollout.rendering import Renderer, end_ids
 from rollout.sandbox.interface import SandboxPool
 
 EVAL_ATTEMPTS = 3  # an evaluation episode that fails for infrastructure is played again
@@ -59,9 +60,9 @@ class Played:
 class EngineSampler:
     """The policy speaks through an SGLang engine."""
 
-    def __init__(self, client: EngineClient, stop_id: int) -> None:
+    def __init__(self, client: EngineClient, stop_ids: Iterable[int]) -> None:
         self._client = client
-        self._stop_ids = [stop_id]
+        self._stop_ids = sorted(stop_ids)
         self.waited_s = 0.0  # for the engine, over all turns
 
     async def sample(self, prompt_ids: list[int], max_tokens: int, kind: TurnKind) -> Sampled:
@@ -82,6 +83,7 @@ def stats_of(episode: Episode, sub_traces: Sequence[SubTrace]) -> dict[str, floa
         "compacted": float(any(s.kind is SubTraceKind.COMPACTED for s in sub_traces)),
         "tokens_generated": float(sum(s.num_actions for s in sub_traces)),
         "row": float(episode.row),
+        "prompt_tokens": float(episode.prompt_tokens),
     }
 
 
@@ -105,7 +107,8 @@ class RolloutWorker:
 
         s = self.settings
         tokenizer = AutoTokenizer.from_pretrained(s.model_folder)
-        self._renderer = Renderer(tokenizer, s.template)
+        known = range(s.vocab_size)  # of what a configuration names
+        self._renderer = Renderer(tokenizer, s.template, [i for i in end_ids(Path(s.model_folder)) if i in known])
         context = s.config.compaction.context_tokens
         engine = s.config.engine
         self._clients = [
@@ -119,7 +122,7 @@ class RolloutWorker:
     def _sampler(self, episode_number: int) -> Sampler:
         """One engine for all turns of an episode, so that its prefix stays cached."""
         client = self._clients[episode_number % len(self._clients)]
-        return EngineSampler(client, self._renderer.stop_id)
+        return EngineSampler(client, self._renderer.stop_ids)
 
     async def _play(self, row: TaskRow, index: int, sampler: Sampler, name: str) -> Played:
         began = time.monotonic()
@@ -127,6 +130,7 @@ class RolloutWorker:
         sandbox = await self._pool.acquire()
         try:
             environment = self.settings.task.environment(row, sandbox)
+            require_kind(environment, Environment, f"row {row.id!r}: its environment")
             episode = await Agent(sampler, self._renderer, self.settings.config).run(row, index, environment, name)
         finally:
             self._ended += 1
@@ -190,7 +194,8 @@ class RolloutWorker:
         for index in indices:
             row = self._train_rows[index]
             script = s.task.demonstrate(row, random.Random(f"{s.seed} {index}"), progress)
-            sampler = ScriptedSampler(script, self._renderer)
+            require_kind(script, Demonstrator, f"row {row.id!r}: its demonstration")
+            sampler = ScriptedSampler(script, self._renderer, f"row {row.id!r}")
             found.append(await self._play(row, index, sampler, f"demonstration-{index}"))
         return found
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,13 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from buffer.tasks import TaskRow
+from buffer.text import clean_text
 from buffer.trace import cut
 from buffer.types import Bool, Episode, Float32, Int32, Status, TurnKind
 from recipes.coding.model import SPECIAL, build_tokenizer
 from rollout.agent import Agent, EpisodeAborted, ScriptedSampler
 from rollout.config import CompactionConfig, RolloutConfig
 from rollout.environment import Demonstrator, Environment, Step
-from rollout.rendering import TEMPLATES, Renderer
+from rollout.rendering import TEMPLATES, Renderer, end_ids
 
 TOKENIZER = build_tokenizer()
 TINY = Renderer(TOKENIZER, "tiny")
@@ -288,8 +291,108 @@ def byte_tokenizer() -> Any:
     tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    marks = ["<|im_start|>", "<|im_end|>"]
+    marks = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=marks[1], additional_special_tokens=marks)
+
+
+class Ender:
+    """Ends its turns with the given ids, one after the other."""
+
+    def __init__(self, *ends: int) -> None:
+        self.ends = list(ends)
+        self.most = 0
+
+    async def sample(self, prompt_ids: list[int], max_tokens: int, kind: TurnKind) -> Said:
+        self.most = max(self.most, len(prompt_ids) + max_tokens)
+        said = np.array([*(b"ab" if kind is TurnKind.ACT else b"s"), self.ends.pop(0)], np.int32)
+        size = len(said)
+        return Said(said, np.zeros(size, np.float32), np.zeros(size, np.int32), np.zeros(size, np.bool_), "stop")
+
+
+def test_a_turn_that_the_models_own_end_of_text_closes(tmp_path: Path) -> None:
+    """The environment hears no markup, the context goes on as the template has it, summaries carry no end, and what is
+    trained is what was sampled: one sub-trace up to the compaction."""
+    tokenizer = byte_tokenizer()
+    stop, end = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": stop}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [stop, end]}))
+    renderer = Renderer(tokenizer, "chatml", end_ids(tmp_path))
+    assert renderer.stop_ids == {stop, end}
+    world, limits = World("u", "k", "l" * 10), settings_of(context_tokens=900, reserve_tokens=500, keep_steps=1)
+    player = Ender(end, stop, end, end)
+    room = len(renderer.prompt("u")) + 2 * (3 + len(renderer.observation("", 0))) + 11
+    limits = replace(limits, compaction=replace(limits.compaction, context_tokens=room + 500))  # both turns, no third
+    episode = play(player, world, limits, renderer=renderer)
+    assert [turn.kind.value for turn in episode.turns] == ["act", "act", "summary", "act"]
+    assert world.heard == [decoded(tokenizer, b"ab")] * 3
+    first, second, summary, last = episode.turns
+    assert [turn.output_ids[-1] for turn in episode.turns] == [end, stop, end, end]  # as it was sampled
+    whole = [*first.prompt_ids.tolist(), *first.output_ids.tolist()]
+    assert second.prompt_ids.tolist() == [
+        *whole,
+        stop,
+        *renderer.observation("k", 100),
+    ]  # closed by the template's stop
+    after = last.prompt_ids.tolist()
+    assert end not in after
+    kept = [*second.output_ids.tolist(), *renderer.observation("l" * 10, 100)]
+    assert after == renderer.after_compaction("u", list(b"s"), kept)
+    before, behind = cut(episode)
+    sampled = [*first.output_ids, *second.output_ids, *summary.output_ids]
+    assert before.tokens[before.action_mask].tolist() == sampled
+    assert behind.tokens[behind.action_mask].tolist() == last.output_ids.tolist()
+
+
+def decoded(tokenizer: Any, ids: bytes) -> str:
+    return str(tokenizer.decode(list(ids)))
+
+
+@pytest.mark.parametrize(
+    ("given", "found"), [(None, []), (7, [7]), ([7, 5], [5, 7]), ("</s>", None), ([7, "</s>"], None)]
+)
+def test_end_ids_of_a_model(tmp_path: Path, given: Any, found: list[int] | None) -> None:
+    assert end_ids(tmp_path) == []  # a folder without configurations
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": given}))
+    if found is None:
+        with pytest.raises(
+            ValueError, match=r"generation_config.json: eos_token_id=.*: must be an id, or a list of ids"
+        ):
+            end_ids(tmp_path)
+    else:
+        assert end_ids(tmp_path) == found
+
+
+def test_turns_that_end_otherwise_stay_in_the_window() -> None:
+    """The token that closes them has its room, down to the smallest reserve."""
+    renderer = Renderer(TOKENIZER, "tiny", [ids("z")[0]])
+    with pytest.raises(ValueError, match="use at least 11"):
+        Agent(Player(), renderer, settings_of(reserve_tokens=10))
+    player = Ender(*[ids("z")[0]] * 99)
+    config = settings_of(reserve_tokens=11, keep_steps=1, max_compactions=9, max_turns=9)
+    episode = play(player, World("u", *["k" * 80] * 8), config, renderer=renderer)
+    assert len(episode.turns) > 9
+    assert player.most <= CONTEXT
+
+
+@pytest.mark.parametrize("text", ["a\udcffb", "\ud83d\ude00", "\ud800", "a\0b"])
+def test_half_characters_from_outside_are_replaced(text: str) -> None:
+    """In prompts, tool output, scripts and task text alike."""
+    tokenizer = byte_tokenizer()
+    renderer = Renderer(tokenizer, "chatml")
+    clean = clean_text(text)
+    clean.encode()
+    assert clean_text(clean) == clean
+    for made in (renderer.prompt(text), renderer.observation(text, 999), renderer.after_compaction(text, [], [])):
+        assert clean in tokenizer.decode(made)
+    assert tokenizer.decode(renderer.encode_reply(text)) == f"{clean}<|im_end|>"
+    episode = play(Player("x", "y"), World(text, text), settings_of())
+    assert episode.turns[0].observation == clean
+
+
+def test_whole_pairs_of_halves_are_the_character_that_they_mean() -> None:
+    assert clean_text("a\ud83d\ude00b") == "a\U0001f600b"
+    assert clean_text("\ufeffa\udcff") == "\ufeffa\ufffd"
 
 
 def test_chat_template_reads_as_a_conversation_and_outsiders_can_not_open_a_turn() -> None:
