@@ -70,14 +70,16 @@ def pack(
 def split(episode_ids: Sequence[str], num_minibatches: int, rng: np.random.Generator) -> list[list[int]]:
     """Indices of the sub-traces of each optimizer minibatch: a random partition of whole episodes.
 
-    `episode_ids[k]` is the episode of sub-trace k. Numbers of episodes differ by one at most. Indices ascend
-    within a minibatch. ValueError: fewer episodes than minibatches.
+    `episode_ids[k]` is the episode of sub-trace k. Numbers of episodes differ by one at most, and none is 0: fewer
+    episodes than `num_minibatches` (others of the step had no turn) make a minibatch each. Indices ascend within a
+    minibatch. ValueError: fewer than 1 minibatch.
     """
+    if num_minibatches < 1:
+        raise ValueError(f"num_minibatches={num_minibatches}: must be at least 1")
     episodes = list(dict.fromkeys(episode_ids))
-    if not 1 <= num_minibatches <= len(episodes):
-        raise ValueError(
-            f"num_minibatches={num_minibatches} for {len(episodes)} episodes: must lie between 1 and {len(episodes)}"
-        )
+    num_minibatches = min(num_minibatches, len(episodes))
+    if not episodes:
+        return []
     shuffled = rng.permutation(len(episodes))
     minibatch_of = {
         episodes[place]: number

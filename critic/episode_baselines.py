@@ -24,6 +24,8 @@ All action tokens of an episode have its advantage; other tokens are no part of 
   authors' OpenRLHF): a long episode counts more. w_e does not depend on how e was cut, since a token is trained once.
 - A group whose episodes all earned the same has no signal: its advantages are exactly 0 (for reinforce_pp before
   the step's mean is subtracted). `zero_signal_fraction` says how many there are.
+- An episode in which nothing was sampled (w_e = 0) is in no m, s, n_g or C: its advantage is 0, and an episode that
+  is left alone in its group has nothing to be compared with: 0, too (before the step's mean is subtracted).
 - Discounts, lambdas, credit modes and everything of the critic have no part in this. What a user can only have meant
   (advantage.gamma, credit, truncation) is refused before a run; lambdas and critic.*, which recipes set, are not read.
   `advantage.whiten` acts on the result: with it grpo is no longer the paper's, and reinforce_pp stays what it is.
@@ -50,7 +52,8 @@ def episode_advantages(returns: Float64, groups: Int64, kind: Baseline, num_acti
     """Advantage of each episode, float64[E], by the equations at the top of this file.
 
     `returns[e]` is R_e, `groups[e]` the number of the group (any number, equal for episodes of one prompt),
-    `num_actions[e]` is w_e: needed for reinforce_pp, not read for the others. Groups may differ in size.
+    `num_actions[e]` is w_e: needed for reinforce_pp; the others leave out the episodes where it is 0. Groups may differ
+    in size.
 
     Hand-computed, two groups of two and three, returns 1 0 | 1 1 0:
 
@@ -59,11 +62,12 @@ def episode_advantages(returns: Float64, groups: Int64, kind: Baseline, num_acti
         rloo           1     -1      |  1/2    1/2   -1
 
     ValueError: no episodes, lengths that differ, a return that is not finite, a group of one where a group is needed,
-    groups of one beside larger ones for reinforce_pp, `num_actions` missing or negative.
+    groups of one beside larger ones for reinforce_pp (whatever was sampled), `num_actions` missing or negative.
     """
     group, sizes = _check(returns, groups)
     if kind is Baseline.critic:
         raise ValueError("baseline=critic has an advantage for every token: critic/advantages.py")
+    weights = _weights(len(returns), kind, num_actions)
     alone = np.flatnonzero(sizes == 1)
     if kind is Baseline.reinforce_pp:
         if 0 < len(alone) < len(sizes):
@@ -71,18 +75,32 @@ def episode_advantages(returns: Float64, groups: Int64, kind: Baseline, num_acti
                 f"baseline=reinforce_pp: {len(alone)} of {len(sizes)} groups have one episode, the others more: "
                 "the same buffer.episodes_per_prompt must hold for the whole step"
             )
-        return _over_step(_centred(returns, group, sizes) if not len(alone) else returns, num_actions)
-    if len(alone):
+    elif len(alone):
         raise ValueError(
             f"baseline={kind.value} needs buffer.episodes_per_prompt of at least 2: "
             f"group {groups[group == alone[0]][0]} has one episode, nothing to compare it with"
         )
+    found = np.zeros(len(returns))
+    sampled = weights > 0
+    if sampled.any():
+        group, sizes = _check(returns[sampled], groups[sampled])
+        if kind is Baseline.reinforce_pp:
+            centred = returns[sampled] if len(alone) else _centred(returns[sampled], group, sizes)
+            found[sampled] = _over_step(centred, weights[sampled])
+        else:
+            found[sampled] = _over_groups(returns[sampled], group, sizes, kind)
+    return found
+
+
+def _over_groups(returns: Float64, group: Int64, sizes: Int64, kind: Baseline) -> Float64:
+    """Advantages of grpo, grpo_no_std and rloo; 0 for an episode that is alone in its group."""
+    others = np.maximum(sizes - 1, 1)
     centred = _centred(returns, group, sizes)
     if kind is Baseline.grpo_no_std:
         return centred
     if kind is Baseline.rloo:  # n R - n m = (n - 1) R - (sum of the others)
-        return np.asarray(centred * (sizes / (sizes - 1))[group])
-    variance = np.bincount(group, weights=centred**2) / (sizes - 1)
+        return np.asarray(centred * (sizes / others)[group])
+    variance = np.bincount(group, weights=centred**2) / others
     return np.asarray(centred / (np.sqrt(variance) + EPS)[group])
 
 
@@ -158,15 +176,20 @@ def spread(
     return found
 
 
-def _over_step(centred: Float64, num_actions: Int64 | None) -> Float64:
-    """Mean 0, variance 1 over the action tokens of the step; zeros when all are equal or nothing was sampled."""
-    if num_actions is None or len(num_actions) != len(centred):
+def _weights(num_episodes: int, kind: Baseline, num_actions: Int64 | None) -> Int64:
+    """w_e of each episode [E]; 1 where they are not given and not needed."""
+    if num_actions is None and kind is not Baseline.reinforce_pp:
+        return np.ones(num_episodes, np.int64)
+    if num_actions is None or len(num_actions) != num_episodes:
         given = "none are given" if num_actions is None else f"{len(num_actions)} are given"
-        raise ValueError(f"baseline=reinforce_pp needs num_actions of {len(centred)} episodes: {given}")
+        raise ValueError(f"baseline={kind.value} needs num_actions of {num_episodes} episodes: {given}")
     if num_actions.min() < 0:
         raise ValueError(f"num_actions of episode {int(num_actions.argmin())} is {num_actions.min()}: must not be < 0")
-    if not num_actions.any():
-        return np.zeros_like(centred)
+    return num_actions
+
+
+def _over_step(centred: Float64, num_actions: Int64) -> Float64:
+    """Mean 0, variance 1 over the action tokens of the step; zeros when all are equal."""
     shifted = centred - centred[0]  # equal ones become exactly 0
     shifted = shifted - np.average(shifted, weights=num_actions)
     return np.asarray(shifted / (np.sqrt(np.average(shifted**2, weights=num_actions)) + EPS))

@@ -99,8 +99,12 @@ class EpisodeEstimator:
         if self.config.whiten:
             targets = whitened(sub_traces, targets)
         # Terminal rewards: with a KL in the reward no two returns are equal, whatever the task says.
-        metrics = {"advantage/zero_signal_groups": zero_signal_fraction(terminal, groups)}
-        return Judged(targets, metrics if len(np.unique(groups)) < len(groups) else {})
+        sampled = counts > 0
+        if not sampled.any() or len(np.unique(groups)) == len(groups):
+            return Judged(targets, {})
+        return Judged(
+            targets, {"advantage/zero_signal_groups": zero_signal_fraction(terminal[sampled], groups[sampled])}
+        )
 
     def update(
         self, batch: Batch, targets: Sequence[Targets], rng: np.random.Generator, num_epochs: int | None = None

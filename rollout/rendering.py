@@ -46,6 +46,13 @@ TEMPLATES = {
 }
 
 
+def find_template(name: str) -> Template:
+    """A template by its name. ValueError: there is none of that name."""
+    if name not in TEMPLATES:
+        raise ValueError(f"model.template={name!r}: known templates are {', '.join(TEMPLATES)}")
+    return TEMPLATES[name]
+
+
 def end_ids(model_folder: Path) -> list[int]:
     """The ids at which an engine ends a turn of the model by itself: what its configuration calls end of sequence.
 
@@ -71,10 +78,8 @@ class Renderer:
     """
 
     def __init__(self, tokenizer: Any, template: str, end_ids: Iterable[int] = ()) -> None:
-        if template not in TEMPLATES:
-            raise ValueError(f"model.template={template!r}: known templates are {', '.join(TEMPLATES)}")
         self._tokenizer = tokenizer
-        self._t = TEMPLATES[template]
+        self._t = find_template(template)
         stop = self._markup(self._t.stop)
         if len(stop) != 1:
             raise ValueError(f"stop text {self._t.stop!r} is {len(stop)} tokens in this tokenizer; it must be one")

@@ -90,7 +90,17 @@ def _compose_and_run(command: str, rest: list[str]) -> int:
 
     against = [*missing(loaded.config), *problems(loaded.config.cluster)]
     if command == "config":
-        _show(loaded, against)
+        notes = []
+        if not against:
+            from slime.config.rows import overlong_in_files
+
+            try:
+                found = overlong_in_files(loaded.config)
+            except ValueError as error:
+                return _refuse(str(error))
+            against = [one.message for one in found if one.all]
+            notes = [one.message for one in found if not one.all]
+        _show(loaded, against, notes)
         return 0
     if against:
         return _refuse("; ".join(against))
@@ -244,14 +254,14 @@ def _train_help(command: str, folders: list[Path]) -> str:
     return "\n".join(lines)
 
 
-def _show(loaded: Loaded, against: list[str]) -> None:
+def _show(loaded: Loaded, against: list[str], notes: list[str]) -> None:
     dim, plain = ("\033[2m", "\033[0m") if sys.stdout.isatty() and "NO_COLOR" not in os.environ else ("", "")
     shown = [
         f"{text:<{_COMMENT_COLUMN}}  {dim}# {origin}{plain}" if origin else text
         for text, origin in _lines(loaded.config, loaded.origins)
     ]
     shown += ["", "this machine can not run it:" if against else "this machine can run it"]
-    _say("\n".join([*shown, *(f"  {reason}" for reason in against)]))
+    _say("\n".join([*shown, *(f"  {reason}" for reason in [*against, *notes])]))
 
 
 def _say(text: str) -> None:

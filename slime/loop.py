@@ -24,6 +24,7 @@ import ray
 from buffer.types import Batch, Float32, SubTrace, Targets
 from critic.estimators import Judged
 from slime.build import Parts
+from slime.config.rows import no_turn
 from slime.observe import metrics as observed
 from slime.observe.watch import Watch
 from slime.schema import Config
@@ -33,6 +34,7 @@ from trainer.losses.kl import kl_reward
 
 VALUE_BATCHES_SEED = 7919  # keeps the critic's shuffles apart from the policy's
 FETCH_TIMEOUT_S = 600.0  # for a step's episodes, which are finished
+MAX_EMPTY_BATCHES = 3  # in a row, after which the run ends
 EXPLAINED = "critic/explained_variance"
 
 
@@ -59,13 +61,24 @@ class Clock:
 
 
 def take(config: Config, parts: Parts, watch: Watch) -> tuple[Batch, list[SubTrace]]:
-    """Waits for a step's episodes; meanwhile the view follows them."""
-    waiting = parts.buffer.take.remote()
-    while not ray.wait([waiting], timeout=0.5)[0]:
-        parts.rollout.check()
-        watch.rollout(ray.get(parts.buffer.status.remote(), timeout=60))
-    batch = ray.get(waiting)
-    return batch, ray.get([item.ref for item in batch.items], timeout=FETCH_TIMEOUT_S)
+    """Waits for a step's episodes; meanwhile the view follows them.
+
+    Episodes of which none has a turn are nothing to train on: the next ones are taken in their place. RuntimeError:
+    the MAX_EMPTY_BATCHES-th such batch in a row.
+    """
+    for number in range(1, MAX_EMPTY_BATCHES + 1):
+        waiting = parts.buffer.take.remote()
+        while not ray.wait([waiting], timeout=0.5)[0]:
+            parts.rollout.check()
+            watch.rollout(ray.get(parts.buffer.status.remote(), timeout=60))
+        batch = ray.get(waiting)
+        if batch.items:
+            return batch, ray.get([item.ref for item in batch.items], timeout=FETCH_TIMEOUT_S)
+        reason = no_turn(config, batch.episodes)
+        if number < MAX_EMPTY_BATCHES:
+            watch.note(f"a step's episodes are passed over: {reason}")
+            ray.get(parts.buffer.release.remote(batch.step), timeout=60)
+    raise RuntimeError(f"nothing to train on, {MAX_EMPTY_BATCHES} steps in a row: {reason}")
 
 
 def train_step(config: Config, parts: Parts, watch: Watch, step: int, evaluating: bool) -> dict[str, float]:
@@ -146,14 +159,17 @@ def penalised(
 
 
 def evaluate(config: Config, parts: Parts, watch: Watch, step: int) -> dict[str, float]:
-    """Held-out pass rate, sampled with the settings of training."""
+    """Held-out pass rate over the episodes with a turn, sampled with the settings of training; none without any."""
     played = parts.rollout.evaluate(range(config.eval.num_tasks), config.tracking.sample_episodes)
-    rewards = np.array([one.stats["reward"] for one in played])
+    rewards = np.array([one.stats["reward"] for one in played if one.stats["tokens_generated"]])
     watch.sample_played(step, "eval", [one for one in played if one.sub_traces])
-    return {
+    found = {"eval/num_tasks": float(len(rewards)), "eval/num_without_turn": float(len(played) - len(rewards))}
+    if not len(rewards):
+        watch.note(f"evaluation of step {step} has no pass rate: {no_turn(config, [one.stats for one in played])}")
+        return found
+    return found | {
         "eval/pass_rate": float(rewards.mean()),
         "eval/pass_rate_stderr": float(rewards.std() / np.sqrt(len(rewards))),
-        "eval/num_tasks": float(len(rewards)),
     }
 
 

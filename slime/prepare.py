@@ -19,7 +19,8 @@ from buffer.tasks import TaskRow, read_rows, write_rows
 from launch.lock import made_once
 from rollout.environment import Task
 from slime.config import ConfigError, check_model
-from slime.schema import Config
+from slime.config.rows import overlong, split_problems
+from slime.schema import Config, Kind
 
 TRAIN_ROWS = 8192  # rows that a task makes for itself
 
@@ -74,9 +75,12 @@ def _rows(config: Config, task: Task, split: str, count: int) -> list[TaskRow]:
             raise ConfigError(f"task.{split}: {error}") from error
     key = digest([config.task.target, config.task.options, split, count, config.seed])
     path = Path(config.cache_dir) / "rows" / f"{split}-{key}.jsonl"
-    if not path.exists():
-        write_rows(path, task.make_rows(split, count, config.seed))
-    return read_rows(path)
+    try:
+        if not path.exists():
+            write_rows(path, task.make_rows(split, count, config.seed) or ())
+        return read_rows(path)
+    except ValueError as error:
+        raise ConfigError(f"{config.task.target}.make_rows({split!r}, {count}, {config.seed}): {error}") from error
 
 
 def untrained_model(config: Config, task: Task) -> Path:
@@ -96,15 +100,24 @@ def start_folder(config: Config, warm_start: Config) -> Path:
 
 
 def prepare(config: Config, model_folder: Path | None = None) -> Prepared:
-    """Rows and model of a run. ConfigError names what is wrong with them."""
+    """Rows and model of a run. ConfigError names what is wrong with them.
+
+    Rows whose prompt leaves no room for a turn are named on stderr; only where there are no others, they are refused.
+    """
     task = make_task(config)
     train = _rows(config, task, "train", TRAIN_ROWS)
-    evaluation = _rows(config, task, "eval", config.eval.num_tasks)
-    shared = {row.id for row in train} & {row.id for row in evaluation}
-    if shared:
-        raise ConfigError(f"task row {min(shared)!r} stands in both the training and the evaluation file")
-    if len(evaluation) < config.eval.num_tasks:
-        raise ConfigError(
-            f"eval.num_tasks={config.eval.num_tasks}: the evaluation file has only {len(evaluation)} rows"
-        )
-    return Prepared(task, train, evaluation, model_folder or untrained_model(config, task))
+    evaluated = config.kind is Kind.ppo or config.task.eval
+    evaluation = _rows(config, task, "eval", config.eval.num_tasks) if evaluated else []
+    for problem in split_problems(config, train, evaluation):
+        raise ConfigError(problem)
+    folder = model_folder or untrained_model(config, task)
+    for split, rows in (("train", train), ("eval", evaluation)):
+        try:
+            found = overlong(config, split, rows, folder)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        if found and found.all:
+            raise ConfigError(found.message)
+        if found:
+            print(f"slime: note: {found.message}", file=sys.stderr)
+    return Prepared(task, train, evaluation, folder)

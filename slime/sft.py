@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import ray
 
@@ -13,42 +14,60 @@ from buffer.types import Batch, SubTraceInfo
 from launch.nodes import Places
 from rollout.group import RolloutGroup
 from slime.build import build_policy, build_rollout
+from slime.config.rows import no_turn
 from slime.observe.tracking import Tracker
 from slime.observe.view import View
 from slime.prepare import Prepared
 from slime.schema import Config
 
 EPISODES_PER_CALL = 32
+MAX_WITHOUT_TURN = 1024  # demonstrations from the first on, after which the run ends
 
 
-def demonstrations(config: Config, inputs: Prepared, rollout: RolloutGroup) -> Iterator[list[SubTraceInfo]]:
-    """Endless shuffled batches of sub-traces that hold an action; one call ahead of their use."""
+class Drawn(NamedTuple):
+    """Of one optimizer step."""
+
+    items: list[SubTraceInfo]  # each with an action
+    without_turn: list[dict[str, float]]  # numbers of the demonstrations without a turn that were played for it
+
+
+def demonstrations(config: Config, inputs: Prepared, rollout: RolloutGroup) -> Iterator[Drawn]:
+    """Endless shuffled batches of sub-traces that hold an action; one call ahead of their use.
+
+    RuntimeError: no row has a demonstration with a turn, or the first MAX_WITHOUT_TURN that were drawn have none.
+    """
     rng = random.Random(config.seed)
     pool: list[SubTraceInfo] = []
     order: list[int] = []
-
     num_batches = 0
+    found_some = False
 
     def ask() -> list[ray.ObjectRef]:
-        if len(order) < EPISODES_PER_CALL:
-            order.extend(rng.sample(range(len(inputs.train_rows)), len(inputs.train_rows)))
+        while len(order) < EPISODES_PER_CALL:
+            order[:0] = rng.sample(range(len(inputs.train_rows)), len(inputs.train_rows))  # behind those that are left
         indices = [order.pop() for _ in range(EPISODES_PER_CALL)]
         return rollout.demonstrate(indices, min(1.0, num_batches / config.steps))
 
     coming = ask()
     while True:
+        without_turn: list[dict[str, float]] = []
         while len(pool) < 4 * config.sft.batch_sub_traces:
             ready, coming = rollout.played(coming, "demonstrations"), ask()
             for played in ready:
+                if not played.sub_traces:
+                    without_turn.append(played.stats)
                 pool += [
                     SubTraceInfo(s, s.episode_id, len(s.tokens), s.num_actions, 0)
                     for s in played.sub_traces
                     if s.num_actions
                 ]
+            found_some = found_some or bool(pool)
+            if not found_some and len(without_turn) >= min(MAX_WITHOUT_TURN, len(inputs.train_rows)):
+                raise RuntimeError(f"no demonstration to learn: {no_turn(config, without_turn)}")
         rng.shuffle(pool)
         chosen, pool = pool[: config.sft.batch_sub_traces], pool[config.sft.batch_sub_traces :]
         num_batches += 1
-        yield chosen
+        yield Drawn(chosen, without_turn)
 
 
 def run(config: Config, inputs: Prepared, run_dir: Path, view: View, tracker: Tracker, places: Places) -> Path:
@@ -62,9 +81,14 @@ def run(config: Config, inputs: Prepared, run_dir: Path, view: View, tracker: Tr
     starting.result(limit_s)
     view.phase("imitating demonstrations")
     batches = demonstrations(config, inputs, rollout)
+    told = False
     for step in range(1, config.steps + 1):
         began = time.perf_counter()
-        batch = Batch(step, tuple(next(batches)), ())
+        items, without_turn = next(batches)
+        batch = Batch(step, tuple(items), ())
+        if without_turn and not told:
+            told = True
+            view.note(f"demonstrations are left out: {no_turn(config, without_turn)}")
         waited = time.perf_counter()
         grid = policy.grid(range(len(batch.items)), [item.num_tokens for item in batch.items])
         found = policy.imitate(batch, grid).result()
@@ -72,6 +96,7 @@ def run(config: Config, inputs: Prepared, run_dir: Path, view: View, tracker: Tr
         metrics = {f"policy/{name}": number for name, number in found.items()} | policy.peak_memory()
         metrics |= {
             "sft/tokens": float(batch.num_tokens),
+            "sft/num_without_turn": float(len(without_turn)),
             "time/rollout_s": waited - began,
             "time/update_s": done - waited,
             "time/step_s": done - began,

@@ -121,11 +121,14 @@ def run_ppo(config: Config, run_dir: Path, step: int, inputs: Prepared) -> None:
         view.phase("report")
         report = write_report(run_dir)
         rows = [row for row in read_metrics(run_dir) if "eval/pass_rate" in row]
-        first, last = rows[0], rows[-1]
-        view.final(
-            f"held-out pass rate {first['eval/pass_rate']:.2f} -> {last['eval/pass_rate']:.2f} "
-            f"on {last['eval/num_tasks']:.0f} tasks; report: {report}"
-        )
+        held_out = "no held-out pass rate: no task had a turn"
+        if rows:
+            first, last = rows[0], rows[-1]
+            held_out = (
+                f"held-out pass rate {first['eval/pass_rate']:.2f} -> {last['eval/pass_rate']:.2f} "
+                f"on {last['eval/num_tasks']:.0f} tasks"
+            )
+        view.final(f"{held_out}; report: {report}")
 
 
 def train(config: Config, parts: Parts, watch: Watch, run_dir: Path, step: int) -> None:

@@ -271,7 +271,8 @@ def test_a_run_is_not_put_into_the_folder_of_its_warm_start() -> None:
 
 
 def test_rows_for_evaluation_must_suffice(tmp_path: Path) -> None:
-    rows = write(tmp_path / "eval.jsonl", "{}\n" * 3)
+    row = '{{"id": "{}", "domain": "d", "prompt": ""}}\n'
+    rows = write(tmp_path / "eval.jsonl", "".join(row.format(number) for number in range(3)))
     assert "use at most 3" in refusal(PPO, f"task.eval={rows}")
     assert missing(load([PPO, f"task.eval={rows}", "eval.num_tasks=3"]).config) == []
     assert "task.eval=none.jsonl" in missing(load([PPO, "task.eval=none.jsonl"]).config)[0]

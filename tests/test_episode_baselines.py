@@ -263,8 +263,8 @@ def test_neither_cuts_nor_order_matter(seed: int, kind: Baseline) -> None:
         assert values_of[episode_id] == [0] * len(rewards[e])
 
 
-def test_an_episode_without_sub_traces_counts_with_its_terminal_reward() -> None:
-    """It is compared and compares; equal rewards stay equal though the others' went through float32."""
+def test_an_episode_without_sub_traces_is_compared_with_nobody() -> None:
+    """It has its terminal reward, as float32; equal rewards stay equal."""
     ids = ["0.0", "1.0", "2.0"]
     traces = [*sub_traces_of("2.0", [0, 0, 0.1], [1]), *sub_traces_of("0.0", [0.1], [])]
     returns, targets = judge(traces, ids, [9.0, 0.1, 9.0], np.array([4, 4, 4]), Baseline.grpo)
@@ -272,8 +272,39 @@ def test_an_episode_without_sub_traces_counts_with_its_terminal_reward() -> None
     assert not any(target.advantages.any() for target in targets)
     returns, targets = judge(traces, ids, [9.0, 1.6, 9.0], np.array([4, 4, 4]), Baseline.grpo_no_std)
     assert returns == pytest.approx([0.1, 1.6, 0.1])
-    assert [target.advantages.tolist() for target in targets] == [[0, -0.5], [0, -0.5, 0, -0.5], [0, -0.5]]
+    assert not any(target.advantages.any() for target in targets)  # the two others earned the same
     assert action_counts(traces, ids).tolist() == [1, 0, 3]
+
+
+@settings(max_examples=60, deadline=None)
+@given(steps(), st.sampled_from(ALL), st.integers(0, 2**25))
+def test_episodes_in_which_nothing_was_sampled_count_nowhere(
+    step: tuple[list[float], list[int], list[int]], kind: Baseline, chosen: int
+) -> None:
+    """The others' advantages are those of the step without them; one that is left alone in its group has no signal."""
+    returns, groups, counts = step
+    silent = [e for e in range(len(returns)) if chosen >> e & 1]
+    heard = [e for e in range(len(returns)) if e not in silent]
+    found = advantages(returns, groups, kind, [0 if e in silent else c for e, c in enumerate(counts)])
+    assert not found[silent].any()
+    alone = [e for e in heard if sum(groups[j] == groups[e] for j in heard) == 1]
+    if kind is not Baseline.reinforce_pp:
+        assert not found[alone].any()
+        heard = [e for e in heard if e not in alone]
+    elif alone:
+        return  # centred to 0, then compared with the step's mean
+    if heard:
+        rest = [returns[e] for e in heard], [groups[e] for e in heard], kind, [counts[e] for e in heard]
+        assert found[heard] == pytest.approx(advantages(*rest), abs=1e-9)
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_a_group_with_one_episode_left_has_no_signal(kind: Baseline) -> None:
+    """Returns 1 0 | 1 0 of which the last was not sampled: +-1/2 and 0, normalised."""
+    found = advantages([1, 0, 1, 0], [0, 0, 1, 1], kind, [1, 1, 2, 0])
+    assert found[0] > 0 > found[1]
+    assert found[2:].tolist() == [0, 0]
+    assert not advantages([1, 0, 1, 0], [0, 0, 1, 1], kind, [0, 0, 0, 0]).any()
 
 
 def test_rewards_are_read_at_action_tokens_alone() -> None:

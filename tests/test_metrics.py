@@ -206,6 +206,7 @@ def test_rollout_by_hand() -> None:
             "rollout/reward_mean": 0.25,
             "rollout/reward_std": math.sqrt(0.25 * 0.75),
             "rollout/num_episodes": 4,
+            "rollout/num_without_turn": 0,
             "rollout/num_sub_traces": 6,
             "rollout/compactions_per_episode": 0.5,
             "rollout/compacted_fraction": 0.25,
@@ -221,6 +222,22 @@ def test_rollout_by_hand() -> None:
             "rollout/engine_time_fraction": 0.5,
         }
     )
+
+
+def test_episodes_without_a_turn_are_in_no_mean() -> None:
+    """Whatever was measured on them: the means are those of the others; without others there are none."""
+    played = [stats(1, seconds=2, tokens=10), stats(0, seconds=4, tokens=20, truncated=1)]
+    silent = [stats(1, seconds=90, tokens=0, turns=0, truncated=1, compactions=9, compacted=1, engine_seconds=80)] * 3
+    alone, among = rollout_metrics(batch(played)), rollout_metrics(batch([silent[0], *played, *silent[1:]]))
+    assert (among.pop("rollout/num_episodes"), among.pop("rollout/num_without_turn")) == (5, 3)
+    assert (alone.pop("rollout/num_episodes"), alone.pop("rollout/num_without_turn")) == (2, 0)
+    assert among == alone
+    assert rollout_metrics(batch(silent, sub_traces=0)) == {
+        "rollout/num_episodes": 3,
+        "rollout/num_without_turn": 3,
+        "rollout/num_sub_traces": 0,
+        "rollout/tokens_trained": 0,
+    }
 
 
 def test_kl_to_the_reference_by_hand() -> None:
@@ -298,7 +315,7 @@ def documented() -> list[str]:
     """What stands in the first column of the page's tables."""
     page = (ROOT / "docs" / "metrics.md").read_text()
     cells = re.findall(r"^\| (`[^|]+`) \|", page, re.MULTILINE)
-    return [name for cell in [*cells, "`sft/tokens`"] for name in re.findall(r"`([^`]+)`", cell)]
+    return [name for cell in cells for name in re.findall(r"`([^`]+)`", cell)]
 
 
 def test_the_roles_log_what_is_listed_here() -> None:
@@ -313,7 +330,6 @@ def test_every_metric_is_on_the_page_once_and_nothing_else_is() -> None:
     lacking = {name: [p for p in patterns if fnmatchcase(name, p)] for name in names}
     assert {name for name, found in lacking.items() if len(found) != 1} == set()
     assert {p for p in patterns if not any(fnmatchcase(name, p) for name in names)} <= {"time_s"}
-    assert "`sft/tokens`" in (ROOT / "docs" / "metrics.md").read_text()
 
 
 def test_the_page_names_metrics_that_exist() -> None:

@@ -236,5 +236,12 @@ def test_split_is_random_and_repeatable() -> None:
     one, same, other = (split(ids, 5, np.random.default_rng(seed)) for seed in (0, 0, 1))
     assert one == same
     assert one != other
-    with pytest.raises(ValueError, match="num_minibatches=3 for 2 episodes"):
-        split(["a", "b", "a"], 3, np.random.default_rng(0))
+    with pytest.raises(ValueError, match="num_minibatches=0: must be at least 1"):
+        split(["a"], 0, np.random.default_rng(0))
+
+
+def test_fewer_episodes_than_minibatches_make_one_each() -> None:
+    """Others of the step had no turn: an optimizer step without anything to train would be one of no gradient."""
+    found = split(["a", "b", "a"], 3, np.random.default_rng(0))
+    assert sorted(found) == [[0, 2], [1]]
+    assert split([], 3, np.random.default_rng(0)) == []

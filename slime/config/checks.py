@@ -16,6 +16,7 @@ from typing import Any
 from critic.config import Baseline, Credit, Truncation
 from launch.config import Sharing
 from slime.config.nodes import layouts, unplaced
+from slime.config.rows import row_problems
 from slime.schema import Config, Kind
 from trainer.config import Correction, Loss, Precision
 from trainer.layout import check_layout
@@ -103,10 +104,10 @@ class ConfigError(ValueError):
 def check(config: Config) -> None:
     """Refuses what can not work, before any process starts. ConfigError: the first problem found.
 
-    Reads nothing but the model's config.json and the rows of `task.eval`, and only where they exist;
+    Reads nothing but the model's config.json and the rows of `task.train` and `task.eval`, where they exist;
     what does not exist is told by `missing`.
     """
-    for part in (_ranges, _names, _budgets, _training, _processes, _model, _eval):
+    for part in (_ranges, _names, _budgets, _training, _processes, _model, row_problems):
         for problem in part(config):
             raise ConfigError(problem)
 
@@ -381,12 +382,3 @@ def _in_folder(config: Config, folder: Path) -> Iterator[str]:
             check_layout(shape, layout)
         except ValueError as error:
             yield f"{role}.layout: {error} ({path})"
-
-
-def _eval(config: Config) -> Iterator[str]:
-    if not config.task.eval or not Path(config.task.eval).is_file():
-        return
-    with Path(config.task.eval).open(encoding="utf-8") as lines:
-        rows = sum(1 for line in lines if line.strip())
-    if rows < config.eval.num_tasks:
-        yield f"eval.num_tasks={config.eval.num_tasks}, but {config.task.eval} has {rows} rows: use at most {rows}"

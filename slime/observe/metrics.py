@@ -28,7 +28,10 @@ Float64 = NDArray[np.float64]
 
 
 def rollout_metrics(batch: Batch) -> dict[str, float]:
-    """Numbers of a batch's episodes: means over them, sums where the name says tokens_generated or num_.
+    """Numbers of a batch's episodes: means over those with a turn, sums where the name says tokens_generated or num_.
+
+    An episode in which nothing was sampled is told by num_without_turn and counts in no mean; without any other there
+    are no means.
 
     reward_std is the standard deviation over episodes (divided by their number): for rewards of 0 and 1 it is
     sqrt(p (1 - p)) exactly, p the mean. p95 is the 95th percentile, interpolated linearly. Seconds are those of an
@@ -38,22 +41,30 @@ def rollout_metrics(batch: Batch) -> dict[str, float]:
     if not batch.episodes:
         raise ValueError(f"step {batch.step}: the batch has no episode: at least 1 is needed")
 
+    played = [stats for stats in batch.episodes if stats["tokens_generated"]]
+    counts = {
+        "rollout/num_episodes": len(batch.episodes),
+        "rollout/num_without_turn": len(batch.episodes) - len(played),
+        "rollout/num_sub_traces": len(batch.items),
+        "rollout/tokens_trained": batch.num_tokens,
+    }
+    if not played:
+        return _finite(counts)
+
     def of(name: str) -> Float64:
-        return np.array([stats[name] for stats in batch.episodes], np.float64)
+        return np.array([stats[name] for stats in played], np.float64)
 
     seconds, tokens, reward = of("seconds"), of("tokens_generated"), of("reward")
     found = {
+        **counts,
         "rollout/reward_mean": reward.mean(),
         "rollout/reward_std": reward.std(),
-        "rollout/num_episodes": len(batch.episodes),
-        "rollout/num_sub_traces": len(batch.items),
         "rollout/compactions_per_episode": of("compactions").mean(),
         "rollout/compacted_fraction": of("compacted").mean(),
         "rollout/turns_per_episode": of("turns").mean(),
         "rollout/truncated_fraction": of("truncated").mean(),
         "rollout/tokens_generated": tokens.sum(),
         "rollout/tokens_p95": np.percentile(tokens, 95),
-        "rollout/tokens_trained": batch.num_tokens,
         "rollout/seconds_mean": seconds.mean(),
         "rollout/seconds_p95": np.percentile(seconds, 95),
         "rollout/seconds_max": seconds.max(),

@@ -73,6 +73,10 @@ class Watch:
     def phase(self, name: str) -> None:
         self.view.phase(name)
 
+    def note(self, text: str) -> None:
+        """A line that stays."""
+        self.view.note(text)
+
     def rollout(self, counts: Counts) -> None:
         """Shows the progress of the episodes that training waits for."""
         self.view.rollout(counts.finished, counts.wanted, counts.in_flight, counts.tokens_per_s)

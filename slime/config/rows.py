@@ -1,0 +1,119 @@
+"""Task rows before a run starts: readable, enough of them, and prompts that leave the policy room for a turn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from buffer.tasks import TaskRow, read_rows
+from rollout.rendering import Renderer, find_template
+from slime.schema import Config, Kind
+
+SPLITS = ("train", "eval")
+MAX_BYTES = 20_000_000  # of prompts that are tokenized before a start: some seconds
+MAX_NAMED = 3  # rows in a message
+
+
+class Overlong(NamedTuple):
+    """Prompts of a split that leave no room for a turn."""
+
+    message: str
+    all: bool  # no row of the split can be played
+
+
+def row_problems(config: Config) -> Iterator[str]:
+    """What is wrong with the files of task.train and task.eval; nothing of files that are not there."""
+    rows: dict[str, list[TaskRow]] = {}
+    for split in SPLITS:
+        given = getattr(config.task, split)
+        if given and Path(given).is_file():
+            try:
+                rows[split] = read_rows(Path(given))
+            except ValueError as error:
+                yield f"task.{split}: {error}"
+                return
+    if "eval" in rows:
+        yield from split_problems(config, rows.get("train", []), rows["eval"])
+
+
+def split_problems(config: Config, train: Sequence[TaskRow], evaluation: Sequence[TaskRow]) -> Iterator[str]:
+    """Why these rows can't be trained on and evaluated on."""
+    shared = {row.id for row in train} & {row.id for row in evaluation}
+    if shared:
+        yield f"task row {min(shared)!r} is in both the training and the evaluation rows: evaluate on rows of their own"
+    if config.kind is Kind.ppo and len(evaluation) < config.eval.num_tasks:
+        yield (
+            f"eval.num_tasks={config.eval.num_tasks}, but {_label(config, 'eval')} has {len(evaluation)} rows: "
+            f"use at most {len(evaluation)}"
+        )
+
+
+def overlong(config: Config, split: str, rows: Sequence[TaskRow], model_folder: Path) -> Overlong | None:
+    """Rows whose prompt leaves no room for a turn; None: there is none.
+
+    Read are `TaskRow.prompt`s, not what `Environment.start` makes of them. A prompt has no more tokens than bytes, so
+    that only those with more bytes than room are tokenized, the longest first and MAX_BYTES of them.
+    ValueError: the model's tokenizer or template can't be used.
+    """
+    room, template = config.rollout.compaction.max_prompt_tokens, find_template(config.model.template)
+    around = len("".join([*template.user, template.reply]).encode())
+    sizes = [(len(row.prompt.encode()), place) for place, row in enumerate(rows)]
+    suspects = sorted((pair for pair in sizes if around + pair[0] > room), reverse=True)
+    if not suspects:
+        return None
+    from transformers import AutoTokenizer  # takes seconds to import
+
+    try:
+        renderer = Renderer(AutoTokenizer.from_pretrained(model_folder), config.model.template)
+    except OSError as error:
+        raise ValueError(f"{model_folder}: its tokenizer can't be read: {error}") from error
+    found: dict[int, int] = {}  # place -> tokens
+    left = MAX_BYTES
+    for size, place in suspects:
+        if (left := left - size) < 0:
+            break
+        num_tokens = len(renderer.prompt(rows[place].prompt))
+        if num_tokens > room:
+            found[place] = num_tokens
+    if not found:
+        return None
+    named = [f"{rows[place].id!r} with {found[place]} tokens" for place in sorted(found)[:MAX_NAMED]]
+    more = f" and {len(found) - MAX_NAMED} more" if len(found) > MAX_NAMED else ""
+    message = (
+        f"{_label(config, split)}: {len(found)} of {len(rows)} prompts leave no room for a turn: row "
+        f"{', '.join(named)}{more}; {_limit(config)}"
+    )
+    return Overlong(message, len(found) == len(rows))
+
+
+def overlong_in_files(config: Config) -> list[Overlong]:
+    """The same of the files of task.train and task.eval, for a model that is there."""
+    folder, found = Path(config.model.path), []
+    for split in SPLITS:
+        given = getattr(config.task, split)
+        if given and Path(given).is_file() and config.model.path and folder.is_dir():
+            found.append(overlong(config, split, read_rows(Path(given)), folder))
+    return [one for one in found if one]
+
+
+def no_turn(config: Config, stats: Sequence[Mapping[str, float]]) -> str:
+    """Why nothing was sampled in these episodes."""
+    shortest = min(one["prompt_tokens"] for one in stats)
+    return (
+        f"the prompts of {len(stats)} episodes leave no room for a turn: the shortest has {shortest:.0f} tokens, "
+        f"{_limit(config)}"
+    )
+
+
+def _limit(config: Config) -> str:
+    limits = config.rollout.compaction
+    return (
+        f"at most {limits.max_prompt_tokens} fit (rollout.compaction.context_tokens={limits.context_tokens} less "
+        f"reserve_tokens={limits.reserve_tokens}): shorten them, leave them out, or use a larger window"
+    )
+
+
+def _label(config: Config, split: str) -> str:
+    given = getattr(config.task, split)
+    return f"task.{split}={given}" if given else f"{config.task.target}.make_rows({split!r})"
