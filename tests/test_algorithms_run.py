@@ -13,10 +13,7 @@ RUN = [
     "recipe=ppo_coding",
     f"steps={STEPS}",
     "model.start=''",
-    "task.target=partial_credit:PartialCredit",
     f"buffer.episodes_per_step={EPISODES}",
-    "policy.num_minibatches=2",
-    "critic.num_minibatches=2",
     "eval.num_tasks=8",
     "eval.every=0",
     "checkpoint.every=1",
@@ -26,6 +23,8 @@ RUN = [
 ]
 GROUPS = [
     "run=groups",
+    "task.target=partial_credit:PartialCredit",
+    "policy.num_minibatches=2",
     "advantage.baseline=grpo",
     "advantage.whiten=false",
     f"buffer.episodes_per_prompt={GROUP}",
@@ -38,8 +37,11 @@ GROUPS = [
     "policy.entropy_coef=1e-3",
     "policy.nll_coef=0.01",
 ]
-CRITIC = [
+CRITIC = [  # on a task half of whose episodes have no turn, in more minibatches than there are others
     "run=critic",
+    "task.target=misbehaving:Misbehaving",
+    f"policy.num_minibatches={EPISODES}",
+    f"critic.num_minibatches={EPISODES}",
     f"critic.warmup_episodes={2 * EPISODES}",
     "critic.value_range=[-1.0,2.0]",
     "critic.value_clip=0.2",
@@ -63,8 +65,9 @@ def played(place: Place, warm_start: Path, overrides: list[str]) -> tuple[list[d
         run.finish()
     run_dir = place.run_dir(overrides[0].removeprefix("run="))
     episodes = [record for record in rows_of(run_dir / "episodes.jsonl") if record["split"] == "train"]
-    assert len(episodes) == STEPS * EPISODES
-    return rows_of(run_dir / "metrics.jsonl"), episodes
+    rows = rows_of(run_dir / "metrics.jsonl")
+    assert len(episodes) == sum(EPISODES - row["rollout/num_without_turn"] for row in rows[1:])
+    return rows, episodes
 
 
 def test_a_group_baseline_needs_no_critic(place: Place, warm_start: Path) -> None:
@@ -103,7 +106,12 @@ def test_a_critic_with_bounds_frozen_attention_bootstrap_and_kl_in_its_returns(p
     rows, episodes = played(place, warm_start, CRITIC)
     assert rows[0]["critic/warmup_episodes"] == 2 * EPISODES
     assert rows[0]["rollout/tokens_generated"] > 0
+    assert (rows[0]["eval/num_tasks"], rows[0]["eval/num_without_turn"]) == (4, 4)
+    assert 0 < rows[1]["rollout/num_without_turn"] < EPISODES
     for row in rows[1:]:
+        assert row["rollout/num_episodes"] == EPISODES
+        means = [record["reward"] for record in episodes if record["step"] == row["step"]]
+        assert row["rollout/reward_mean"] == pytest.approx(sum(means) / len(means))
         assert row["policy/gradient_share/summary"] == 0
         assert row["critic/grad_norm"] > 0
         assert 0 <= row["critic/clip_fraction"] < 1

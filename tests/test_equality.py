@@ -152,6 +152,18 @@ def test_layout_changes_nothing(
     assert max(float(np.abs(found.after[i] - found.before[i]).max()) for i in found.after) > 0.1, "nothing was learnt"
 
 
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize(("kind", "name"), [("dense", "DP2"), ("experts", "EP2")])
+def test_a_rank_without_any_token_changes_nothing(
+    kind: str, name: str, role: str, ray_cluster: None, folders: dict[str, Path], traces: list[SubTrace]
+) -> None:
+    """One sub-trace for two data-parallel ranks: as where all other episodes of an optimizer step have no turn."""
+    layouts = ONE, replace(ONE, **LAYOUTS[name])
+    wanted, found = (ROLES[role](folders[kind], layout, traces[:1]) for layout in layouts)
+    assert_close(found.first, wanted.first, 1e-6)
+    assert found.metrics[0] == pytest.approx(wanted.metrics[0], rel=1e-5, abs=1e-6)
+
+
 def hidden_states(model: Any, trace: SubTrace) -> torch.Tensor:
     """[1, T, hidden]: what transformers' decoder says of a sub-trace."""
     return model.model(torch.from_numpy(trace.tokens.astype(np.int64))[None]).last_hidden_state

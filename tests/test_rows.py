@@ -160,6 +160,16 @@ def test_a_run_names_them_before_it_starts_and_refuses_to_start_without_others(
         made(tmp_path, model, ["x", "y"], f"task.{split}={filled}", "eval.num_tasks=2")
 
 
+def test_evaluation_plays_the_first_rows_alone(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mixed = written(tmp_path / "mixed.jsonl", ["a", long(300)])
+    made(tmp_path, model, ["x"], f"task.eval={mixed}", "eval.num_tasks=1")
+    made(tmp_path, model, ["x"], f"task.eval={mixed}", recipe=SFT)
+    assert capsys.readouterr().err == ""
+    filled = written(tmp_path / "filled.jsonl", [long(300), "a"])
+    with pytest.raises(ConfigError, match=r"filled.jsonl: 1 of 1 prompts leave no room for a turn"):
+        made(tmp_path, model, ["x"], f"task.eval={filled}", "eval.num_tasks=1")
+
+
 def test_slime_config_shows_them(
     tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

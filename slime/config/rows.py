@@ -50,13 +50,15 @@ def split_problems(config: Config, train: Sequence[TaskRow], evaluation: Sequenc
 
 
 def overlong(config: Config, split: str, rows: Sequence[TaskRow], model_folder: Path) -> Overlong | None:
-    """Rows whose prompt leaves no room for a turn; None: there is none.
+    """Rows whose prompt leaves no room for a turn, of those that the run plays; None: there is none.
 
     Read are `TaskRow.prompt`s, not what `Environment.start` makes of them. A prompt has no more tokens than bytes, so
     that only those with more bytes than room are tokenized, the longest first and MAX_BYTES of them.
     ValueError: the model's tokenizer or template can't be used.
     """
     room, template = config.rollout.compaction.max_prompt_tokens, find_template(config.model.template)
+    if split == "eval":
+        rows = rows[: config.eval.num_tasks] if config.kind is Kind.ppo else ()
     around = len("".join([*template.user, template.reply]).encode())
     sizes = [(len(row.prompt.encode()), place) for place, row in enumerate(rows)]
     suspects = sorted((pair for pair in sizes if around + pair[0] > room), reverse=True)
