@@ -282,7 +282,8 @@ def write_policy(source: Path, folder: Path, change: Callable[[dict[str, Any]], 
     from safetensors.torch import load_file
     from torch.distributed import checkpoint as torch_checkpoint
 
-    from trainer.megatron.models.mapping import entries, merge
+    from trainer.megatron.models.entries import entries
+    from trainer.megatron.models.mapping import merge
     from trainer.megatron.models.shape import read_shape
 
     shape, theirs = read_shape(source), load_file(source / "model.safetensors")

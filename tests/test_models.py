@@ -24,7 +24,8 @@ from trainer.config import LayoutConfig, OptimizerConfig, PolicyConfig, Precisio
 from trainer.group import PolicyGroup
 from trainer.megatron import checkpoint, hf, stored
 from trainer.megatron.model import build_models
-from trainer.megatron.models.mapping import entries, strays, unmerge, weight_shapes
+from trainer.megatron.models.entries import entries, strays, weight_shapes
+from trainer.megatron.models.mapping import unmerge
 from trainer.megatron.models.rope import inverse_frequencies
 from trainer.megatron.models.shape import ModelShape, read_shape
 from trainer.megatron.modules import Packing

@@ -1,7 +1,8 @@
 """Weights between a Hugging Face folder and this process's Megatron chunks, both ways, bit for bit.
 
-Which tensor is which stands in models/mapping.py. No process ever holds a whole model: loading reads from the files
-only what a process keeps, exporting passes one whole tensor at a time to the role's rank 0.
+Which tensor is which stands in models/entries.py, which file holds it in models/files.py. No process ever holds a
+whole model: loading reads from the files only what a process keeps, exporting passes one whole tensor at a time to the
+role's rank 0.
 """
 
 from __future__ import annotations
@@ -26,18 +27,9 @@ cpu.enable()
 
 from megatron.core import parallel_state  # noqa: E402
 
-from trainer.megatron.models.mapping import (  # noqa: E402
-    Entry,
-    Merge,
-    Split,
-    entries,
-    is_kept,
-    merge,
-    padded_vocab,
-    strays,
-    tensors,
-    unmerge,
-)
+from trainer.megatron.models.entries import Entry, Merge, Split, entries, is_kept, padded_vocab  # noqa: E402
+from trainer.megatron.models.files import check_headers, headers  # noqa: E402
+from trainer.megatron.models.mapping import merge, tensors, unmerge  # noqa: E402
 from trainer.megatron.models.shape import ModelShape, read_shape  # noqa: E402
 
 FILE_BYTES = 4 << 30  # of an exported file, at most, where no single tensor is larger
@@ -69,40 +61,27 @@ def named(models: Sequence[Any]) -> dict[str, torch.Tensor]:
 def load(models: Sequence[Any], shape: ModelShape, folder: Path, value_head: bool = False) -> None:
     """Reads a folder's weights into this process's chunks.
 
-    ValueError, on all processes alike: a tensor is missing, misshapen, or not one of the model's.
+    ValueError, on all processes alike: see `headers` and `check_headers`.
     """
     own = named(models)
+    found, wanted = headers(folder), entries(shape, value_head)
+    check_headers(folder, found, wanted, shape)
     with ExitStack() as stack:
-        files = [stack.enter_context(safe_open(f, "pt")) for f in sorted(folder.glob("*.safetensors"))]
-        where = {name: file for file in files for name in file.keys()}  # noqa: SIM118 (no mapping)
-        wanted = entries(shape, value_head)
-        _check(folder, {name: file.get_slice(name).get_shape() for name, file in where.items()}, wanted, shape)
+        files = {f: stack.enter_context(safe_open(f, "pt")) for f in sorted({header.file for header in found.values()})}
         for entry in wanted:
             target = own.pop(entry.ours, None)
             if target is None:
                 continue  # another process's
             group = _group(entry)
-            read = [where[name].get_slice(name) for name in entry.theirs]
-            found = _own_part(read, entry, shape, group.size(), group.rank())
-            assert found.shape == target.shape, (entry, found.shape, target.shape)
+            read = [files[found[name].file].get_slice(name) for name in entry.theirs]
+            part = _own_part(read, entry, shape, group.size(), group.rank())
+            assert part.shape == target.shape, (entry, part.shape, target.shape)
             with torch.no_grad():
-                target.copy_(found)
+                target.copy_(part)
             # Megatron sets this in the initialisation that we skip; the gradient norm counts shards by it.
             target.tensor_model_parallel = entry.expert is not None or entry.split is not Split.NONE
     left = [name for name in own if not (value_head and name.startswith("output_layer."))]
     assert not left, f"parameters without a mapping: {left}"
-
-
-def _check(folder: Path, found: dict[str, list[int]], wanted: Sequence[Entry], shape: ModelShape) -> None:
-    for entry in wanted:
-        for name, size in zip(entry.theirs, entry.shapes, strict=True):
-            if name not in found:
-                raise ValueError(f"{folder}: tensor {name} is missing ({len(found)} tensors found)")
-            if tuple(found[name]) != size:
-                raise ValueError(f"{folder}: tensor {name} has shape {tuple(found[name])}, config.json asks for {size}")
-    unknown = strays(shape, found)
-    if unknown:
-        raise ValueError(f"{folder}: tensor {unknown[0]} is not mapped, nor are {len(unknown) - 1} others")
 
 
 def _group(entry: Entry) -> Any:
@@ -229,11 +208,10 @@ def save(weights: Iterable[tuple[str, torch.Tensor]], source: Path, folder: Path
 
 def _kept(source: Path) -> Iterator[tuple[str, torch.Tensor]]:
     shape = read_shape(source)
-    for path in sorted(source.glob("*.safetensors")) if shape.num_mtp else []:
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118 (no mapping)
-                if is_kept(shape, name):
-                    yield name, file.get_tensor(name)
+    for name, header in headers(source).items() if shape.num_mtp else ():
+        if is_kept(shape, name):
+            with safe_open(header.file, "pt") as file:
+                yield name, file.get_tensor(name)
 
 
 def _write_files(

@@ -25,7 +25,7 @@ from megatron.core.tensor_parallel.mappings import (  # noqa: E402
 )
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
-from trainer.megatron.models.mapping import padded_vocab  # noqa: E402
+from trainer.megatron.models.entries import padded_vocab  # noqa: E402
 from trainer.megatron.models.options import config_class, finish, model_options  # noqa: E402
 from trainer.megatron.models.shape import ModelShape  # noqa: E402
 from trainer.megatron.models.spec import block_spec  # noqa: E402

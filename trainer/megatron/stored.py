@@ -18,7 +18,8 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from trainer.megatron import hf
-from trainer.megatron.models.mapping import Entry, Merge, entries, unmerge
+from trainer.megatron.models.entries import Entry, Merge, entries
+from trainer.megatron.models.mapping import unmerge
 from trainer.megatron.models.shape import ModelShape, read_shape
 
 

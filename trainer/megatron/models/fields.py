@@ -7,6 +7,28 @@ from pathlib import Path
 from typing import Any
 
 _REQUIRED = object()
+_POINTER = b"version https://git-lfs"  # what git leaves where a large file was not fetched
+
+
+def refuse_pointer(path: Path, start: bytes) -> None:
+    """ValueError: a file that starts so only says where its content could be fetched."""
+    if start and _POINTER.startswith(start[: len(_POINTER)]):
+        raise ValueError(f"{path}: is a pointer of git-LFS in place of the file: run git lfs pull in its folder")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. ValueError: there is none, or it can't be read."""
+    try:
+        content = path.read_bytes()
+        refuse_pointer(path, content)
+        found = json.loads(content)
+    except OSError as error:
+        raise ValueError(f"{path}: can't be read: {error.strerror}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: holds a {type(found).__name__}, not an object")
+    return found
 
 
 class Fields:
@@ -21,13 +43,7 @@ class Fields:
         """ValueError: no such file, or no JSON object in it."""
         if not path.is_file():
             raise ValueError(f"{path}: no such file; a model is a Hugging Face folder")
-        try:
-            found = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: not JSON: {error}") from error
-        if not isinstance(found, dict):
-            raise ValueError(f"{path}: holds a {type(found).__name__}, not an object")
-        return Fields(str(path), found)
+        return Fields(str(path), read_json(path))
 
     def __contains__(self, name: str) -> bool:
         return self._found.get(name) is not None

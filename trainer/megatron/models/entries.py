@@ -1,0 +1,205 @@
+"""Every tensor of a model: its Megatron name, the Hugging Face names that are merged into it, and how it is spread.
+
+Arithmetic on names and shapes: nothing here imports torch, so that a folder can be checked before anything starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum
+
+from trainer.megatron.models.shape import MlaShape, ModelShape, MoeShape
+
+
+class Split(Enum):
+    """How a full tensor is spread over tensor-parallel ranks (of the experts' own group where it is an expert's)."""
+
+    NONE = "replicated"
+    ROWS = "dim 0"
+    COLUMNS = "dim 1"
+    GATED = "dim 0 of each half"  # fc1 = [gate; up]
+
+
+class Merge(Enum):
+    """How Hugging Face tensors become one."""
+
+    ONE = "the tensor itself"
+    QKV = "per key/value group: its queries, key, value"
+    STACK = "one below the other"
+    VOCAB = "rows padded with zeros"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor. Layers and experts are counted over the whole model, not over what one rank holds."""
+
+    ours: str
+    theirs: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]  # of each of `theirs`
+    merge: Merge = Merge.ONE
+    split: Split = Split.NONE
+    layer: int | None = None  # None: outside the layers
+    expert: int | None = None  # None: no expert's
+    float32: bool = False  # kept and written in float32 whatever the model's precision
+
+
+def entries(shape: ModelShape, value_head: bool = False) -> list[Entry]:
+    """Every tensor of the model; with `value_head` the vocabulary projection is left out."""
+    vocab = ((shape.vocab, shape.hidden),)
+    found = [
+        Entry("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), vocab, Merge.VOCAB, Split.ROWS),
+        Entry("decoder.final_layernorm.weight", ("model.norm.weight",), ((shape.hidden,),)),
+    ]
+    if not shape.tied and not value_head:
+        found.append(Entry("output_layer.weight", ("lm_head.weight",), vocab, Merge.VOCAB, Split.ROWS))
+    for layer in range(shape.num_layers):
+        found += _layer(shape, layer)
+    return found
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """Makes the entries of one layer; names without the layer's prefix."""
+
+    index: int
+
+    def entry(
+        self,
+        ours: str,
+        theirs: tuple[str, ...] | str,
+        *shapes: tuple[int, ...],
+        merge: Merge = Merge.ONE,
+        split: Split = Split.NONE,
+        expert: int | None = None,
+        float32: bool = False,
+    ) -> Entry:
+        names = (theirs,) if isinstance(theirs, str) else theirs
+        return Entry(
+            f"decoder.layers.{self.index}.{ours}",
+            tuple(f"model.layers.{self.index}.{name}" for name in names),
+            shapes,
+            merge,
+            split,
+            self.index,
+            expert,
+            float32,
+        )
+
+    def mlp(self, ours: str, theirs: str, hidden: int, ffn: int, expert: int | None = None) -> list[Entry]:
+        gated = (f"{theirs}.gate_proj.weight", f"{theirs}.up_proj.weight")
+        rows = ((ffn, hidden), (ffn, hidden))
+        return [
+            self.entry(f"{ours}.linear_fc1.weight", gated, *rows, merge=Merge.STACK, split=Split.GATED, expert=expert),
+            self.entry(
+                f"{ours}.linear_fc2.weight",
+                f"{theirs}.down_proj.weight",
+                (hidden, ffn),
+                split=Split.COLUMNS,
+                expert=expert,
+            ),
+        ]
+
+
+def _layer(shape: ModelShape, index: int) -> list[Entry]:
+    layer, width = _Layer(index), (shape.hidden,)
+    found = [
+        *(_latent_attention(shape, shape.mla, layer) if shape.mla else _attention(shape, layer)),
+        layer.entry("input_layernorm.weight", "input_layernorm.weight", width),
+        layer.entry("pre_mlp_layernorm.weight", "post_attention_layernorm.weight", width),
+    ]
+    if shape.moe and shape.has_experts(index):
+        return found + _experts(shape.hidden, shape.moe, layer)
+    if not shape.sandwich:
+        return found + layer.mlp("mlp", "mlp", shape.hidden, shape.ffn)
+    gated = (2 * shape.ffn, shape.hidden)
+    return [
+        *found,
+        layer.entry("self_attention.linear_proj.norm.weight", "post_self_attn_layernorm.weight", width),
+        layer.entry("mlp.linear_fc1.weight", "mlp.gate_up_proj.weight", gated, split=Split.GATED),
+        layer.entry("mlp.linear_fc2.weight", "mlp.down_proj.weight", (shape.hidden, shape.ffn), split=Split.COLUMNS),
+        layer.entry("mlp.linear_fc2.norm.weight", "post_mlp_layernorm.weight", width),
+    ]
+
+
+def _attention(shape: ModelShape, layer: _Layer) -> list[Entry]:
+    h, d = shape.hidden, shape.head_dim
+    rows = [shape.heads * d, shape.kv_heads * d, shape.kv_heads * d]
+
+    def qkv(kind: str, *width: int) -> Entry:
+        theirs = tuple(f"self_attn.{x}_proj.{kind}" for x in "qkv")
+        sizes = [(n, *width) for n in rows]
+        return layer.entry(f"self_attention.linear_qkv.{kind}", theirs, *sizes, merge=Merge.QKV, split=Split.ROWS)
+
+    found = [
+        qkv("weight", h),
+        layer.entry("self_attention.linear_proj.weight", "self_attn.o_proj.weight", (h, rows[0]), split=Split.COLUMNS),
+    ]
+    if shape.qkv_bias:
+        found.append(qkv("bias"))
+    if shape.qk_norm:
+        found += [layer.entry(f"self_attention.{x}_layernorm.weight", f"self_attn.{x}_norm.weight", (d,)) for x in "qk"]
+    return found
+
+
+def _latent_attention(shape: ModelShape, mla: MlaShape, layer: _Layer) -> list[Entry]:
+    h, heads = shape.hidden, shape.heads
+    m, t = "self_attention.", "self_attn."
+    queries, values = heads * shape.head_dim, heads * mla.value_dim
+    both = heads * (mla.plain_dim + mla.value_dim)
+    down = mla.kv_rank + mla.rotary_dim
+    if mla.q_rank is None:
+        found = [layer.entry(f"{m}linear_q_proj.weight", f"{t}q_proj.weight", (queries, h), split=Split.ROWS)]
+    else:
+        r = mla.q_rank
+        found = [
+            layer.entry(f"{m}linear_q_down_proj.weight", f"{t}q_a_proj.weight", (r, h)),
+            layer.entry(f"{m}q_layernorm.weight", f"{t}q_a_layernorm.weight", (r,)),
+            layer.entry(f"{m}linear_q_up_proj.weight", f"{t}q_b_proj.weight", (queries, r), split=Split.ROWS),
+        ]
+    return [
+        *found,
+        layer.entry(f"{m}linear_kv_down_proj.weight", f"{t}kv_a_proj_with_mqa.weight", (down, h)),
+        layer.entry(f"{m}kv_layernorm.weight", f"{t}kv_a_layernorm.weight", (mla.kv_rank,)),
+        layer.entry(f"{m}linear_kv_up_proj.weight", f"{t}kv_b_proj.weight", (both, mla.kv_rank), split=Split.ROWS),
+        layer.entry(f"{m}linear_proj.weight", f"{t}o_proj.weight", (h, values), split=Split.COLUMNS),
+    ]
+
+
+def _experts(hidden: int, moe: MoeShape, layer: _Layer) -> list[Entry]:
+    found = [layer.entry("mlp.router.weight", "mlp.gate.weight", (moe.experts, hidden))]
+    if moe.correction:
+        bias = "mlp.gate.e_score_correction_bias"
+        found.append(layer.entry("mlp.router.expert_bias", bias, (moe.experts,), float32=True))
+    if moe.shared_ffn:
+        found += layer.mlp("mlp.shared_experts", "mlp.shared_experts", hidden, moe.shared_ffn)
+    for n in range(moe.experts):
+        found += layer.mlp(f"mlp.experts.local_experts.{n}", f"mlp.experts.{n}", hidden, moe.ffn, n)
+    return found
+
+
+def is_kept(shape: ModelShape, name: str) -> bool:
+    """Whether a Hugging Face tensor is not trained but goes from the source folder to an exported one as it is."""
+    return any(name.startswith(f"model.layers.{shape.num_layers + i}.") for i in range(shape.num_mtp))
+
+
+def strays(shape: ModelShape, names: Iterable[str]) -> list[str]:
+    """Tensors of a Hugging Face folder that no entry takes and that are neither kept nor copies of what is taken."""
+    taken = {name for entry in entries(shape) for name in entry.theirs}
+    if shape.tied:
+        taken.add("lm_head.weight")  # some folders hold the tied matrix twice
+    return [n for n in names if n not in taken and not is_kept(shape, n) and not n.endswith("rotary_emb.inv_freq")]
+
+
+def weight_shapes(shape: ModelShape, dtype: str) -> list[tuple[str, str, list[int]]]:
+    """(name, dtype, shape) of what `export` yields, in its order, without weights."""
+    return [
+        (name, "float32" if entry.float32 else dtype, list(size))
+        for entry in entries(shape)
+        for name, size in zip(entry.theirs, entry.shapes, strict=True)
+    ]
+
+
+def padded_vocab(vocab: int, tensor_parallel_size: int) -> int:
+    """The vocabulary rounded up so that every rank holds the same number of rows."""
+    return -(-vocab // tensor_parallel_size) * tensor_parallel_size
