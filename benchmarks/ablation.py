@@ -33,7 +33,7 @@ WARMUP_STEPS = 6  # steps' worth of episodes that value pre-training generates: 
 STAGGER_S = 4.0  # between two starts: Ray's start-up is the heaviest moment of a run
 RESULTS = ROOT / "benchmarks" / "ablation.json"
 CURVES = ROOT / "benchmarks" / "ablation.svg"
-NO_WARMUP = ("critic.warmup_episodes=0", f"steps={STEPS + WARMUP_STEPS}")
+AS_MANY_EPISODES = f"steps={STEPS + WARMUP_STEPS}"  # of a run without value pre-training
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,11 @@ VARIANTS = (
     Variant("independent", "PPO, independent credit", ("advantage.credit=independent",)),
     Variant("no_summaries", "PPO, summaries not trained", ("policy.train_summaries=false",)),
     Variant("sub_trace_mean", "PPO, mean loss per sub-trace", ("policy.loss_norm=sub_trace",)),
-    Variant("no_warmup", "PPO, no value pre-training", NO_WARMUP),
+    Variant("no_warmup", "PPO, no value pre-training", ("critic.warmup_episodes=0", AS_MANY_EPISODES)),
     Variant(
         "grpo",
         "GRPO, 8 episodes a prompt",
-        ("advantage.baseline=grpo", "buffer.episodes_per_prompt=8", "advantage.whiten=false", *NO_WARMUP),
+        ("advantage.baseline=grpo", "buffer.episodes_per_prompt=8", "advantage.whiten=false", AS_MANY_EPISODES),
     ),
 )
 

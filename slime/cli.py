@@ -79,28 +79,21 @@ def _compose_and_run(command: str, rest: list[str]) -> int:
         print(_train_help(command, folders))
         return 0
 
-    from slime.config import ConfigError, load, missing
+    from launch.preflight import problems
+    from slime.config import ConfigError, load, load_start, missing
+    from slime.prepare import prepare
 
     try:
         loaded = load(overrides, recipes_dir)
+        start = load_start(loaded, recipes_dir)
+        absent = missing(loaded.config)
+        if command == "config" and not absent:
+            prepare(loaded.config, start)  # `train` does the same
     except ConfigError as error:
         return _refuse(str(error))
-
-    from launch.preflight import problems
-
-    against = [*missing(loaded.config), *problems(loaded.config.cluster)]
+    against = [*absent, *problems(loaded.config.cluster)]
     if command == "config":
-        notes = []
-        if not against:
-            from slime.config.rows import overlong_in_files
-
-            try:
-                found = overlong_in_files(loaded.config)
-            except ValueError as error:
-                return _refuse(str(error))
-            against = [one.message for one in found if one.all]
-            notes = [one.message for one in found if not one.all]
-        _show(loaded, against, notes)
+        _show(loaded, against)
         return 0
     if against:
         return _refuse("; ".join(against))
@@ -116,7 +109,7 @@ def _compose_and_run(command: str, rest: list[str]) -> int:
     from slime.train import main as run
 
     try:
-        run(loaded.config, recipes_dir)
+        run(loaded.config, start)
     except (ConfigError, CheckpointError, LockError, NodeError) as error:
         return _refuse(str(error))
     return 0
@@ -254,14 +247,14 @@ def _train_help(command: str, folders: list[Path]) -> str:
     return "\n".join(lines)
 
 
-def _show(loaded: Loaded, against: list[str], notes: list[str]) -> None:
+def _show(loaded: Loaded, against: list[str]) -> None:
     dim, plain = ("\033[2m", "\033[0m") if sys.stdout.isatty() and "NO_COLOR" not in os.environ else ("", "")
     shown = [
         f"{text:<{_COMMENT_COLUMN}}  {dim}# {origin}{plain}" if origin else text
         for text, origin in _lines(loaded.config, loaded.origins)
     ]
     shown += ["", "this machine can not run it:" if against else "this machine can run it"]
-    _say("\n".join([*shown, *(f"  {reason}" for reason in [*against, *notes])]))
+    _say("\n".join([*shown, *(f"  {reason}" for reason in against)]))
 
 
 def _say(text: str) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 from buffer.tasks import TaskRow, read_rows, write_rows
 from launch.lock import made_once
 from rollout.environment import Task
-from slime.config import ConfigError, check_model
+from slime.config import ConfigError, check_model, missing
 from slime.config.rows import overlong, split_problems
 from slime.schema import Config, Kind
 
@@ -84,33 +84,73 @@ def _rows(config: Config, task: Task, split: str, count: int) -> list[TaskRow]:
 
 
 def untrained_model(config: Config, task: Task) -> Path:
-    """The folder of model.path, or the task's own small model, made when it is missing. ConfigError: `check_model`."""
+    """The folder of model.path, or the task's own small model, made when it is missing. ConfigError: `make_model` has
+    none or writes none.
+    """
     if config.model.path:
-        return Path(config.model.path)
-    folder = Path(config.cache_dir) / "models" / f"{config.model.name}-{digest([config.task.target, config.seed])}"
-    made_once(folder, lambda part: task.make_model(part, config.seed))
-    check_model(config, folder)
+        return Path(config.model.path).resolve()
+    made_from = [config.task.target, config.task.options, config.seed]
+    folder = Path(config.cache_dir) / "models" / f"{config.model.name}-{digest(made_from)}"
+
+    def make(part: Path) -> None:
+        try:
+            task.make_model(part, config.seed)
+        except ValueError as error:
+            raise ConfigError(f"{config.task.target}: {error}") from error
+        if not part.is_dir():
+            raise ConfigError(f"{config.task.target}: make_model wrote nothing to {part}")
+
+    made_once(folder, make)
     return folder.resolve()
 
 
-def start_folder(config: Config, warm_start: Config) -> Path:
-    """Where the result of the warm-start recipe is cached; it changes with that recipe's settings."""
-    relevant = {k: v for k, v in asdict(warm_start).items() if k in {"seed", "steps", "task", "model", "policy", "sft"}}
-    return (Path(config.cache_dir) / "starts" / f"{warm_start.recipe}-{digest(relevant)}").resolve()
+def start_folder(config: Config, start: Config) -> Path:
+    """Where the result of the warm start is cached; it changes with all that its training reads, the model's files too.
 
-
-def prepare(config: Config, model_folder: Path | None = None) -> Prepared:
-    """Rows and model of a run. ConfigError names what is wrong with them.
-
-    Rows whose prompt leaves no room for a turn are named on stderr; only where there are no others, they are refused.
+    ConfigError: see `untrained_model`.
     """
+    kept = {"seed", "steps", "task", "model", "policy", "sft"}
+    relevant = {key: value for key, value in asdict(start).items() if key in kept}
+    relevant |= {key: asdict(start.rollout)[key] for key in ("max_turns", "max_turn_tokens", "compaction")}
+    if start.model.path:
+        files = sorted(path for path in Path(start.model.path).glob("*") if path.is_file())
+        relevant["files"] = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+    return (Path(config.cache_dir) / "starts" / f"{start.recipe}-{digest(relevant)}").resolve()
+
+
+def first_model(config: Config, task: Task, start: Config | None) -> Path:
+    """A folder with the shape that training begins with: the start's result where it is there, else what it begins
+    with. ConfigError: it does not go with the settings.
+    """
+    if start is None:
+        folder = untrained_model(config, task)
+    else:
+        done = start_folder(config, start)
+        folder = done if done.exists() else untrained_model(start, make_task(start))
+    check_model(config, folder)
+    return folder
+
+
+def prepare(config: Config, start: Config | None = None) -> Prepared:
+    """Rows and model of a run, and with them all that can be known before a process starts.
+
+    `start`: the recipe that makes the model to start from. Rows whose prompt leaves no room for a turn are named on
+    stderr; only where there are no others, they are refused. ConfigError names what is wrong with either recipe.
+    """
+    for problem in missing(config):
+        raise ConfigError(problem)
     task = make_task(config)
     train = _rows(config, task, "train", TRAIN_ROWS)
     evaluated = config.kind is Kind.ppo or config.task.eval
     evaluation = _rows(config, task, "eval", config.eval.num_tasks) if evaluated else []
     for problem in split_problems(config, train, evaluation):
         raise ConfigError(problem)
-    folder = model_folder or untrained_model(config, task)
+    if start is not None and not start_folder(config, start).exists():
+        try:
+            prepare(start)
+        except ConfigError as error:
+            raise ConfigError(f"model.start={config.model.start}: {error}") from error
+    folder = first_model(config, task, start)
     for split, rows in (("train", train), ("eval", evaluation)):
         try:
             found = overlong(config, split, rows, folder)

@@ -36,7 +36,7 @@ class ModelConfig:
 
     name: str = ""
     path: str = ""  # Hugging Face folder; "": the task's tiny model, built on the spot
-    start: str = ""  # recipe whose exported model is the start, run first when its result is missing; "": `path`
+    start: str = ""  # recipe that trains `path` first; its result, cached, is then the start. "": `path` itself is
     template: str = "chatml"  # how messages become tokens: rollout/rendering.py
 
 

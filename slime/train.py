@@ -13,7 +13,7 @@ from launch.local import start_ray, stop_ray
 from launch.lock import made_once, run_lock
 from slime import checkpoint, loop, sft
 from slime.build import Parts, build, find_places
-from slime.config import ConfigError, differences, dump, load
+from slime.config import ConfigError, differences, dump
 from slime.observe.tracking import Tracker, read_metrics
 from slime.observe.view import View
 from slime.observe.watch import Watch
@@ -57,25 +57,15 @@ def record(config: Config, run_dir: Path) -> None:
     part.replace(run_dir / "config.yaml")
 
 
-def start_model(config: Config, recipes_dir: Path | None) -> Path:
-    """The model folder to start from; runs the warm-start recipe when its result is missing."""
-    base = untrained_model(config, make_task(config))
-    if not config.model.start:
-        return base
-    arguments = [f"recipe={config.model.start}", f"model={config.model.name}", f"cluster={config.cluster.name}"]
-    arguments += [f"seed={config.seed}", f"runs_dir={config.runs_dir}", f"cache_dir={config.cache_dir}"]
-    arguments += [
-        f"cluster.ray_address='{config.cluster.ray_address}'",
-        f"cluster.num_nodes={config.cluster.num_nodes}",
-    ]
-    arguments += [f"tracking.wandb={config.tracking.wandb}"]
-    arguments += [f"rollout.sandbox.allow_unsafe={config.rollout.sandbox.allow_unsafe}"]
-    warm_start = load(arguments, recipes_dir).config
-    folder, run_dir = start_folder(config, warm_start), folder_of(warm_start)
+def start_model(config: Config, start: Config | None) -> Path:
+    """The model folder to start from; runs the warm start when its result is missing."""
+    if start is None:
+        return untrained_model(config, make_task(config))
+    folder, run_dir = start_folder(config, start), folder_of(start)
 
     def make(part: Path) -> None:
         with run_lock(run_dir, wait=True):
-            shutil.copytree(run_sft(warm_start, run_dir), part)
+            shutil.copytree(run_sft(start, run_dir), part)
 
     made_once(folder, make)
     return folder
@@ -160,14 +150,14 @@ def train(config: Config, parts: Parts, watch: Watch, run_dir: Path, step: int) 
                 checkpoints.save(step)
 
 
-def main(config: Config, recipes_dir: Path | None = None) -> None:
-    """Runs a recipe to its end, or goes on with one that was stopped. `recipes_dir`: the user's own recipes."""
+def main(config: Config, start: Config | None = None) -> None:
+    """Runs a recipe to its end, or goes on with one that was stopped. `start`: the recipe that makes its model."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     with run_lock(folder_of(config)):
-        _main(config, recipes_dir)
+        _main(config, start)
 
 
-def _main(config: Config, recipes_dir: Path | None) -> None:
+def _main(config: Config, start: Config | None) -> None:
     run_dir, step = open_run(config)
     try:
         if config.kind is Kind.sft:
@@ -176,8 +166,8 @@ def _main(config: Config, recipes_dir: Path | None) -> None:
         if step >= config.steps:
             print(f"{run_dir} has finished its {config.steps} steps; report: {write_report(run_dir)}")
             return
-        inputs = prepare(config)  # what is wrong with task rows is said before the warm start, not after it
-        inputs = replace(inputs, model_folder=start_model(config, recipes_dir))
+        inputs = prepare(config, start)  # what is wrong is said before the warm start, not after it
+        inputs = replace(inputs, model_folder=start_model(config, start))
         start_ray(config.cluster)
         run_ppo(config, run_dir, step, inputs)
     finally:

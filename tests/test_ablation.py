@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import ablation
+from slime.config import load
 
 
 def test_a_curve_counts_the_tokens_of_pre_training() -> None:
@@ -31,6 +32,12 @@ def test_runs_are_compared_at_a_budget_that_they_have_reached() -> None:
     assert len(lines) == 5  # grpo has not come so far
     # at 40 tokens 0.0 and 0.2, at 80 0.4 and 0.4
     assert "| 2 | 0.10 (0.00 - 0.20) | 0.10 (0.00 - 0.20) | 0.40 (0.40 - 0.40) |" in lines[-1]
+
+
+@pytest.mark.parametrize("variant", ablation.VARIANTS, ids=lambda variant: variant.name)
+def test_every_variant_composes(variant: ablation.Variant, tmp_path: Path) -> None:
+    command = ablation.Cell(variant, 0, tmp_path).command([])
+    load(command[command.index("recipe=ppo_coding") :])
 
 
 def test_the_command_of_a_cell_is_the_recipe_and_what_differs(tmp_path: Path) -> None:

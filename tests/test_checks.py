@@ -14,7 +14,7 @@ from launch.config import ClusterConfig
 from launch.preflight import Machine, problems
 from slime.config import ConfigError, check, dump, leaves, load, missing
 from slime.config.checks import RANGES
-from slime.prepare import make_task, untrained_model
+from slime.prepare import first_model, make_task
 from slime.schema import Config
 from trainer.layout import Sizes
 
@@ -178,10 +178,12 @@ def test_groups_that_can_not_work(argument: str, parts: list[str]) -> None:
         assert part in message
 
 
-def test_without_a_critic_its_numbers_are_not_looked_at() -> None:
-    wrong = "critic.num_minibatches=129"
-    assert wrong in refusal(*PINNED, wrong)
-    load([*PINNED, wrong, "advantage.baseline=rloo", "buffer.episodes_per_prompt=8"])
+def test_without_a_critic_its_numbers_in_a_recipe_are_not_looked_at(tmp_path: Path) -> None:
+    wrong = "# @package _global_\n# Ours\ndefaults: [ppo_coding, _self_]\ncritic: {num_minibatches: 129}\n"
+    write(tmp_path / "recipe" / "mine.yaml", wrong)
+    with pytest.raises(ConfigError, match=r"critic\.num_minibatches=129"):
+        load(["recipe=mine"], tmp_path)
+    load(["recipe=mine", "advantage.baseline=rloo", "buffer.episodes_per_prompt=8"], tmp_path)
 
 
 # ------------------------------------------------------------- GPUs and the model
@@ -208,8 +210,8 @@ def test_more_nodes_make_room() -> None:
     load([*GPU_PINNED, "critic.layout.num_processes=4", "cluster.num_nodes=2", "cluster.ray_address=auto"])
 
 
-def test_a_warm_start_needs_no_gpus_for_a_critic() -> None:
-    load(["recipe=sft_coding", "cluster=gpu_8", "cluster.gpus_per_node=6"])
+def test_a_warm_start_needs_no_gpus_for_a_critic_or_engines() -> None:
+    load(["recipe=sft_coding", "cluster=gpu_8", "cluster.gpus_per_node=4"])
     assert "gpus_per_node" in refusal("recipe=sft_coding", "cluster=gpu_8", "cluster.gpus_per_node=2")
 
 
@@ -252,7 +254,7 @@ def test_a_model_that_the_task_makes_must_fit_the_layout_too(tmp_path: Path) -> 
     with pytest.raises(
         ConfigError, match=r"critic\.layout: pipeline_parallel.*num_hidden_layers=3.*pipeline_parallel=2"
     ):
-        untrained_model(config, make_task(config))
+        first_model(config, make_task(config), None)
 
 
 def test_a_broken_model_folder_is_named(tmp_path: Path) -> None:
@@ -262,7 +264,8 @@ def test_a_broken_model_folder_is_named(tmp_path: Path) -> None:
     write(tmp_path / "config.json", "{")
     assert "not JSON" in refusal(*GPU, f"model.path={tmp_path}")
     write(tmp_path / "config.json", json.dumps(QWEN3_8B))
-    assert missing(load([*GPU, f"model.path={tmp_path}"]).config) == []
+    (told,) = missing(load([*GPU, f"model.path={tmp_path}"]).config)
+    assert "holds no weights" in told
 
 
 def test_a_run_is_not_put_into_the_folder_of_its_warm_start() -> None:

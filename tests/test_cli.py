@@ -110,15 +110,17 @@ def test_config_of_a_runnable_recipe(capsys: pytest.CaptureFixture[str]) -> None
 
 
 @pytest.mark.usefixtures("_roomy_machine")
-def test_train_hands_over_config_and_recipes_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_train_hands_over_the_run_and_its_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen: list[Any] = []
     fake = ModuleType("slime.train")
-    fake.main = lambda config, recipes_dir: seen.append((config.steps, recipes_dir))  # type: ignore[attr-defined]
+    fake.main = lambda config, start: seen.append((config.steps, start and start.recipe))  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "slime.train", fake)
-    (tmp_path / "recipe").mkdir()
-    assert cli.main(["train", PPO, "steps=3"]) == 0
-    assert cli.main(["train", PPO, "steps=4", "--recipes", str(tmp_path)]) == 0
-    assert seen == [(3, None), (4, tmp_path)]
+    own = tmp_path / "recipe" / "sft_own.yaml"
+    own.parent.mkdir()
+    own.write_text("# @package _global_\n# Ours\ndefaults: [sft_coding, _self_]\n")
+    assert cli.main(["train", PPO, "steps=3", "model.start="]) == 0
+    assert cli.main(["train", PPO, "steps=4", "--recipes", str(tmp_path), "model.start=sft_own"]) == 0
+    assert seen == [(3, None), (4, "sft_own")]
 
 
 @pytest.mark.usefixtures("_roomy_machine")
@@ -127,7 +129,7 @@ def test_a_refusal_inside_training_is_one_line_too(
 ) -> None:
     from slime.config import ConfigError
 
-    def refuse(config: Any, recipes_dir: Any) -> None:
+    def refuse(config: Any, start: Any) -> None:
         raise ConfigError("steps: 3 -> 4\nsince the last start")
 
     fake = ModuleType("slime.train")
@@ -236,7 +238,7 @@ def test_a_mistake_in_a_process_of_its_own_shows_no_traceback() -> None:
 
 
 def test_a_reader_that_stops_early_sees_no_traceback() -> None:
-    config = [sys.executable, "-m", "slime.cli", "config", PPO]
+    config = [sys.executable, "-m", "slime.cli", "config", PPO, "model.path=absent"]
     with subprocess.Popen(config, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         process.stdout.close()

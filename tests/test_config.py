@@ -154,6 +154,13 @@ def test_options_of_the_task_keep_their_types() -> None:
     assert options.options == {"depth": 3, "names": ["a", "b"], "sub": {"rate": 0.5}}
 
 
+@pytest.mark.parametrize("text", ["{mode: a, sub: {rate: 0.5}}", "{mode:a,sub:{rate:0.5}}"])
+def test_options_of_the_task_may_be_one_mapping_that_is_added(text: str, tmp_path: Path) -> None:
+    write(tmp_path / "recipe" / "mine.yaml", BARE.replace("'mine.task:Mine'", "'mine.task:Mine', options: {depth: 3}"))
+    options = load(["recipe=mine", f"task.options={text}"], tmp_path).config.task.options
+    assert options == {"depth": 3, "mode": "a", "sub": {"rate": 0.5}}
+
+
 # ------------------------------------------------------------- refusals by load
 
 
@@ -169,6 +176,19 @@ def test_options_of_the_task_keep_their_types() -> None:
         (["recipe="], ["recipe=: no such recipe"]),
         ([PPO, "polcy.optimizer.lr=1"], ["unknown key 'polcy.optimizer.lr'", "'policy.optimizer.lr'"]),
         ([PPO, "policy.optimiser.lr=1"], ["unknown key", "'policy.optimizer.lr'"]),
+        ([PPO, "policy.lr=1"], ["did you mean 'policy.optimizer.lr'?"]),
+        ([PPO, "critic.lr=1"], ["did you mean 'critic.optimizer.lr'?"]),
+        ([PPO, "lr=1"], ["did you mean 'policy.optimizer.lr'?"]),
+        ([PPO, "policy.precision=bf16"], ["did you mean 'policy.layout.precision'?"]),
+        ([PPO, "rollout.tensor_parallel=2"], ["did you mean 'rollout.engine.tensor_parallel'?"]),
+        ([PPO, "rollout.summary_tokens=2"], ["did you mean 'rollout.compaction.summary_tokens'?"]),
+        ([PPO, "rollout.num_tasks=2"], ["did you mean 'eval.num_tasks'?"]),
+        ([PPO, "cluster.gpus=2"], ["did you mean 'cluster.gpus_per_node'?"]),
+        ([PPO, "lambda=1"], ["'advantage.lambda_policy' or 'advantage.lambda_critic'"]),
+        ([PPO, "critic.kl_coef=1"], ["did you mean 'policy.kl_coef'?"]),
+        ([PPO, "policy.learning_rate=1"], ["known: policy.layout.*, policy.optimizer.*, policy.loss"]),
+        ([PPO, "policy.optimizer.lr.x=1"], ["did you mean 'policy.optimizer.lr'?"]),
+        ([PPO, "critic.value_range.low=1"], ["did you mean 'critic.value_range'?"]),
         ([PPO, "lambda_policy=1"], ["unknown key 'lambda_policy'", "'advantage.lambda_policy'"]),
         ([PPO, "step=3"], ["unknown key 'step'", "'steps'"]),
         ([PPO, "eval.zzz=3"], ["unknown key 'eval.zzz'", "eval.every, eval.num_tasks"]),
@@ -184,6 +204,10 @@ def test_options_of_the_task_keep_their_types() -> None:
         ([PPO, "rollout.engine.pause=abort"], ["rollout.engine.pause=abort", "one of retract, in_place"]),
         ([PPO, "policy=ppo"], ["policy=ppo is a section", "policy.layout"]),
         ([PPO, "task.options=3"], ["task.options=3", "must be a mapping"]),
+        ([PPO, "task.options={mode"], ["task.options={mode: can't be read", "task.options.NAME=VALUE"]),
+        ([PPO, "task.options={'mode': 1}"], ["can't be read", "task.options.NAME=VALUE", "{name: value}"]),
+        ([PPO, "critic.value_range=[low]"], ["critic.value_range=['low']: must be a list, each of it a number"]),
+        ([PPO, "critic.freeze=all"], ["critic.freeze=all: must be a list, each of it text"]),
         ([PPO, "steps"], ["'steps' is not key=value"]),
         ([PPO, "steps =3"], ["'steps =3' is not key=value"]),
         ([PPO, "+steps=3"], ["'+steps=3' is not key=value"]),

@@ -140,10 +140,10 @@ def test_a_frozen_role_has_weights_alone() -> None:
 @pytest.mark.parametrize(
     ("numbers", "together"),
     [
-        (["cluster.sharing=trainers"], False),
-        (["cluster.sharing=trainers", "policy.layout.offload=optimizer"], False),
-        (["cluster.sharing=trainers", "critic.layout.offload=role"], True),
-        (["policy.layout.offload=role"], False),
+        (["cluster.sharing=trainers", "cluster.gpus_per_node=2"], False),
+        (["cluster.sharing=trainers", "cluster.gpus_per_node=2", "policy.layout.offload=optimizer"], False),
+        (["cluster.sharing=trainers", "cluster.gpus_per_node=2", "critic.layout.offload=role"], True),
+        (["cluster.gpus_per_node=3", "policy.layout.offload=role"], False),
     ],
 )
 def test_turns_are_for_roles_that_share_a_gpu_and_leave_it(numbers: list[str], together: bool) -> None:

@@ -14,7 +14,7 @@ from roles import batch_of, seven_sub_traces
 
 from buffer.tasks import TaskRow
 from buffer.types import Batch
-from recipes.coding.model import build_tokenizer
+from recipes.coding.model import build_model
 from rollout.worker import Played
 from slime import Environment, Sandbox, Task, cli, loop
 from slime.config import ConfigError, load
@@ -36,9 +36,9 @@ def written(path: Path, prompts: Sequence[str], encoding: str = "utf-8") -> Path
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tokenizer."""
-    folder = tmp_path_factory.mktemp("model")
-    build_tokenizer().save_pretrained(folder)
+    """A model's folder."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    build_model(folder, 0)
     return folder
 
 
@@ -91,7 +91,7 @@ def made(tmp_path: Path, model: Path, rows: Any, *more: str, recipe: str = PPO) 
     places = [f"cache_dir={tmp_path}", f"model.path={model}", "task.target=test_rows:Maker", *WINDOW, *more]
     config = load([recipe, *places]).config
     config.task.options = {"rows": rows}
-    return prepare(config, model)
+    return prepare(config)
 
 
 @pytest.mark.parametrize(
@@ -174,16 +174,15 @@ def test_slime_config_shows_them(
     tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("launch.preflight.problems", lambda cluster: [])
-    monkeypatch.setattr("slime.config.checks._model", lambda config: ())  # the folder has but a tokenizer
-    monkeypatch.setattr("slime.config.missing", lambda config: [])
     mixed = written(tmp_path / "mixed.jsonl", ["a", long(300)])
     filled = written(tmp_path / "filled.jsonl", [long(300)] * 2)
-    for rows, verdict in ((mixed, "can run it"), (filled, "can not run it:")):
-        assert cli.main(["config", PPO, f"model.path={model}", "model.start=''", f"task.train={rows}", *WINDOW]) == 0
-        told = capsys.readouterr().out.partition("\n\n")[2].splitlines()
-        assert told[0] == f"this machine {verdict}"
-        assert f"task.train={rows}: " in told[1]
-        assert "leave no room for a turn" in told[1]
+    places = [f"model.path={model}", "model.start=''", f"cache_dir={tmp_path}"]
+    for rows, code, begins in ((mixed, 0, "slime: note: "), (filled, 2, "slime: error: ")):
+        assert cli.main(["config", PPO, *places, f"task.train={rows}", *WINDOW]) == code
+        out, told = capsys.readouterr()
+        assert told.startswith(f"{begins}task.train={rows}: ")
+        assert "leave no room for a turn" in told
+        assert ("this machine can run it" in out) == (code == 0)
 
 
 # Episodes without a turn --------------------------------------------------------------------------------------------
@@ -271,10 +270,10 @@ class Stage:
 
     def __init__(self, rows: Sequence[TaskRow]) -> None:
         self.rows = rows
-        self.played: Counter[int] = Counter()
+        self.times: Counter[int] = Counter()
 
     def demonstrate(self, indices: Sequence[int], progress: float) -> list[list[Played]]:
-        self.played.update(indices)
+        self.times.update(indices)
         trace = seven_sub_traces()[:1]
         fits = [len(self.rows[index].prompt) + 2 <= ROOM for index in indices]
         prompts = [len(self.rows[index].prompt) + 2 for index in indices]
@@ -284,6 +283,9 @@ class Stage:
                 for index, ok, prompt in zip(indices, fits, prompts, strict=True)
             ]
         ]
+
+    def played(self, refs: Sequence[list[Played]], what: str) -> list[Played]:
+        return [one for part in refs for one in part]
 
 
 def rehearse(prompts: Sequence[str], num_batches: int = 9) -> tuple[Stage, list[int]]:
@@ -297,29 +299,22 @@ def rehearse(prompts: Sequence[str], num_batches: int = 9) -> tuple[Stage, list[
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 10, 31, 32, 33, 100])
-def test_any_number_of_rows_makes_batches_and_all_are_played_equally_often(
-    monkeypatch: pytest.MonkeyPatch, num_rows: int
-) -> None:
-    monkeypatch.setattr("ray.get", lambda refs, timeout: refs)
+def test_any_number_of_rows_makes_batches_and_all_are_played_equally_often(num_rows: int) -> None:
     stage, silent = rehearse(["a"] * num_rows, num_batches=20)
-    counts = [stage.played[index] for index in range(num_rows)]
+    counts = [stage.times[index] for index in range(num_rows)]
     assert max(counts) - min(counts) <= 1
     assert sum(counts) % EPISODES_PER_CALL == 0
     assert not any(silent)
 
 
-def test_demonstrations_without_a_turn_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ray.get", lambda refs, timeout: refs)
+def test_demonstrations_without_a_turn_are_counted() -> None:
     stage, silent = rehearse(["a", long(300), "a", "a"])
-    assert sum(silent) == pytest.approx(stage.played[1], abs=EPISODES_PER_CALL)  # one call is ahead
+    assert sum(silent) == pytest.approx(stage.times[1], abs=EPISODES_PER_CALL)  # one call is ahead
     assert sum(silent) > 0
 
 
 @pytest.mark.parametrize(("num_rows", "num_told"), [(1, 32), (10, 32), (100, 128), (5000, MAX_WITHOUT_TURN)])
-def test_without_any_that_fits_a_supervised_run_ends(
-    monkeypatch: pytest.MonkeyPatch, num_rows: int, num_told: int
-) -> None:
-    monkeypatch.setattr("ray.get", lambda refs, timeout: refs)
+def test_without_any_that_fits_a_supervised_run_ends(num_rows: int, num_told: int) -> None:
     message = (
         rf"^no demonstration to learn: the prompts of {num_told} episodes leave no room .* has 301 tokens, at most 58"
     )

@@ -141,7 +141,7 @@ def test_bad_tasks_are_refused_in_one_line(
     override: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(train, "stop_ray", lambda: None)  # nothing was started: leave others' clusters alone
-    monkeypatch.setattr(train, "start_model", lambda config, recipes_dir: pytest.fail("started to train"))
+    monkeypatch.setattr(train, "start_model", lambda config, start: pytest.fail("started to train"))
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"id": "a", "domain": "d", "prompt": "p"}\n{\n')
     arguments = ["train", "recipe=ppo_coding", f"runs_dir={tmp_path / 'runs'}", f"cache_dir={tmp_path / 'cache'}"]

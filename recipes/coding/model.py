@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers.utils import logging
 
 from recipes.coding.rows import HIGHEST, LOWEST, OTHER_NAMES, VARIABLES
 
@@ -90,6 +91,7 @@ def build_model(folder: Path, seed: int) -> None:
             weight.copy_(torch.randn(weight.shape, generator=generator) * std)
     _favour_copying(model, generator)
     part = folder.with_name(folder.name + ".part")
+    logging.disable_progress_bar()
     model.save_pretrained(part)
     tokenizer.save_pretrained(part)
     part.rename(folder)

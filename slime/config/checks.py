@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from critic.config import Baseline, Credit, Truncation
-from launch.config import Sharing
-from slime.config.nodes import layouts, unplaced
+from rollout.rendering import TEMPLATES
+from slime.config.model import broken, unsuited
+from slime.config.nodes import crowded, layouts
 from slime.config.rows import row_problems
 from slime.schema import Config, Kind
-from trainer.config import Correction, Loss, Precision
-from trainer.layout import check_layout
-from trainer.megatron.models.shape import read_shape
+from trainer.config import Correction, Loss
 
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 TARGET = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
@@ -105,15 +104,15 @@ def check(config: Config) -> None:
     """Refuses what can not work, before any process starts. ConfigError: the first problem found.
 
     Reads nothing but the model's config.json and the rows of `task.train` and `task.eval`, where they exist;
-    what does not exist is told by `missing`.
+    what does not exist, or not whole, is told by `missing`.
     """
-    for part in (_ranges, _names, _budgets, _training, _processes, _model, row_problems):
+    for part in (_ranges, _names, _budgets, _training, crowded, _model, row_problems):
         for problem in part(config):
             raise ConfigError(problem)
 
 
 def missing(config: Config) -> list[str]:
-    """Files that the run reads and that are not there, one line each."""
+    """Files that the run reads and that are not there, or not whole, one line each."""
     found = []
     package = config.task.target.partition(":")[0].partition(".")[0]
     if find_spec(package) is None and PathFinder.find_spec(package, [str(Path.cwd())]) is None:
@@ -128,6 +127,8 @@ def missing(config: Config) -> list[str]:
             found.append(f"model.path={config.model.path}: no such folder; {cure}")
         elif not (folder / "config.json").is_file():
             found.append(f"model.path={config.model.path}: holds no config.json; {cure}")
+        else:
+            found += broken(config, folder)
     for key, name in (("train", config.task.train), ("eval", config.task.eval)):
         if name and not Path(name).is_file():
             found.append(f"task.{key}={name}: no such file of task rows")
@@ -174,6 +175,9 @@ def _names(config: Config) -> Iterator[str]:
         yield f"task.target={config.task.target!r} does not name a task: write package.module:Class"
     if config.kind is Kind.ppo and config.model.start == run:
         yield f"run={run} is the folder of the warm start, model.start={run}: choose another run= name"
+    if config.model.template not in TEMPLATES:
+        known = ", ".join(TEMPLATES)
+        yield f"model.template={config.model.template!r}: no such template; known: {known}"
     if config.kind is Kind.sft and config.model.start == config.recipe:
         yield f"model.start={config.model.start} starts recipe {config.recipe} from its own result: use model.start=''"
 
@@ -188,7 +192,7 @@ def _budgets(config: Config) -> Iterator[str]:
             f"summary_tokens={compaction.summary_tokens}; use at most {room}"
         )
     cache = config.rollout.engine.max_total_tokens
-    if 0 < cache < window:
+    if config.kind is Kind.ppo and 0 < cache < window:
         yield (
             f"rollout.engine.max_total_tokens={cache} is below rollout.compaction.context_tokens={window}: "
             f"one agent would not fit in the KV cache; use at least {window}, or 0 to let the engine decide"
@@ -276,109 +280,13 @@ def _episode_baseline(config: Config) -> Iterator[str]:
         )
 
 
-def _processes(config: Config) -> Iterator[str]:
-    cluster, engine = config.cluster, config.rollout.engine
-    if cluster.gpus_per_node == 0:
-        for role, layout in layouts(config):
-            if layout.precision is Precision.bf16:
-                yield (
-                    f"{role}.layout.precision=bf16 on CPUs (cluster.gpus_per_node=0) is some 40 times slower "
-                    "than fp32 without AMX: use fp32"
-                )
-        yield from unplaced(config)
-        return
-    if cluster.sharing is not Sharing.none:
-        yield from _shared_gpu(config)
-        yield from unplaced(config)
-        return
-    sizes = [
-        ("rollout.engine", engine.tensor_parallel),
-        *((f"{r}.layout", x.tensor_parallel) for r, x in layouts(config)),
-    ]
-    for key, size in sizes:
-        if size > cluster.gpus_per_node:
-            yield (
-                f"{key}.tensor_parallel={size} would leave the node: cluster.gpus_per_node={cluster.gpus_per_node}; "
-                f"use at most {cluster.gpus_per_node}"
-            )
-    roles = [("rollout.engine.num_engines", engine.num_engines, engine.tensor_parallel, engine.tensor_parallel)]
-    roles += [
-        (f"{role}.layout.num_processes", layout.num_processes, copies, layout.row_size)
-        for (role, layout), copies in zip(layouts(config), (2 if config.policy.kl_coef else 1, 1), strict=False)
-    ]  # the policy's reference, with a KL, is as large as the policy
-    gpus = cluster.gpus_per_node * cluster.num_nodes
-    needed = sum(count * each for _, count, each, _ in roles)
-    if needed <= gpus:
-        yield from unplaced(config)
-        return
-    cure = f"use cluster.gpus_per_node of at least {-(-needed // cluster.num_nodes)}"
-    for key, count, each, multiple in reversed(roles):  # the last role that can give way alone
-        left = gpus - (needed - count * each)
-        if left >= multiple:
-            cure = f"the nearest that works is {key}={left // multiple * multiple // each}"
-            break
-    parts = " + ".join(f"{count * each} ({key.removesuffix('.layout.num_processes')})" for key, count, each, _ in roles)
-    yield (
-        f"{parts} = {needed} GPUs, cluster.gpus_per_node*num_nodes={cluster.gpus_per_node}*{cluster.num_nodes}={gpus}: "
-        f"{cure}"
-    )
-
-
-def _shared_gpu(config: Config) -> Iterator[str]:
-    """What can lie on one GPU together."""
-    cluster, engine = config.cluster, config.rollout.engine
-    counts = {f"{role}.layout.num_processes": layout.num_processes for role, layout in layouts(config)}
-    if cluster.sharing is Sharing.all:
-        counts["rollout.engine.num_engines"] = engine.num_engines
-        counts["rollout.engine.tensor_parallel"] = engine.tensor_parallel
-        if engine.delta:
-            yield "rollout.engine.delta=true with cluster.sharing=all: engines lose their weights each step, use false"
-        if config.buffer.slots != config.buffer.episodes_per_step:
-            yield (
-                f"buffer.slots={config.buffer.slots} with cluster.sharing=all: engines stand still while a step is "
-                f"trained, use buffer.episodes_per_step={config.buffer.episodes_per_step}"
-            )
-    for key, count in counts.items():
-        if count != 1:
-            yield f"{key}={count} with cluster.sharing={cluster.sharing.value}: these roles share one GPU, use 1"
-    needed = 1 if cluster.sharing is Sharing.all else 1 + engine.num_engines * engine.tensor_parallel
-    if needed > cluster.gpus_per_node * cluster.num_nodes:
-        yield f"{needed} GPUs are needed, cluster.gpus_per_node={cluster.gpus_per_node}: use at least {needed}"
-
-
 def _model(config: Config) -> Iterator[str]:
     if config.model.path and (Path(config.model.path) / "config.json").is_file():
-        yield from _in_folder(config, Path(config.model.path))
+        yield from unsuited(config, Path(config.model.path))
 
 
 def check_model(config: Config, folder: Path) -> None:
-    """The part of `check` about the model, for one that a task has made. ConfigError: the first problem found."""
-    for problem in _in_folder(config, folder):
-        raise ConfigError(problem)
-
-
-def _in_folder(config: Config, folder: Path) -> Iterator[str]:
-    path = folder / "config.json"
-    try:
-        shape = read_shape(folder)
-    except ValueError as error:
-        yield str(error)
-        return
-    window = config.rollout.compaction.context_tokens
-    if window > shape.max_positions:
-        yield (
-            f"rollout.compaction.context_tokens={window} is above the model's max_position_embeddings="
-            f"{shape.max_positions} ({path}): use at most {shape.max_positions}"
-        )
-    size = config.rollout.engine.tensor_parallel
-    if shape.heads % size:
-        nearest = next(n for n in range(min(size, shape.heads), 0, -1) if shape.heads % n == 0)
-        yield (
-            f"rollout.engine.tensor_parallel={size} does not divide the model's num_attention_heads={shape.heads} "
-            f"({path}): the nearest that works is {nearest}"
-        )
-    for role, layout in layouts(config):
-        try:
-            check_layout(shape, layout)
-        except ValueError as error:
-            yield f"{role}.layout: {error} ({path})"
+    """`check` and `missing` about the model, for one that a task has made. ConfigError: the first problem found."""
+    for part in (unsuited, broken):
+        for problem in part(config, folder):
+            raise ConfigError(problem)

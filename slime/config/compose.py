@@ -15,11 +15,12 @@ checks types against dataclasses). `OmegaConf.to_object` makes the tree once; be
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from enum import Enum
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -34,12 +35,12 @@ from yaml import MarkedYAMLError, YAMLError
 from launch.environment import expand
 from recipes.catalogue import GROUPS, find, names, search_path
 from slime.config.checks import ConfigError, check, get
-from slime.schema import Config
+from slime.config.effect import without_effect
+from slime.config.keys import OPTIONS, all_keys, expected, hint, hints
+from slime.schema import Config, Kind
 
 _PATHS = ("runs_dir", "cache_dir", "model.path", "task.train", "task.eval")
-_OPTIONS = "task.options"  # the one dict: keys below it are the task's own
 _ARGUMENT = re.compile(r"([A-Za-z_]\w*(?:\.\w+)*)=(.*)", re.DOTALL)
-_TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "text", dict: "a mapping"}
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Loaded:
 
     config: Config
     origins: dict[str, str]  # dotted key -> default | recipe NAME | model NAME | cluster NAME | command line | derived
+    start: tuple[str, ...] = ()  # arguments that compose the recipe which makes the start, where there is one
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,14 @@ def load(arguments: list[str], recipes_dir: Path | None = None) -> Loaded:
     `recipes_dir` is searched before `./recipes` and the recipes that come with slime.
     ConfigError: every mistake of the user's, in one line.
     """
+    loaded, given = _load(arguments, recipes_dir)
+    for problem in without_effect(loaded.config, given):
+        raise ConfigError(problem)
+    return loaded
+
+
+def _load(arguments: list[str], recipes_dir: Path | None) -> tuple[Loaded, list[str]]:
+    """See `load`; with the keys to which the command line gives another value than they would have without it."""
     try:
         folders = search_path(recipes_dir)
     except ValueError as error:
@@ -85,6 +95,9 @@ def load(arguments: list[str], recipes_dir: Path | None = None) -> Loaded:
         OmegaConf.update(tree, "recipe", chosen["recipe"])
         OmegaConf.resolve(tree)
         _expand_paths(tree)
+        before = OmegaConf.merge(schema, *(layer.tree for layer in files))
+        now, then = (leaves(OmegaConf.to_container(one, enum_to_str=True)) for one in (tree, before))
+        given = [key for key in leaves(command_line.tree) if key in now and now[key] != then.get(key)]
         config = _to_object(tree)
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(_one_line(error)) from error
@@ -92,7 +105,46 @@ def load(arguments: list[str], recipes_dir: Path | None = None) -> Loaded:
     if config.model.start and find(folders, "recipe", config.model.start) is None:
         raise ConfigError(_unknown("model.start", config.model.start, names(folders, "recipe")))
     check(config)
-    return Loaded(config, origins)
+    return Loaded(config, origins, _start(config, origins, files)), given
+
+
+def load_start(loaded: Loaded, recipes_dir: Path | None = None) -> Config | None:
+    """The warm start's own configuration; None where there is none. ConfigError: it is no recipe of kind sft, or as of
+    `load`.
+    """
+    if not loaded.start:
+        return None
+    name = loaded.config.model.start
+    try:
+        config = _load(list(loaded.start), recipes_dir)[0].config
+    except ConfigError as error:
+        raise ConfigError(f"model.start={name}: {error}") from error
+    if config.kind is not Kind.sft:
+        raise ConfigError(
+            f"model.start={name} is a recipe of kind {config.kind.value}: name one of kind sft, or use model.start=''"
+        )
+    return config
+
+
+# Keys that say where and on what a run works: the warm start has them as the run has.
+_SAME_PLACE = ("seed", "runs_dir", "cache_dir", "tracking.wandb", "rollout.sandbox.allow_unsafe")
+# Keys that the warm start is given where the recipe or the command line sets them, beside `model=` and `cluster=`.
+_PASSED_ON = ("model.path", "model.template", "cluster.", "tracking.project", "rollout.sandbox.", "sft.")
+
+
+def _start(config: Config, origins: dict[str, str], files: Sequence[_Layer]) -> tuple[str, ...]:
+    """Arguments of the warm start: what is said of the model and the machines reaches it, too."""
+    if config.kind is Kind.sft or not config.model.start:
+        return ()
+    chosen = dict(layer.origin.split(" ", 1) for layer in files)
+    passed = [
+        key
+        for key, origin in origins.items()
+        if key.startswith(_PASSED_ON) and origin.startswith(("recipe ", "command line"))
+    ]
+    groups = [f"recipe={config.model.start}", f"model={chosen['model']}", f"cluster={chosen['cluster']}"]
+    values = {key: get(config, key) for key in dict.fromkeys((*_SAME_PLACE, *passed))}
+    return (*groups, *(f"{key}={_written(value)}" for key, value in values.items()))
 
 
 def dump(config: Config) -> str:
@@ -140,7 +192,7 @@ def _split(arguments: list[str], folders: list[Path]) -> tuple[dict[str, str], d
             raise ConfigError(f"{argument!r} is not key=value (no spaces around '=', no '+' or '~' before the key)")
         key, text = match.groups()
         if key not in GROUPS:
-            _hint(key)
+            hint(key)
             values[key] = text
         elif text not in names(folders, key):
             raise ConfigError(_unknown(key, text, names(folders, key)))
@@ -189,7 +241,10 @@ def _parse_values(values: dict[str, str]) -> dict[str, Any]:
         try:
             override = OverridesParser.create().parse_override(_quoted(key, text))
         except HydraException as error:
-            raise ConfigError(f"{key}={text}: can't be read; put text with special characters in quotes") from error
+            cure = "put text with special characters in quotes"
+            if key == OPTIONS:
+                cure = f"write {OPTIONS}.NAME=VALUE for each option, or {OPTIONS}={{name: value}}"
+            raise ConfigError(f"{key}={text}: can't be read; {cure}") from error
         if override.is_sweep_override():
             raise ConfigError(f"{key}={text}: one value only; a list is written [1,2]")
         node = tree
@@ -200,11 +255,22 @@ def _parse_values(values: dict[str, str]) -> dict[str, Any]:
     return tree
 
 
+def _written(value: Any) -> str:
+    """A value as the command line takes it."""
+    if isinstance(value, str) and not isinstance(value, Enum):
+        return _in_quotes(value)
+    return str(value.value) if isinstance(value, Enum) else str(value)
+
+
+def _in_quotes(text: str) -> str:
+    return "'" + text.replace("\\'", "\\\\'").replace("'", "\\'") + "'"
+
+
 def _quoted(key: str, text: str) -> str:
     """`key=text` as Hydra reads it: text values need no quotes, options of the task may be new."""
-    if _hint(key) is str and not text.startswith(("'", '"')):
-        text = "'" + text.replace("\\'", "\\\\'").replace("'", "\\'") + "'"
-    return f"{'++' if key.startswith(_OPTIONS + '.') else ''}{key}={text}"
+    if hint(key) is str and not text.startswith(("'", '"')):
+        text = _in_quotes(text)
+    return f"{'++' if f'{key}.'.startswith(OPTIONS + '.') else ''}{key}={text}"
 
 
 def _schema() -> DictConfig:
@@ -226,40 +292,6 @@ def _schema() -> DictConfig:
     return tree
 
 
-def _hint(key: str) -> Any:
-    """Type that the schema gives a dotted key; Any below `task.options`. ConfigError: unknown key, with the nearest."""
-    if key.startswith(_OPTIONS + "."):
-        return Any
-    kind: Any = Config
-    for depth, name in enumerate(key.split(".")):
-        hints = get_type_hints(kind) if is_dataclass(kind) else {}
-        if name not in hints:
-            raise ConfigError(_unknown_key(key, ".".join(key.split(".")[:depth])))
-        kind = hints[name]
-    return kind
-
-
-def _all_keys(kind: Any = Config, prefix: str = "") -> list[str]:
-    keys = []
-    for name, hint in get_type_hints(kind).items():
-        keys.append(prefix + name)
-        if is_dataclass(hint):
-            keys += _all_keys(hint, f"{prefix}{name}.")
-    return keys
-
-
-def _unknown_key(key: str, section: str) -> str:
-    """Names the nearest key: by the whole of it, else by its last part."""
-    keys = _all_keys()
-    near = get_close_matches(key, keys, n=1, cutoff=0.75)
-    last = key.rpartition(".")[2]
-    by_last = get_close_matches(last, [k.rpartition(".")[2] for k in keys], n=1, cutoff=0.75)
-    if not near and by_last:
-        near = [min((k for k in keys if k.rpartition(".")[2] == by_last[0]), key=len)]
-    near = near or [k for k in keys if k.startswith(section + ".") and section] or list(get_type_hints(Config))
-    return f"unknown key {key!r}; " + (f"did you mean {near[0]!r}?" if len(near) == 1 else f"known: {', '.join(near)}")
-
-
 def _unknown(group: str, name: str, known: list[str]) -> str:
     near = get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
@@ -272,27 +304,19 @@ def _check_layer(layer: _Layer, schema: DictConfig) -> None:
     scratch = schema.copy()
     for key, value in leaves(layer.tree).items():
         try:
-            hint = _hint(key)
+            kind = hint(key)
         except ConfigError as error:
             raise ConfigError(f"{where}{error}") from error
         if isinstance(value, str) and "${" in value:
             continue  # an interpolation: typed when it is resolved
-        if is_dataclass(hint) and not isinstance(value, dict):
-            raise ConfigError(
-                f"{where}{key}={value} is a section; set its keys, e.g. {key}.{next(iter(get_type_hints(hint)))}"
-            )
-        if hint is Any or is_dataclass(hint):
+        if is_dataclass(kind) and not isinstance(value, dict):
+            raise ConfigError(f"{where}{key}={value} is a section; set its keys, e.g. {key}.{next(iter(hints(kind)))}")
+        if kind is Any or is_dataclass(kind):
             continue
         try:
             OmegaConf.update(scratch, key, value)
         except OmegaConfBaseException as error:
-            raise ConfigError(f"{where}{key}={value}: {_expected(hint)}") from error
-
-
-def _expected(hint: Any) -> str:
-    if isinstance(hint, type) and issubclass(hint, Enum):
-        return f"must be one of {', '.join(member.value for member in hint)}"
-    return f"must be {_TYPE_NAMES.get(hint, 'a mapping')}"
+            raise ConfigError(f"{where}{key}={value}: {expected(kind)}") from error
 
 
 def _expand_paths(tree: DictConfig) -> None:
@@ -316,7 +340,7 @@ def _to_object(tree: Any) -> Config:
 
 def _where(tree: Any, message: str) -> str:
     """Puts the dotted name of the section that refuses before the message."""
-    for key in sorted(_all_keys(), key=lambda key: -key.count(".")):
+    for key in sorted(all_keys(), key=lambda key: -key.count(".")):
         node = OmegaConf.select(tree, key)
         if isinstance(node, DictConfig) and OmegaConf.get_type(node) is not dict:
             try:
@@ -334,7 +358,7 @@ def _origins(tree: DictConfig, config: Config, layers: list[_Layer]) -> dict[str
         origins |= dict.fromkeys((key for key in leaves(layer.tree) if key in origins), layer.origin)
     origins["recipe"] = "command line"
     for key, value in before.items():
-        if not key.startswith(_OPTIONS) and get(config, key) != value:
+        if not key.startswith(OPTIONS) and get(config, key) != value:
             origins[key] = "derived"
     return origins
 

@@ -8,7 +8,7 @@ from critic.config import Baseline
 from launch.config import Sharing
 from launch.nodes import Part, place
 from slime.schema import Config, Kind
-from trainer.config import LayoutConfig
+from trainer.config import LayoutConfig, Precision
 
 SHARED = "shared"  # the part of roles that lie on one GPU
 ENGINES, POLICY, REFERENCE, CRITIC = "rollout.engine", "policy", "reference", "critic"
@@ -22,6 +22,16 @@ def layouts(config: Config) -> list[tuple[str, LayoutConfig]]:
     return found
 
 
+def has_engines(config: Config) -> bool:
+    """Whether a run samples: a warm start plays scripts."""
+    return config.kind is Kind.ppo
+
+
+def has_reference(config: Config) -> bool:
+    """Whether the starting model is loaded once more."""
+    return config.kind is Kind.ppo and config.policy.kl_coef > 0
+
+
 def parts(config: Config) -> list[Part]:
     """Every role's blocks: an engine, or ranks that share tensors. Roles that share a GPU are one part."""
     cluster, engine = config.cluster, config.rollout.engine
@@ -30,10 +40,10 @@ def parts(config: Config) -> list[Part]:
         found.append(Part(SHARED, 1, 1))
     else:
         trained = layouts(config)
-        if config.policy.kl_coef:
+        if has_reference(config):
             trained.append((REFERENCE, config.policy.layout))
         found += [Part(role, x.num_processes // x.tensor_parallel, x.tensor_parallel) for role, x in trained]
-    if cluster.sharing is not Sharing.all:
+    if cluster.sharing is not Sharing.all and has_engines(config):
         found.append(Part(ENGINES, engine.num_engines, engine.tensor_parallel))
     return found
 
@@ -81,3 +91,80 @@ def _enough(wanted: list[Part], gpus_per_node: int) -> int:
             continue
         return num_nodes
     return blocks
+
+
+def crowded(config: Config) -> Iterator[str]:
+    """Why the roles can not have the GPUs that they ask for, or do not work on CPUs."""
+    cluster, engine = config.cluster, config.rollout.engine
+    if cluster.gpus_per_node == 0:
+        if cluster.sharing is not Sharing.none:
+            yield (
+                f"cluster.sharing={cluster.sharing.value} is of GPUs, cluster.gpus_per_node=0: use cluster.sharing=none"
+            )
+        for role, layout in layouts(config):
+            if layout.precision is Precision.bf16:
+                yield (
+                    f"{role}.layout.precision=bf16 on CPUs (cluster.gpus_per_node=0) is some 40 times slower "
+                    "than fp32 without AMX: use fp32"
+                )
+        yield from unplaced(config)
+        return
+    if cluster.sharing is not Sharing.none:
+        yield from _shared_gpu(config)
+        yield from unplaced(config)
+        return
+    sizes = [(f"{role}.layout", layout.tensor_parallel) for role, layout in layouts(config)]
+    if has_engines(config):
+        sizes.insert(0, (ENGINES, engine.tensor_parallel))
+    for key, size in sizes:
+        if size > cluster.gpus_per_node:
+            yield (
+                f"{key}.tensor_parallel={size} would leave the node: cluster.gpus_per_node={cluster.gpus_per_node}; "
+                f"use at most {cluster.gpus_per_node}"
+            )
+    roles = [
+        (f"{role}.layout.num_processes", layout.num_processes, copies, layout.row_size)
+        for (role, layout), copies in zip(layouts(config), (2 if has_reference(config) else 1, 1), strict=False)
+    ]  # the policy's reference, with a KL, is as large as the policy
+    if has_engines(config):
+        size = engine.tensor_parallel
+        roles.insert(0, ("rollout.engine.num_engines", engine.num_engines, size, size))
+    gpus = cluster.gpus_per_node * cluster.num_nodes
+    needed = sum(count * each for _, count, each, _ in roles)
+    if needed <= gpus:
+        yield from unplaced(config)
+        return
+    cure = f"use cluster.gpus_per_node of at least {-(-needed // cluster.num_nodes)}"
+    for key, count, each, multiple in reversed(roles):  # the last role that can give way alone
+        left = gpus - (needed - count * each)
+        if left >= multiple:
+            cure = f"the nearest that works is {key}={left // multiple * multiple // each}"
+            break
+    parts = " + ".join(f"{count * each} ({key.removesuffix('.layout.num_processes')})" for key, count, each, _ in roles)
+    yield (
+        f"{parts} = {needed} GPUs, cluster.gpus_per_node*num_nodes={cluster.gpus_per_node}*{cluster.num_nodes}={gpus}: "
+        f"{cure}"
+    )
+
+
+def _shared_gpu(config: Config) -> Iterator[str]:
+    """What can lie on one GPU together."""
+    cluster, engine = config.cluster, config.rollout.engine
+    counts = {f"{role}.layout.num_processes": layout.num_processes for role, layout in layouts(config)}
+    if cluster.sharing is Sharing.all and has_engines(config):
+        counts["rollout.engine.num_engines"] = engine.num_engines
+        counts["rollout.engine.tensor_parallel"] = engine.tensor_parallel
+        if engine.delta:
+            yield "rollout.engine.delta=true with cluster.sharing=all: engines lose their weights each step, use false"
+        if config.buffer.slots != config.buffer.episodes_per_step:
+            yield (
+                f"buffer.slots={config.buffer.slots} with cluster.sharing=all: engines stand still while a step is "
+                f"trained, use buffer.episodes_per_step={config.buffer.episodes_per_step}"
+            )
+    for key, count in counts.items():
+        if count != 1:
+            yield f"{key}={count} with cluster.sharing={cluster.sharing.value}: these roles share one GPU, use 1"
+    alone = cluster.sharing is Sharing.trainers and has_engines(config)
+    needed = 1 + (engine.num_engines * engine.tensor_parallel if alone else 0)
+    if needed > cluster.gpus_per_node * cluster.num_nodes:
+        yield f"{needed} GPUs are needed, cluster.gpus_per_node={cluster.gpus_per_node}: use at least {needed}"

@@ -89,16 +89,6 @@ def overlong(config: Config, split: str, rows: Sequence[TaskRow], model_folder: 
     return Overlong(message, len(found) == len(rows))
 
 
-def overlong_in_files(config: Config) -> list[Overlong]:
-    """The same of the files of task.train and task.eval, for a model that is there."""
-    folder, found = Path(config.model.path), []
-    for split in SPLITS:
-        given = getattr(config.task, split)
-        if given and Path(given).is_file() and config.model.path and folder.is_dir():
-            found.append(overlong(config, split, read_rows(Path(given)), folder))
-    return [one for one in found if one]
-
-
 def no_turn(config: Config, stats: Sequence[Mapping[str, float]]) -> str:
     """Why nothing was sampled in these episodes."""
     shortest = min(one["prompt_tokens"] for one in stats)
