@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import subprocess
@@ -71,8 +72,9 @@ def problems(cluster: ClusterConfig, machine: Machine | None = None) -> list[str
         )
     if machine.free_memory_gb < cluster.min_memory_gb:
         found.append(
-            f"{machine.free_memory_gb:.1f} GB of memory are free, cluster.min_memory_gb={cluster.min_memory_gb:g}: "
-            "end other programs or use a larger machine"
+            f"{machine.free_memory_gb:.1f} GB of memory are free, cluster.min_memory_gb={cluster.min_memory_gb:g}: end "
+            "other programs, or, for a run that needs less, use "
+            f"cluster.min_memory_gb={math.floor(10 * machine.free_memory_gb) / 10:g}"
         )
     if machine.num_cpus < cluster.threads_per_process:
         found.append(

@@ -297,7 +297,11 @@ ROOMY = Machine(num_cpus=2, free_memory_gb=16, free_disk_gb=50, free_temporary_g
     ("machine", "cluster", "parts"),
     [
         (ROOMY, {}, []),
-        (replace(ROOMY, free_memory_gb=7.5), {}, ["7.5 GB of memory", "min_memory_gb=8"]),
+        (
+            replace(ROOMY, free_memory_gb=7.5),
+            {},
+            ["7.5 GB of memory", "min_memory_gb=8: ", "use cluster.min_memory_gb=7.5"],
+        ),
         (replace(ROOMY, free_disk_gb=1), {}, ["1.0 GB of disk", "min_disk_gb=4"]),
         (replace(ROOMY, free_shm_gb=0.064), {}, ["0.06 GB", "/dev/shm", "--shm-size"]),
         (replace(ROOMY, free_temporary_gb=0.5), {}, ["0.50 GB", "TMPDIR"]),

@@ -13,7 +13,8 @@ import pytest
 from launch.preflight import Machine
 from recipes.coding.model import build_model
 from slime import cli, train
-from slime.config import load, missing
+from slime.config import load, load_start, missing
+from slime.schema import Config
 
 PPO, SFT = "recipe=ppo_coding", "recipe=sft_coding"
 ROOMY = Machine(num_cpus=2, free_memory_gb=16, free_disk_gb=50, free_temporary_gb=50, free_shm_gb=8, num_gpus=0)
@@ -200,3 +201,24 @@ def test_a_model_is_made_anew_for_other_options(cache: Path, tmp_path: Path, mon
         arguments = ["task.target=sized:Sized", f"task.options.size={size}", f"cache_dir={cache}"]
         config = load([PPO, *arguments]).config
         assert (untrained_model(config, make_task(config)) / str(size)).exists()
+
+
+def test_the_warm_start_runs_once_with_the_model_that_is_named(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[tuple[str, str]] = []
+
+    def run_sft(config: Config, run_dir: Path) -> Path:
+        trained.append((config.model.path, run_dir.name))
+        return Path(shutil.copytree(config.model.path, run_dir / "model"))
+
+    monkeypatch.setattr(train, "run_sft", run_sft)
+    for runs in ("first", "second"):
+        loaded = load([PPO, f"model.path={folder}", f"cache_dir={tmp_path / 'cache'}", f"runs_dir={runs}"])
+        found = train.start_model(loaded.config, load_start(loaded))
+        assert (found / "model.safetensors").is_file()
+        assert found != folder
+    assert trained == [(str(folder), "sft_coding")]
+    alone = load([PPO, f"model.path={folder}", "model.start="])
+    assert train.start_model(alone.config, load_start(alone)) == folder.resolve()
+    assert len(trained) == 1

@@ -58,6 +58,13 @@ class Fields:
             raise ValueError(f"{self.where}: {name} is missing")
         return default
 
+    def count(self, name: str, default: Any = _REQUIRED) -> int:
+        """An integer of at least 1."""
+        found = self.int(name, default)
+        if found < 1:
+            raise self.refused(name, found, "1 or more")
+        return found
+
     def int(self, name: str, default: Any = _REQUIRED) -> int:
         return int(self._typed(name, default, "an integer", int))
 

@@ -122,19 +122,19 @@ def _common(f: Fields) -> dict[str, Any]:
     f.absent("quantization_config")
     if any(kind != "full_attention" for kind in f.list("layer_types")):
         raise f.refused("layer_types", f.list("layer_types"), "full_attention in every layer")
-    heads, hidden = f.int("num_attention_heads"), f.int("hidden_size")
+    heads, hidden = f.count("num_attention_heads"), f.count("hidden_size")
     return _rope(f) | {
-        "num_layers": f.int("num_hidden_layers"),
+        "num_layers": f.count("num_hidden_layers"),
         "hidden": hidden,
         "heads": heads,
-        "kv_heads": f.int("num_key_value_heads", heads),
-        "head_dim": f.int("head_dim", hidden // heads),
-        "ffn": f.int("intermediate_size"),
-        "vocab": f.int("vocab_size"),
+        "kv_heads": f.count("num_key_value_heads", heads),
+        "head_dim": f.count("head_dim", hidden // heads),
+        "ffn": f.count("intermediate_size"),
+        "vocab": f.count("vocab_size"),
         "norm_eps": f.float("rms_norm_eps"),
         "tied": f.bool("tie_word_embeddings"),
         "qk_norm": False,
-        "max_positions": f.int("max_position_embeddings"),
+        "max_positions": f.count("max_position_embeddings"),
     }
 
 
@@ -156,7 +156,7 @@ def _qwen3_moe(f: Fields) -> ModelShape:
     if normalised and f.int("num_experts_per_tok") == 1:
         raise f.refused("norm_topk_prob", normalised, "False where num_experts_per_tok is 1")
     moe = MoeShape(
-        experts=f.int("num_experts" if "num_experts" in f else "num_local_experts"),
+        experts=f.count("num_experts" if "num_experts" in f else "num_local_experts"),
         top_k=f.int("num_experts_per_tok"),
         ffn=f.int("moe_intermediate_size"),
         layers=tuple(i not in dense and (i + 1) % step == 0 for i in range(common["num_layers"])),
@@ -194,7 +194,7 @@ def _sigmoid_moe(f: Fields, num_layers: int) -> MoeShape:
         raise f.refused("topk_group", top_groups, f"{top_k // 2} with num_experts_per_tok {top_k}, or {groups}")
     ffn, dense = f.int("moe_intermediate_size"), f.int("first_k_dense_replace")
     return MoeShape(
-        experts=f.int("n_routed_experts" if "n_routed_experts" in f else "num_local_experts"),
+        experts=f.count("n_routed_experts" if "n_routed_experts" in f else "num_local_experts"),
         top_k=top_k,
         ffn=ffn,
         layers=tuple(i >= dense for i in range(num_layers)),
@@ -257,6 +257,6 @@ def read_shape(folder: Path) -> ModelShape:
     """ValueError: no config.json, or an architecture or an option of it that is not mapped."""
     fields = Fields.read(folder / "config.json")
     kind = fields.value("model_type", None)
-    if kind not in _READERS:
+    if not isinstance(kind, str) or kind not in _READERS:
         raise ValueError(f"{fields.where}: model_type {kind!r} is not mapped; mapped: {', '.join(_READERS)}")
     return _READERS[kind](fields)
