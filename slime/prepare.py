@@ -56,7 +56,7 @@ def make_task(config: Config) -> Task:
         raise ConfigError(f"task.target={config.task.target!r}: must be 'package.module:Class'")
     try:
         found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, SyntaxError, NameError) as error:
         raise ConfigError(f"task.target={config.task.target!r}: {error}") from error
     if not (isinstance(found, type) and issubclass(found, Task)):
         raise ConfigError(f"task.target={config.task.target!r} is not a slime.Task")
@@ -105,10 +105,7 @@ def untrained_model(config: Config, task: Task) -> Path:
 
 
 def start_folder(config: Config, start: Config) -> Path:
-    """Where the result of the warm start is cached; it changes with all that its training reads, the model's files too.
-
-    ConfigError: see `untrained_model`.
-    """
+    """Where the result of the warm start is cached; it changes with all that its training reads, also model files."""
     kept = {"seed", "steps", "task", "model", "policy", "sft"}
     relevant = {key: value for key, value in asdict(start).items() if key in kept}
     relevant |= {key: asdict(start.rollout)[key] for key in ("max_turns", "max_turn_tokens", "compaction")}

@@ -134,6 +134,7 @@ def test_only_whole_checkpoints_count(tmp_path: Path) -> None:
         ("task.target=recipes.coding:Nothing", "Nothing"),
         ("task.target=recipes.coding.task:RUNNER", "not a slime.Task"),
         ("task.options.noize=1", "takes no options"),
+        ("task.target=no_python:Task", "invalid syntax (no_python.py, line 1)"),
         ("task.train=ROWS", "rows.jsonl:2: not JSON"),
     ],
 )
@@ -142,6 +143,8 @@ def test_bad_tasks_are_refused_in_one_line(
 ) -> None:
     monkeypatch.setattr(train, "stop_ray", lambda: None)  # nothing was started: leave others' clusters alone
     monkeypatch.setattr(train, "start_model", lambda config, start: pytest.fail("started to train"))
+    (tmp_path / "no_python.py").write_text("def:\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"id": "a", "domain": "d", "prompt": "p"}\n{\n')
     arguments = ["train", "recipe=ppo_coding", f"runs_dir={tmp_path / 'runs'}", f"cache_dir={tmp_path / 'cache'}"]
