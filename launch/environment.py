@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 LOOPBACKS = ("localhost", "127.0.0.1", "::1")
-PROXIES = ("http_proxy", "https_proxy", "all_proxy", "grpc_proxy")
 NO_PROXIES = ("no_proxy", "no_grpc_proxy")
 
 # Which Ray a process belongs to, as whom, and what is done before its jobs start.
@@ -53,7 +52,8 @@ def direct(addresses: Sequence[str], environment: Mapping[str, str] | None = Non
     Both spellings are set: some programs read one, some the other. What the user excepts stays excepted.
     """
     known = os.environ if environment is None else environment
-    if not any(known.get(spelling) for name in PROXIES for spelling in (name, name.upper())):
+    named = {name.lower() for name, value in known.items() if value and name.lower().endswith("_proxy")}
+    if not named.difference(NO_PROXIES):
         return {}
     hosts = dict.fromkeys((*LOOPBACKS, *addresses))
     variables = {}

@@ -25,6 +25,7 @@ from types import TracebackType
 BEAT_S = 5.0
 SILENT_S = 30.0  # a lock of another machine is given up when its count stands still as long
 POLL_S = 0.5
+ATTEMPTS = 10  # at a folder that others make and remove
 _UNSUPPORTED = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 
 
@@ -75,13 +76,14 @@ class FolderLock:
         self._end = threading.Event()
 
     def __enter__(self) -> FolderLock:
-        told = False
+        told, vanished = False, 0
         while True:
             try:
                 held_by = self._try()
-            except FileNotFoundError:  # who made the folder has removed it just now
-                continue
             except OSError as error:
+                vanished += isinstance(error, FileNotFoundError)
+                if 0 < vanished < ATTEMPTS:  # whoever made the folder has removed it just now
+                    continue
                 self._remove_folders()
                 raise LockError(f"{self._path.parent} can't be written to: {error.strerror or error}") from error
             if held_by is None:
@@ -100,7 +102,8 @@ class FolderLock:
     ) -> None:
         self._end.set()
         self._beating.join()
-        self._path.unlink(missing_ok=True)  # before the file is let go: nobody may take one that is about to vanish
+        if self._is_mine():
+            self._path.unlink(missing_ok=True)  # before it is let go: nobody may take a file that is about to vanish
         os.close(self._file)
         self._remove_folders()
 
@@ -144,6 +147,11 @@ class FolderLock:
                 return now or first
         return None
 
+    def _is_mine(self) -> bool:
+        """Whether nobody on another machine has taken over, because this one stood still."""
+        found = _holder(self._path)
+        return found is not None and replace(found, beats=0) == replace(self._me, beats=0)
+
     def _write(self) -> None:
         text = json.dumps(asdict(self._me)).encode()
         os.pwrite(self._file, text, 0)
@@ -151,7 +159,7 @@ class FolderLock:
         os.fsync(self._file)
 
     def _beat(self) -> None:
-        while not self._end.wait(BEAT_S):
+        while not self._end.wait(BEAT_S) and self._is_mine():
             self._me = replace(self._me, beats=self._me.beats + 1)
             with suppress(OSError):  # a full disk is told by those who write what matters
                 self._write()

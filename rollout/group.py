@@ -92,8 +92,9 @@ class EngineGroup:
 
     @contextlib.asynccontextmanager
     async def clients(self) -> AsyncIterator[list[EngineClient]]:
-        """A client for each engine, closed at the end."""
-        made = [EngineClient(url, *self._shape, self.config.request_timeout_s, key=self._key) for url in self.urls]
+        """A client for each engine, closed at the end; what is asked here moves a model, as an engine's start does."""
+        limit_s = max(self.config.request_timeout_s, self.config.start_timeout_s)
+        made = [EngineClient(url, *self._shape, limit_s, key=self._key) for url in self.urls]
         try:
             yield made
         finally:

@@ -77,8 +77,15 @@ def _rows(config: Config, task: Task, split: str, count: int) -> list[TaskRow]:
     path = Path(config.cache_dir) / "rows" / f"{split}-{key}.jsonl"
     try:
         if not path.exists():
-            write_rows(path, task.make_rows(split, count, config.seed) or ())
+            rows = task.make_rows(split, count, config.seed) or ()
+            try:
+                write_rows(path, rows)
+            except OSError as error:
+                reason = error.strerror or error
+                raise ConfigError(f"cache_dir={config.cache_dir} can't be written to: {reason}") from error
         return read_rows(path)
+    except ConfigError:
+        raise
     except ValueError as error:
         raise ConfigError(f"{config.task.target}.make_rows({split!r}, {count}, {config.seed}): {error}") from error
 

@@ -79,6 +79,15 @@ def test_a_folder_that_can_not_be_made_is_told(tmp_path: Path) -> None:
         pass
 
 
+def test_a_current_folder_that_is_gone_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(LockError, match="can't be written to: No such file or directory"), run_lock(Path("runs/one")):
+        pass
+
+
 # Over a shared disk --------------------------------------------------------------------------------------------------
 
 
@@ -108,6 +117,20 @@ def test_a_holder_on_another_machine_that_is_silent_blocks_nobody(
     monkeypatch.setattr(lock, "SILENT_S", 0.2)
     with run_lock(tmp_path):
         assert json.loads((tmp_path / "run.lock").read_text())["host"] == socket.gethostname()
+
+
+def test_a_holder_that_was_given_up_leaves_the_lock_to_the_next(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, elsewhere: Holder
+) -> None:
+    """This machine stood still, and another one took over."""
+    monkeypatch.setattr(lock, "SILENT_S", 0.0)
+    monkeypatch.setattr(lock, "BEAT_S", 0.01)
+    taken = json.dumps(asdict(elsewhere))
+    with run_lock(tmp_path) as held:
+        (tmp_path / "run.lock").write_text(taken)
+        held._beating.join(timeout=30)
+        assert not held._beating.is_alive()
+    assert (tmp_path / "run.lock").read_text() == taken
 
 
 def test_a_holder_counts_and_a_disk_without_flock_is_enough(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -136,6 +136,8 @@ def test_only_whole_checkpoints_count(tmp_path: Path) -> None:
         ("task.options.noize=1", "takes no options"),
         ("task.target=no_python:Task", "invalid syntax (no_python.py, line 1)"),
         ("task.train=ROWS", "rows.jsonl:2: not JSON"),
+        ("cache_dir=ROWS", "rows.jsonl can't be written to: Not a directory"),
+        ("runs_dir=ROWS", "rows.jsonl/ppo_coding can't be written to: Not a directory"),
     ],
 )
 def test_bad_tasks_are_refused_in_one_line(
@@ -146,7 +148,7 @@ def test_bad_tasks_are_refused_in_one_line(
     (tmp_path / "no_python.py").write_text("def:\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     rows = tmp_path / "rows.jsonl"
-    rows.write_text('{"id": "a", "domain": "d", "prompt": "p"}\n{\n')
+    rows.write_text('{"id": "a", "domain": "d", "prompt": "p"}\n{\n')  # a bad second line, and no folder
     arguments = ["train", "recipe=ppo_coding", f"runs_dir={tmp_path / 'runs'}", f"cache_dir={tmp_path / 'cache'}"]
     code = cli.main([*arguments, override.replace("ROWS", str(rows))])
     out, err = capsys.readouterr()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import itertools
 from concurrent.futures import Future
@@ -14,7 +15,8 @@ from roles import batch_of, sub_trace
 
 import rollout.group
 import trainer.group
-from rollout.group import RolloutGroup
+from rollout.config import EngineConfig
+from rollout.group import EngineGroup, RolloutGroup
 from slime.build import build_rollout
 from slime.config import load
 from trainer.config import LayoutConfig
@@ -91,6 +93,15 @@ def test_requests_do_not_limit_episodes(monkeypatch: pytest.MonkeyPatch, request
     inputs: Any = SimpleNamespace(train_rows=[], eval_rows=[], task=None, model_folder=SimpleNamespace(resolve=str))
     inputs.vocab_size = 10
     assert build_rollout(config, inputs, []).quiet_s == quiet_s
+
+
+def test_what_moves_a_model_is_not_limited_like_a_turn() -> None:
+    async def limits() -> list[float]:
+        group = EngineGroup(["http://127.0.0.1:1"], 10, 10, EngineConfig(start_timeout_s=900.0, request_timeout_s=5.0))
+        async with group.clients() as clients:
+            return [client.request_timeout_s for client in clients]
+
+    assert asyncio.run(limits()) == [900.0]
 
 
 def test_a_role_has_its_limit_for_every_micro_batch() -> None:
