@@ -18,6 +18,7 @@ from runs import START_S, Place, Run, rows_of
 
 from buffer.ports import ReservedPort
 from launch.environment import RAY_SOCKET, SOCKET_PATH_BYTES
+from launch.lock import LockError, run_lock
 from slime import checkpoint, cli, loop, train
 from slime.config import load
 
@@ -171,6 +172,35 @@ def test_a_start_that_is_refused_late_leaves_nothing_either(
     assert "Traceback" not in err
     assert not (tmp_path / "runs").exists()
     assert not [path.name for path in (tmp_path / "cache").rglob("*") if path.suffix in (".lock", ".part")]
+
+
+def test_a_warm_start_has_its_folder_alone_and_is_cached_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    places = [f"runs_dir={tmp_path / 'runs'}", f"cache_dir={tmp_path / 'cache'}"]
+    config = load(["recipe=ppo_coding", *places], None).config
+    ran: list[Path] = []
+
+    def run_sft(warm_start: Any, run_dir: Path) -> Path:
+        with pytest.raises(LockError, match=f"{run_dir} is in use by"), run_lock(run_dir):
+            pass
+        ran.append(run_dir)
+        exported = run_dir / "model"
+        exported.mkdir()
+        (exported / "config.json").write_text("{}")
+        if len(ran) == 1:
+            raise KeyboardInterrupt
+        return exported
+
+    monkeypatch.setattr(train, "untrained_model", lambda config, task: tmp_path)
+    monkeypatch.setattr(train, "run_sft", run_sft)
+    with pytest.raises(KeyboardInterrupt):
+        train.start_model(config, None)
+    (tmp_path / "runs" / "sft_coding" / "model" / "config.json").unlink()
+    (tmp_path / "runs" / "sft_coding" / "model").rmdir()
+    folder = train.start_model(config, None)
+    assert train.start_model(config, None) == folder
+    assert ran == 2 * [tmp_path / "runs" / "sft_coding"]
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    assert [path.name for path in folder.iterdir()] == ["config.json"]
 
 
 # The real thing ------------------------------------------------------------------------------------------------------
