@@ -46,6 +46,7 @@ def _of_processes(cluster: ClusterConfig) -> dict[str, str]:
     }
     if cluster.gpus_per_node == 0:
         variables["OMP_NUM_THREADS"] = str(cluster.threads_per_process)  # processes share few cores
+        variables["CUDA_VISIBLE_DEVICES"] = ""  # a GPU of this machine, which torch's CUDA build would use
     return variables
 
 

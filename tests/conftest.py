@@ -16,6 +16,8 @@ from runs import Place, Run
 
 # Before torch is imported anywhere: tests run beside engines and workers on few cores.
 os.environ["OMP_NUM_THREADS"] = "1"
+# The tests are for CPUs, also where torch is its CUDA build and the machine has a GPU.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

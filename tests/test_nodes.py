@@ -27,7 +27,7 @@ import pytest
 from runs import START_S, Place, Run, rows_of
 
 from buffer.ports import ReservedPort
-from launch import nodes
+from launch import local, nodes
 from launch.config import ClusterConfig
 from launch.local import start_ray
 from launch.nodes import LOOPBACK, Node, NodeError, Part, Places, interface_of, look, place
@@ -183,6 +183,11 @@ def test_options_of_processes() -> None:
     options = places.options("policy", 1)
     assert (options["scheduling_strategy"].node_id, options["scheduling_strategy"].soft) == (two, False)
     assert options["runtime_env"] == {"env_vars": {"A": "1"}}
+
+
+def test_a_run_for_cpus_hides_the_machines_gpus_from_its_processes() -> None:
+    assert local._of_processes(ClusterConfig(gpus_per_node=0))["CUDA_VISIBLE_DEVICES"] == ""
+    assert "CUDA_VISIBLE_DEVICES" not in local._of_processes(ClusterConfig(gpus_per_node=1))
 
 
 @pytest.mark.parametrize(("status", "refused"), [(200, False), (403, False), (401, True)])
