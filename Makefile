@@ -1,6 +1,7 @@
 # What a user or CI runs. Every target does its own set-up (launch/setup.sh), which is over at once when nothing changed.
 #   make demo ARGS="steps=5 tracking.wandb=false"     any overrides of the recipe
 #   make setup GPU=1                                  the packages for NVIDIA GPUs instead of those for CPUs
+#   make setup PYTHON=/path/to/python3.12             another interpreter than the one that is found
 
 ARGS ?=
 GPU ?=
@@ -16,11 +17,11 @@ help:
 	@echo "make fast    lint, types and the tests that start no engine"
 	@echo "make lint    ruff and mypy"
 	@echo "make setup   packages into .venv (GPU=1: for NVIDIA GPUs)"
-	@echo "make lock    resolve locks/*.in again into locks/*.txt"
+	@echo "make lock    resolve locks/*.in again into locks/*.txt (ARGS=--upgrade: the newest versions)"
 	@echo "make clean   remove .venv and all that was built or cached here; runs/ stays"
 
 setup:
-	@GPU=$(GPU) bash launch/setup.sh
+	@GPU="$(GPU)" bash launch/setup.sh
 
 demo: setup
 	.venv/bin/slime train recipe=ppo_coding $(ARGS)
@@ -37,7 +38,7 @@ lint: setup
 	.venv/bin/python -m mypy
 
 lock: setup
-	bash locks/remake.sh
+	bash locks/remake.sh $(ARGS)
 
 clean:
 	rm -rf .venv .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

@@ -1,44 +1,59 @@
 #!/usr/bin/env bash
-# Remakes locks/cpu.txt from locks/cpu.in (called by `make lock`): resolves, installs nothing.
-# The comment lines at the head of the old file are kept. sglang alone is taken without its requirements.
+# Remakes the locks from cpu.in and gpu.in (called by `make lock`): resolves, installs nothing. Versions that the locks
+# hold stay where they fit; `make lock ARGS=--upgrade` takes the newest that the .in files allow.
+# uv resolves: pip can't for two Pythons at once, and a lock has one version of each package for both. sglang alone is
+# taken without its requirements. The comment lines at the head of the old files are kept.
 set -euo pipefail
 cd "$(dirname "$0")"
+python=$PWD/../.venv/bin/python
+TORCH_INDEX=${TORCH_INDEX:-https://download.pytorch.org/whl/cpu} # as in launch/setup.sh
+LIBRARIES='nvidia-.*|cuda-.*'                                    # what torch's CUDA build needs and its CPU build doesn't
+if ! "$python" -c 'import uv' 2>/dev/null; then
+    echo "make lock needs uv, which comes with the packages for CPUs: make setup GPU=0" >&2
+    exit 2
+fi
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
+cat >"$work/pyproject.toml" <<'TOML'
+[tool.uv]
+environments = ["sys_platform == 'linux' and platform_machine == 'x86_64' and platform_python_implementation == 'CPython' and python_full_version < '3.13'"]
+TOML
 
-resolve() { # resolve REPORT PIP-ARGUMENTS...: what pip would install, as a JSON report
-    ../.venv/bin/python -m pip install --dry-run --ignore-installed --quiet --no-input --report "$@"
+uv() { # uv INPUT OUTPUT ARGUMENTS...: resolves $work/INPUT for both Pythons into $work/OUTPUT
+    (cd "$work" && "$python" -m uv pip compile --quiet --no-header --no-annotate --system-certs --universal \
+        --python-version 3.11 --fork-strategy fewest "$1" --output-file "$2" "${@:3}")
+}
+
+resolve() { # resolve NAME UV-ARGUMENTS...: $work/NAME.in, with all its files, into $work/pylock.NAME.toml
+    uv "$1.in" "$1.txt" "${@:2}" # prefers the versions that are in its output file already
+    uv "$1.in" "pylock.$1.toml" --constraint "$1.txt" --format pylock.toml
+}
+
+write() { # write LOCK REGEX NAME...: the packages of $work/pylock.NAME.toml whose name fits
+    sed '/^#/!Q' "$1" >"$work/lock"
+    "$python" write.py "$2" "${@:3}" >>"$work/lock"
+    cp "$work/lock" "$1"
+    echo "$(grep -c '==' "$1") packages in locks/$1"
 }
 
 sed 's/ *#.*//; /^$/d' cpu.in >"$work/all"
-grep -v '^sglang==' "$work/all" >"$work/resolved"
-resolve "$work/a.json" --requirement "$work/resolved"
-resolve "$work/b.json" --no-deps "$(grep '^sglang==' "$work/all")"
+grep -v '^sglang==' "$work/all" >"$work/cpu.in"
+grep '^sglang==' "$work/all" >"$work/sglang.in"
+cat cpu.txt torch-cuda.txt >"$work/cpu.txt"
+resolve cpu "$@"
+uv sglang.in pylock.sglang.toml --no-deps --format pylock.toml
+write cpu.txt "(?!(torch|$LIBRARIES)\$).*" "$work/pylock.cpu.toml" "$work/pylock.sglang.toml"
+write torch-cuda.txt "torch|$LIBRARIES" "$work/pylock.cpu.toml"
 
-sed '/^#/!Q' cpu.txt >"$work/cpu.txt"
-../.venv/bin/python - "$work/a.json" "$work/b.json" >>"$work/cpu.txt" <<'PYTHON'
-import json
-import sys
-
-packages = {}
-for path in sys.argv[1:]:
-    with open(path) as report:
-        for item in json.load(report)["install"]:
-            meta = item["metadata"]
-            packages[meta["name"].lower().replace("_", "-").replace(".", "-")] = meta["version"].partition("+")[0]
-for name, version in sorted(packages.items()):
-    print(f"{name}=={version}")
-PYTHON
-mv "$work/cpu.txt" cpu.txt
-grep -c '==' cpu.txt | sed 's/$/ packages in locks\/cpu.txt/'
-
-# The GPU lock needs a resolver that can aim at another platform: uv, when it is there.
-if command -v uv >/dev/null; then
-    sed '/^#/!Q' gpu.txt >"$work/gpu.txt"
-    uv pip compile --quiet --no-header --no-annotate --python-version 3.11 \
-        --python-platform x86_64-manylinux_2_34 gpu.in >>"$work/gpu.txt"
-    mv "$work/gpu.txt" gpu.txt
-    grep -c '==' gpu.txt | sed 's/$/ packages in locks\/gpu.txt/'
+# The same version of torch, built for CPUs. Its index is no part of PyPI and can't be reached from everywhere.
+sed -n 's/^torch==[^ ]*/&+cpu/p' "$work/all" >"$work/torch.in"
+if grep -qFf "$work/torch.in" torch-cpu.txt; then
+    echo "locks/torch-cpu.txt has this torch already"
 else
-    echo "locks/gpu.txt was left as it is: put uv on PATH to remake it"
+    uv torch.in pylock.torch.toml --no-deps --format pylock.toml --index-url "$TORCH_INDEX"
+    write torch-cpu.txt torch "$work/pylock.torch.toml"
 fi
+
+cp gpu.in gpu.txt "$work"
+resolve gpu "$@"
+write gpu.txt '.*' "$work/pylock.gpu.toml"

@@ -84,7 +84,7 @@ def _rows(config: Config, task: Task, split: str, count: int) -> list[TaskRow]:
                 reason = error.strerror or error
                 raise ConfigError(f"cache_dir={config.cache_dir} can't be written to: {reason}") from error
         return read_rows(path)
-    except ConfigError:
+    except ConfigError:  # a ValueError, too, and already told
         raise
     except ValueError as error:
         raise ConfigError(f"{config.task.target}.make_rows({split!r}, {count}, {config.seed}): {error}") from error
