@@ -33,7 +33,7 @@ class BufferActor:
         self._poll_s = min(_POLL_S, config.claim_timeout_s)
         self._changed = asyncio.Event()
         self._deaths: dict[str, int] = {}  # worker -> how often it was lost
-        self._broken = ""  # why training can't go on
+        self._broken: RuntimeError | None = None  # why training can't go on
         self._throughput = Throughput()
 
     async def claim(self, worker: str, wait_s: float = 30.0) -> Ticket | None:
@@ -60,12 +60,12 @@ class BufferActor:
         self._notify()
         return kept
 
-    async def fail(self, ticket: Ticket, reason: str) -> bool:
+    async def fail(self, ticket: Ticket, reason: str, trace: str = "") -> bool:
         """Infrastructure broke the episode; False for a late answer. Too many failures make `take` raise."""
         try:
-            return self._store.fail(ticket, reason)
+            return self._store.fail(ticket, reason, trace)
         except RuntimeError as error:
-            self._broken = str(error)
+            self._broken = error.with_traceback(None)
             return True
         finally:
             self._notify()
@@ -86,7 +86,7 @@ class BufferActor:
         deadline_s = self._now() + self._config.take_timeout_s
         while True:
             if self._broken:
-                raise RuntimeError(self._broken)
+                raise self._broken
             self._expire()
             batch = self._store.take()
             if batch is not None:

@@ -139,10 +139,10 @@ class Store:
         state.stats = dict(stats)
         return True
 
-    def fail(self, ticket: Ticket, reason: str) -> bool:
+    def fail(self, ticket: Ticket, reason: str, trace: str = "") -> bool:
         """Infrastructure broke the episode: its ticket will be issued again. False for a late answer.
 
-        RuntimeError: the ticket failed more than `max_failures` times.
+        RuntimeError: the ticket failed more than `max_failures` times; `trace`, that of the last time, is its note.
         """
         state = self._in_flight(ticket)
         if state is None:
@@ -151,10 +151,13 @@ class Store:
         state.failures += 1
         self._reissue(state)
         if state.failures > self._max_failures:
-            raise RuntimeError(
+            error = RuntimeError(
                 f"ticket {ticket.number} (row {ticket.row}) failed {state.failures} times, "
                 f"allowed are {self._max_failures}; the last time at {worker}: {reason}"
             )
+            if trace:
+                error.add_note(trace)
+            raise error
         return True
 
     def expire(self, now_s: float) -> list[Ticket]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import logging
 import os
 import secrets
@@ -11,6 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import psutil
 import ray
 from ray._raylet import AuthenticationTokenLoader, Config
 
@@ -20,7 +23,9 @@ from launch.nodes import NodeError
 
 ATTEMPTS = 3
 KNOCK_TIMEOUT_S = 10.0
-TOKEN_FOLDER = "slime-ray-"
+TOKEN_FOLDER, TOKEN_FILE = "slime-ray-", "secret"
+END_TIMEOUT_S = 10.0  # for killed processes to be gone
+_of_ray: set[psutil.Process] = set()  # seen when it was started: a raylet that is killed leaves its agents to nobody
 OBJECT_STORE_MB = 512  # of a laptop run: a token of a sub-trace is 18 bytes
 
 
@@ -102,14 +107,13 @@ def start_ray(cluster: ClusterConfig) -> None:
     """
     if ray.is_initialized():
         return
+    # It would print lines of guesses about a dead worker, beside the one of launch/supervisor.py; its logs keep them.
+    ray._private.worker.print_to_stdstream = lambda *_, **__: None
     if cluster.ray_address:
         join_ray(cluster)
         return
     forget_other_ray()
-    folder = Path(tempfile.mkdtemp(prefix=TOKEN_FOLDER))
-    token = folder / "token"
-    token.touch(mode=0o600)
-    token.write_text(secrets.token_hex(32))
+    token = _make_token()
     os.environ.update(_environment(token) | _of_processes(cluster) | direct([ray.util.get_node_ip_address()]))
     Config.initialize("")  # Ray read its environment when it was imported
     AuthenticationTokenLoader.instance().reset_cache()
@@ -124,6 +128,7 @@ def start_ray(cluster: ClusterConfig) -> None:
                 log_to_driver=False,
                 logging_level=logging.ERROR,
             )
+            _of_ray.update(_processes_of_ray())
             return
         except Exception as error:
             ray.shutdown()
@@ -134,8 +139,45 @@ def start_ray(cluster: ClusterConfig) -> None:
 
 
 def stop_ray() -> None:
-    """Ends Ray when this process started it, and removes its token."""
-    ray.shutdown()
+    """Leaves Ray. Where this process started it, everything that came of it is ended, and its token removed."""
     token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", ""))
-    if token.parent.name.startswith(TOKEN_FOLDER):
-        shutil.rmtree(token.parent, ignore_errors=True)
+    mine = token.parent.name.startswith(TOKEN_FOLDER)
+    left = _of_ray | _processes_of_ray() if mine else set()
+    try:
+        ray.shutdown()
+    finally:
+        for process in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(left, END_TIMEOUT_S)
+        _of_ray.clear()
+        if mine:
+            shutil.rmtree(token.parent, ignore_errors=True)
+
+
+def _make_token() -> Path:
+    """A file with the secret of a Ray that is about to start, locked while this process lives.
+
+    Those of processes that were killed before they could remove theirs are removed here.
+    """
+    for old in Path(tempfile.gettempdir()).glob(f"{TOKEN_FOLDER}*/{TOKEN_FILE}"):
+        with contextlib.suppress(OSError), old.open() as held:  # another user's, or of a run that lives
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(old.parent, ignore_errors=True)
+    token = Path(tempfile.mkdtemp(prefix=TOKEN_FOLDER)) / TOKEN_FILE
+    part = token.with_suffix(".part")  # nobody takes it for an old one before it is locked
+    part.touch(mode=0o600)
+    part.write_text(secrets.token_hex(32))
+    fcntl.flock(os.open(part, os.O_RDONLY | os.O_CLOEXEC), fcntl.LOCK_EX)
+    return part.rename(token)
+
+
+def _processes_of_ray() -> set[psutil.Process]:
+    """Those that this process has started Ray with, and all that came of them."""
+    node = ray._private.worker._global_node
+    found: set[psutil.Process] = set()
+    for _, started in node.live_processes() if node is not None else ():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process = psutil.Process(started.pid)
+            found |= {process, *process.children(recursive=True)}
+    return found

@@ -4,16 +4,17 @@ Run as a program, this module is the server's leash:
 
     python -m rollout.engine COMMAND ARGUMENT...
 
-runs a command that ends with the process that asked for it, however that one dies. The asker holds the write end of the
-leash's standard input and never writes; when it dies, by SIGKILL too, the pipe closes and the whole process group is
-killed. (The kernel's parent-death signal alone would fire when the *thread* that started a process ends, and servers
-are started from short-lived ones.)
+runs a command that ends with the process that asked for it, however that one dies, with all that it has started. The
+asker holds the write end of the leash's standard input and never writes; when it dies, by SIGKILL too, the pipe closes
+and every descendant is killed. (The kernel's parent-death signal alone would fire when the *thread* that started a
+process ends, and servers are started from short-lived ones.)
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+import re
 import runpy
 import select
 import signal
@@ -22,16 +23,22 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from http import HTTPStatus
 from pathlib import Path
 
-from buffer.ports import ReservedPort
+from machine.failures import adopt_orphans, end_descendants, ending
+from machine.ports import ReservedPort
 from rollout.config import EngineConfig
 
 HEALTH_INTERVAL_S = 0.2
 LOG_TAIL_LINES = 30
 LEASH_INTERVAL_S = 0.2
+STOP_TIMEOUT_S = 20.0  # for the leash to have ended everything
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+# A line of a server's log that says why it ended: a child of SGLang's that crashed, an exception, a refused argument.
+CRASHED = re.compile(r"Subprocess (?P<name>\S+) \(pid=\d+\) crashed with exit code (?P<code>-?\d+)")
+RAISED = re.compile(r"^(?:\[.*?\] *)?(?P<reason>(?:[\w.]+(?:Error|Exception|Interrupt)\b|\S+: error:).*)$")
 # SGLang keeps 6 tokens of its context to itself; with these added, a request may fill `context_tokens` exactly.
 CONTEXT_MARGIN_TOKENS = 8
 KEY_VARIABLE = "SLIME_ENGINE_KEY"
@@ -152,12 +159,15 @@ class EngineServer:
         self.config = config
         self._key = key
         self.log_path = Path(log_path)
+        self.name = self.log_path.stem.replace("_", " ")
+        self._stopped = False
         port, meeting_port = self._ports = ReservedPort(host), ReservedPort("")
         self.url = f"http://{host}:{port.number}"
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         arguments = server_arguments(config, model_path, context_tokens, host, port.number, cpu, seed, yields_memory)
         arguments += ["--nccl-port", str(meeting_port.number)]
         server = ["-c", "from rollout.engine import serve; serve()"] if key else ["-m", "sglang.launch_server"]
+        self._log_begins = self.log_path.stat().st_size if self.log_path.exists() else 0
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "rollout.engine", sys.executable, *server, *arguments],
@@ -171,32 +181,42 @@ class EngineServer:
     def start(self) -> str:
         """Waits until the server serves and returns its address.
 
-        RuntimeError with the log's last lines when it dies; TimeoutError after `config.start_timeout_s`.
+        RuntimeError with the reason when it dies; TimeoutError after `config.start_timeout_s`. Both name the log, and
+        have its last lines as a note.
         """
         deadline = time.monotonic() + self.config.start_timeout_s
         while not self._healthy():
             if not self.alive():
-                raise RuntimeError(f"the engine died while it started; {self._log_tail()}")
+                raise self._with_log(RuntimeError(f"{self.name} {self._ending()}, while it started"))
             if time.monotonic() > deadline:
                 self.stop()
-                raise TimeoutError(f"the engine is not up after {self.config.start_timeout_s} s; {self._log_tail()}")
+                raise self._with_log(TimeoutError(f"{self.name} is not up after {self.config.start_timeout_s:g} s"))
             time.sleep(HEALTH_INTERVAL_S)
         if self._key and not asks_for_key(self.url):
             self.stop()
-            raise RuntimeError("the engine answers requests without its key; it was stopped")
+            raise RuntimeError(f"{self.name} answers requests without its key; it was stopped")
         self._freeze_objects()
         return self.url
 
     def alive(self) -> bool:
         return self._process.poll() is None
 
+    def watch(self) -> str:
+        """Waits until the server has ended and says how: "was killed by SIGKILL ..."; "" when that was `stop`."""
+        while self.alive():
+            time.sleep(LEASH_INTERVAL_S)
+        return "" if self._stopped else self._ending()
+
     def stop(self) -> None:
         """Kills the server and everything it started. Nothing is lost: an engine keeps no state."""
-        if self.alive():
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait(timeout=30)
+        self._stopped = True
         if self._process.stdin is not None:
-            self._process.stdin.close()
+            self._process.stdin.close()  # the leash ends all of it
+        try:
+            self._process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait(STOP_TIMEOUT_S)
         for port in self._ports:
             port.close()
 
@@ -217,9 +237,43 @@ class EngineServer:
         except (urllib.error.URLError, OSError):  # not listening yet, still loading, or busy
             return False
 
-    def _log_tail(self) -> str:
-        lines = self.log_path.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
-        return "\n".join([f"last lines of {self.log_path}:", *lines])
+    def _ending(self) -> str:
+        """How the server ended, with the reason that its log gives."""
+        how = ending(self._process.wait(STOP_TIMEOUT_S))
+        log = self._log_lines()
+        if child := crash_in(log):
+            return f"has ended, because {child}"
+        reason = exception_in(log)
+        return f"{how} ({reason})" if reason else how
+
+    def _with_log(self, error: Exception) -> Exception:
+        tail = "\n".join(self._log_lines()[-LOG_TAIL_LINES:])
+        error.args = (f"{error}; log: {self.log_path}",)
+        error.add_note(f"last lines of {self.log_path}:\n{tail}")
+        return error
+
+    def _log_lines(self) -> list[str]:
+        try:
+            with self.log_path.open("rb") as log:
+                log.seek(self._log_begins)  # a run that goes on writes into the same file
+                return log.read().decode(errors="replace").splitlines()
+        except OSError as error:
+            return [f"it can't be read: {error}"]
+
+
+def crash_in(log: Sequence[str]) -> str:
+    """The first process of a server's that died, and how, by SGLang's log; "" for none.
+
+    SGLang then ends itself by SIGKILL, so that its own end says nothing.
+    """
+    found = next(filter(None, map(CRASHED.search, log)), None)
+    return f"its process {found['name']} {ending(int(found['code']))}" if found else ""
+
+
+def exception_in(log: Sequence[str]) -> str:
+    """The last exception or refused argument in a server's log; "" for none."""
+    found = [match["reason"] for match in map(RAISED.match, log) if match]
+    return found[-1] if found else ""
 
 
 def _die_with_parent() -> None:
@@ -227,15 +281,34 @@ def _die_with_parent() -> None:
 
 
 def hold(command: list[str]) -> None:
-    """Runs `command` until it ends or standard input closes, then kills the process group, itself included."""
+    """Runs `command` until it ends or standard input closes, ends all that it has started, and exits as it did.
+
+    The leash is two processes, a keeper and its child, and each ends everything when the other has died: Ray kills the
+    children of a worker that exits, and the parent of a half-started server must not be gone before the server. Both
+    adopt orphans, so that a process is found wherever it went: to a group or session of its own, or away from a parent
+    that has died.
+    """
+    adopt_orphans()
+    keeper = os.getpid()
+    follower = os.fork()
+    if follower:
+        code = os.waitstatus_to_exitcode(os.waitpid(follower, 0)[1])
+    else:
+        adopt_orphans()
+        code = _follow(command, keeper)
+    end_descendants()
+    os._exit(code if code >= 0 else 128 - code)  # as shells say it
+
+
+def _follow(command: list[str], keeper: int) -> int:
+    """Exit code of the command, negative for a signal; 0 when it was not awaited to its end."""
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=_die_with_parent)
     while child.poll() is None:
         readable, _, _ = select.select([sys.stdin], [], [], LEASH_INTERVAL_S)
-        if readable and not os.read(sys.stdin.fileno(), 1):
-            break
-    if child.returncode is not None:
-        print(f"the server ended with exit code {child.returncode}", file=sys.stderr, flush=True)
-    os.killpg(os.getpgid(0), signal.SIGKILL)
+        if os.getppid() != keeper or (readable and not os.read(sys.stdin.fileno(), 1)):
+            return 0
+    print(f"the server {ending(child.returncode)}", file=sys.stderr, flush=True)
+    return child.returncode
 
 
 def serve() -> None:

@@ -73,9 +73,9 @@ class RolloutGroup:
         shares = zip(self.workers, self._share(indices), strict=True)
         return [worker.demonstrate.remote(share, progress) for worker, share in shares]
 
-    def stop(self) -> None:
+    def stop(self, timeout_s: float = 60.0) -> None:
         """Ends episodes, sandboxes and clients."""
-        ray.get([worker.stop.remote() for worker in self.workers], timeout=60)
+        ray.get([worker.stop.remote() for worker in self.workers], timeout=timeout_s)
 
 
 class EngineGroup:

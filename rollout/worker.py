@@ -23,6 +23,7 @@ import ray
 from buffer.tasks import TaskRow
 from buffer.trace import cut
 from buffer.types import Episode, Status, SubTrace, SubTraceInfo, SubTraceKind, TurnKind
+from machine.failures import reason
 from rollout.agent import Agent, Sampled, Sampler, ScriptedSampler
 from rollout.client import EngineClient
 from rollout.config import RolloutConfig
@@ -30,6 +31,7 @@ from rollout.environment import Demonstrator, Environment, Task, require_kind
 from rollout.rendering import Renderer, end_ids
 from rollout.sandbox.interface import SandboxPool
 
+STOP_TIMEOUT_S = 10.0  # for lanes to let go of their sandboxes
 EVAL_ATTEMPTS = 3  # an evaluation episode that fails for infrastructure is played again
 
 
@@ -95,6 +97,7 @@ class RolloutWorker:
         self._train_rows = train_rows
         self._eval_rows = eval_rows
         self._stopping = False
+        self._lanes: list[asyncio.Task[None]] = []
         self._pool: SandboxPool | None = None
         self._clients: list[EngineClient] = []
         self._ended = 0  # attempts at an episode, failed ones included
@@ -147,8 +150,12 @@ class RolloutWorker:
 
     async def run(self, buffer: Any) -> None:
         """Plays tickets of the buffer, `episodes_in_flight` at a time, until `stop`."""
-        lanes = [self._lane(buffer) for _ in range(self.settings.config.episodes_in_flight)]
-        await asyncio.gather(*lanes)
+        self._lanes = [asyncio.create_task(self._lane(buffer)) for _ in range(self.settings.config.episodes_in_flight)]
+        try:
+            await asyncio.gather(*self._lanes)
+        except asyncio.CancelledError:
+            if not self._stopping:
+                raise
 
     async def _lane(self, buffer: Any) -> None:
         s = self.settings
@@ -159,8 +166,8 @@ class RolloutWorker:
             name = ticket.episode_id
             try:
                 played = await self._play(self._train_rows[ticket.row], ticket.row, self._sampler(ticket.number), name)
-            except Exception:  # noqa: BLE001 (the one place: an episode's failure is data)
-                await buffer.fail.remote(ticket, traceback.format_exc(limit=4))
+            except Exception as error:  # noqa: BLE001 (the one place: an episode's failure is data)
+                await buffer.fail.remote(ticket, reason(error), traceback.format_exc())
                 continue
             infos = [
                 SubTraceInfo(ray.put(s), s.episode_id, len(s.tokens), s.num_actions, s.oldest_version)
@@ -174,13 +181,13 @@ class RolloutWorker:
 
         async def one(place: int, index: int) -> Played:
             async with gate:
+                row = self._eval_rows[index]
                 for attempt in range(EVAL_ATTEMPTS):
                     try:
-                        row = self._eval_rows[index]
                         played = await self._play(row, index, self._sampler(index), f"eval-{index}")
-                    except Exception:
+                    except Exception as error:  # noqa: BLE001 (told with its row, and without its class)
                         if attempt + 1 == EVAL_ATTEMPTS:
-                            raise
+                            raise _failed(f"evaluation row {row.id!r} failed {EVAL_ATTEMPTS} times", error) from None
                         continue
                     return played if place < keep else Played(index, played.stats)
             raise AssertionError("unreachable")
@@ -193,16 +200,30 @@ class RolloutWorker:
         found = []
         for index in indices:
             row = self._train_rows[index]
-            script = s.task.demonstrate(row, random.Random(f"{s.seed} {index}"), progress)
-            require_kind(script, Demonstrator, f"row {row.id!r}: its demonstration")
-            sampler = ScriptedSampler(script, self._renderer, f"row {row.id!r}")
-            found.append(await self._play(row, index, sampler, f"demonstration-{index}"))
+            try:
+                script = s.task.demonstrate(row, random.Random(f"{s.seed} {index}"), progress)
+                require_kind(script, Demonstrator, f"row {row.id!r}: its demonstration")
+                sampler = ScriptedSampler(script, self._renderer, f"row {row.id!r}")
+                found.append(await self._play(row, index, sampler, f"demonstration-{index}"))
+            except Exception as error:  # noqa: BLE001 (as above)
+                raise _failed(f"the demonstration of row {row.id!r} failed", error) from None
         return found
 
     async def stop(self) -> None:
-        """No new episodes; closes sandboxes and clients."""
+        """Ends the episodes; closes sandboxes and clients."""
         self._stopping = True
+        for lane in self._lanes:
+            lane.cancel()
+        if self._lanes:
+            await asyncio.wait(self._lanes, timeout=STOP_TIMEOUT_S)
         for client in self._clients:
             await client.close()
         if self._pool is not None:
             await self._pool.close()
+
+
+def _failed(what: str, error: Exception) -> RuntimeError:
+    """An error of user code, engine or sandbox that the driver can read: it need not have the class that was raised."""
+    failure = RuntimeError(f"{what}: {reason(error)}")
+    failure.add_note("".join(traceback.format_exception(error)))
+    return failure

@@ -17,10 +17,12 @@ from critic.group import CriticGroup
 from critic.worker import CriticWorker
 from launch.config import Sharing
 from launch.nodes import Places, find_nodes, look_around
+from launch.supervisor import watch
 from rollout.engine import EngineServer
 from rollout.group import EngineGroup, RolloutGroup
 from rollout.worker import RolloutSettings, RolloutWorker
 from slime.config.nodes import CRITIC, ENGINES, POLICY, REFERENCE, part_of, placed
+from slime.observe.failures import Failures
 from slime.prepare import Prepared
 from slime.schema import Config
 from slime.weights import SharedGpuWeights, Weights
@@ -29,6 +31,8 @@ from trainer.group import NoReference, PolicyGroup, Turns, WorkerGroup
 from trainer.policy import PolicyWorker
 from trainer.worker import WorkerSettings
 
+STOP_TIMEOUT_S = 30.0  # for engines and sandboxes; what has not ended then ends with its actor
+SERVER_CALLS = 4  # an engine's actor is asked to stop while it watches or still starts
 ASYNC_CALLS = 1024  # calls an asynchronous actor serves at once: every lane of a rollout worker may wait in one
 
 
@@ -52,10 +56,12 @@ class Parts:
         """Groups of processes that train: what a checkpoint holds."""
         return [self.policy, *self.estimator.roles]
 
-    def stop(self) -> None:
+    def stop(self, failures: Failures) -> None:
         """Ends engines and sandboxes; Ray's own end takes the rest."""
-        self.rollout.stop()
-        ray.get([server.stop.remote() for server in self.servers], timeout=60)
+        with failures.aside("stopping the rollout workers"):
+            self.rollout.stop(STOP_TIMEOUT_S)
+        with failures.aside("stopping the engines"):
+            ray.get([server.stop.remote() for server in self.servers], timeout=STOP_TIMEOUT_S)
 
 
 HERE = Places()  # everything on this machine
@@ -86,12 +92,13 @@ def _ranks(config: Config, name: str, role: PolicyConfig | CriticConfig, folder:
             rank, role.layout, role.optimizer, str(folder.resolve()), config.seed, threads, timeout_s, frozen
         )
 
-    return [
+    ranks = [
         cls.options(num_cpus=0, num_gpus=gpus, **places.options(part, rank // role.layout.tensor_parallel)).remote(
             settings(rank), role
         )
         for rank in range(role.layout.num_processes)
     ]
+    return [watch(f"{name} rank {rank}", actor) for rank, actor in enumerate(ranks)]
 
 
 def build_policy(config: Config, folder: Path, places: Places = HERE) -> PolicyGroup:
@@ -120,12 +127,12 @@ def build_servers(config: Config, folder: Path, run_dir: Path, places: Places = 
     """Engine servers; each starts its SGLang process when it is made. `key`: see `EngineServer`."""
     engine, cls = config.rollout.engine, ray.remote(EngineServer)
     gpus, part = _gpus(config, (Sharing.all,), engine.tensor_parallel), part_of(config, ENGINES)
-    return [
-        cls.options(num_cpus=0, num_gpus=gpus, **places.options(part, number)).remote(
+    servers = [
+        cls.options(num_cpus=0, num_gpus=gpus, max_concurrency=SERVER_CALLS, **places.options(part, number)).remote(
             engine,
             str(folder.resolve()),
             config.rollout.compaction.context_tokens,
-            str((run_dir / "logs" / f"engine_{number}.log").resolve()),
+            str(engine_log(run_dir, number).resolve()),
             cpu=config.cluster.gpus_per_node == 0,
             threads=config.cluster.threads_per_process,
             seed=config.seed + number,
@@ -135,6 +142,15 @@ def build_servers(config: Config, folder: Path, run_dir: Path, places: Places = 
         )
         for number in range(engine.num_engines)
     ]
+    return [
+        watch(f"engine {number}", server, server.watch.remote(), str(engine_log(run_dir, number)))
+        for number, server in enumerate(servers)
+    ]
+
+
+def engine_log(run_dir: Path, number: int) -> Path:
+    """What an engine says."""
+    return run_dir / "logs" / f"engine_{number}.log"
 
 
 def build_rollout(
@@ -160,6 +176,7 @@ def build_rollout(
         )
         for number in range(config.rollout.num_workers)
     ]
+    workers = [watch(f"rollout worker {number}", worker) for number, worker in enumerate(workers)]
     return RolloutGroup(workers, max(config.rollout.engine.request_timeout_s, config.buffer.take_timeout_s))
 
 
@@ -194,7 +211,7 @@ def build(config: Config, inputs: Prepared, run_dir: Path, places: Places = HERE
     take_turns(config, trainers)
     starting = [role.start(limit_s) for role in trainers]
     buffer_class = ray.remote(BufferActor).options(num_cpus=0, max_concurrency=ASYNC_CALLS, **places.options("buffer"))
-    buffer = buffer_class.remote(config.buffer, len(inputs.train_rows), config.seed)
+    buffer = watch("the data buffer", buffer_class.remote(config.buffer, len(inputs.train_rows), config.seed))
     # Each has a deadline of its own, told with its log; this one is for the processes around them.
     urls = ray.get([server.start.remote() for server in servers], timeout=limit_s + engine.start_timeout_s)
     rollout = build_rollout(config, inputs, urls, places, key)

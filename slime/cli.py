@@ -52,7 +52,10 @@ _HELP_FLAGS = {"-h", "--help"}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 0 done, 2 refused with one line on stderr."""
+    """Runs one command and returns its exit code, with one line on stderr for all but 0.
+
+    0 done, 2 refused, 1 failed, 128 + N stopped by signal N.
+    """
     command, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if command in {*_HELP_FLAGS, "help"}:
         print(HELP)
@@ -105,14 +108,13 @@ def _compose_and_run(command: str, rest: list[str]) -> int:
 
     from launch.lock import LockError
     from launch.nodes import NodeError
-    from slime.checkpoint import CheckpointError
+    from slime.observe.failures import Failures
+    from slime.train import folder_of
     from slime.train import main as run
 
-    try:
-        run(loaded.config, start)
-    except (ConfigError, CheckpointError, LockError, NodeError) as error:
-        return _refuse(str(error))
-    return 0
+    with Failures(folder_of(loaded.config) / "logs", (ConfigError, LockError, NodeError)) as failures:
+        run(loaded.config, start, failures)
+    return failures.exit_code
 
 
 def _of_a_run(command: str, rest: list[str]) -> int:

@@ -12,6 +12,7 @@ import ray
 
 from buffer.types import Batch, SubTraceInfo
 from launch.nodes import Places
+from launch.supervisor import forget
 from rollout.group import RolloutGroup
 from slime.build import build_policy, build_rollout
 from slime.config.rows import no_turn
@@ -106,6 +107,7 @@ def run(config: Config, inputs: Prepared, run_dir: Path, view: View, tracker: Tr
         view.step({"step": step, "time_s": tracker.elapsed_s, **metrics})
     folder = (run_dir / "model").resolve()
     policy.submit("export", str(folder)).result()
+    forget([*policy.actors, *rollout.workers])
     rollout.stop()
     for actor in (*policy.actors, *rollout.workers):
         ray.kill(actor)

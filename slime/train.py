@@ -14,6 +14,7 @@ from launch.lock import made_once, run_lock
 from slime import checkpoint, loop, sft
 from slime.build import Parts, build, find_places
 from slime.config import ConfigError, differences, dump
+from slime.observe.failures import Failures
 from slime.observe.tracking import Tracker, read_metrics
 from slime.observe.view import View
 from slime.observe.watch import Watch
@@ -57,7 +58,7 @@ def record(config: Config, run_dir: Path) -> None:
     part.replace(run_dir / "config.yaml")
 
 
-def start_model(config: Config, start: Config | None) -> Path:
+def start_model(config: Config, start: Config | None, failures: Failures) -> Path:
     """The model folder to start from; runs the warm start when its result is missing."""
     if start is None:
         return untrained_model(config, make_task(config))
@@ -65,21 +66,22 @@ def start_model(config: Config, start: Config | None) -> Path:
 
     def make(part: Path) -> None:
         with run_lock(run_dir, wait=True):
-            shutil.copytree(run_sft(start, run_dir), part)
+            shutil.copytree(run_sft(start, run_dir, failures), part)
 
     made_once(folder, make)
     return folder
 
 
-def run_sft(config: Config, run_dir: Path) -> Path:
+def run_sft(config: Config, run_dir: Path, failures: Failures) -> Path:
     """A supervised run; returns the exported model folder."""
     inputs = prepare(config)
     start_ray(config.cluster)
+    failures.supervisor.take_signals()
     places = find_places(config, run_dir, inputs.model_folder)
     record(config, run_dir)
-    tracker = Tracker(run_dir, run_dir.name, yaml.safe_load(dump(config)), config.tracking, None)
+    tracker = Tracker(run_dir, run_dir.name, yaml.safe_load(dump(config)), config.tracking, None, failures.aside)
     try:
-        with View(run_dir.name, config.steps) as view:
+        with View(run_dir.name, config.steps) as view, failures.at_once():
             exported = sft.run(config, inputs, run_dir, view, tracker, places)
             write_report(run_dir)
             view.final(f"warm start: {exported}")
@@ -88,25 +90,30 @@ def run_sft(config: Config, run_dir: Path) -> Path:
     return exported
 
 
-def run_ppo(config: Config, run_dir: Path, step: int, inputs: Prepared) -> None:
+def run_ppo(config: Config, run_dir: Path, step: int, inputs: Prepared, failures: Failures) -> None:
     """Builds the parts, goes on from `step`, trains to the end."""
     from transformers import AutoTokenizer  # takes seconds to import
 
     places = find_places(config, run_dir, inputs.model_folder)
     record(config, run_dir)
     history = read_metrics(run_dir) if step else []
-    tracker = Tracker(run_dir, run_dir.name, yaml.safe_load(dump(config)), config.tracking, step or None)
+    settings = yaml.safe_load(dump(config))
+    tracker = Tracker(run_dir, run_dir.name, settings, config.tracking, step or None, failures.aside)
     view = View(run_dir.name, config.steps, history=[row for row in history if row["step"] <= step])
     tokenizer = AutoTokenizer.from_pretrained(inputs.model_folder)
     t = config.tracking
     watch = Watch(view, tracker, tokenizer, inputs.train_rows, inputs.eval_rows, t.sample_every, t.sample_episodes)
     with view:
         view.phase("starting engines, workers and sandboxes")
-        parts = build(config, inputs, run_dir, places)
         try:
-            train(config, parts, watch, run_dir, step)
+            with failures.at_once():
+                parts = build(config, inputs, run_dir, places)
+            try:
+                with failures.at_once():
+                    train(config, parts, watch, run_dir, step, failures)
+            finally:
+                parts.stop(failures)
         finally:
-            parts.stop()
             tracker.close()
         view.phase("report")
         report = write_report(run_dir)
@@ -121,7 +128,7 @@ def run_ppo(config: Config, run_dir: Path, step: int, inputs: Prepared) -> None:
         view.final(f"{held_out}; report: {report}")
 
 
-def train(config: Config, parts: Parts, watch: Watch, run_dir: Path, step: int) -> None:
+def train(config: Config, parts: Parts, watch: Watch, run_dir: Path, step: int, failures: Failures) -> None:
     """Every step of a run, with its evaluations and checkpoints."""
     if step:
         loaded = checkpoint.load(run_dir, parts)
@@ -136,7 +143,8 @@ def train(config: Config, parts: Parts, watch: Watch, run_dir: Path, step: int) 
             first |= loop.warm_up_critic(config, parts, watch)
         watch.phase("eval")
         watch.step(0, first | loop.evaluate(config, parts, watch, 0))
-    with checkpoint.Checkpoints(run_dir, parts, config.checkpoint.keep) as checkpoints:
+    # What fails is told before a checkpoint that is being written is waited for.
+    with checkpoint.Checkpoints(run_dir, parts, config.checkpoint.keep) as checkpoints, failures.at_once():
         while step < config.steps:
             step += 1
             last = step == config.steps
@@ -150,25 +158,29 @@ def train(config: Config, parts: Parts, watch: Watch, run_dir: Path, step: int) 
                 checkpoints.save(step)
 
 
-def main(config: Config, start: Config | None = None) -> None:
+def main(config: Config, start: Config | None, failures: Failures) -> None:
     """Runs a recipe to its end, or goes on with one that was stopped. `start`: the recipe that makes its model."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     with run_lock(folder_of(config)):
-        _main(config, start)
+        _main(config, start, failures)
 
 
-def _main(config: Config, start: Config | None) -> None:
+def _main(config: Config, start: Config | None, failures: Failures) -> None:
     run_dir, step = open_run(config)
     try:
-        if config.kind is Kind.sft:
-            run_sft(config, run_dir)
-            return
-        if step >= config.steps:
-            print(f"{run_dir} has finished its {config.steps} steps; report: {write_report(run_dir)}")
-            return
-        inputs = prepare(config, start)  # what is wrong is said before the warm start, not after it
-        inputs = replace(inputs, model_folder=start_model(config, start))
-        start_ray(config.cluster)
-        run_ppo(config, run_dir, step, inputs)
+        with failures.at_once():
+            if config.kind is Kind.sft:
+                run_sft(config, run_dir, failures)
+                return
+            if step >= config.steps:
+                print(f"{run_dir} has finished its {config.steps} steps; report: {write_report(run_dir)}")
+                return
+            inputs = prepare(config, start)  # what is wrong is said before the warm start, not after it
+            inputs = replace(inputs, model_folder=start_model(config, start, failures))
+            start_ray(config.cluster)
+            failures.supervisor.take_signals()
+            run_ppo(config, run_dir, step, inputs, failures)
     finally:
-        stop_ray()
+        with failures.aside("stopping Ray"):
+            failures.supervisor.stop_looking()
+            stop_ray()

@@ -64,7 +64,7 @@ def ray_cluster() -> Iterator[ModuleType]:
 @pytest.fixture(scope="module")
 def process() -> Iterator[None]:
     """This process as the only one of a role."""
-    from buffer.ports import ReservedPort
+    from machine.ports import ReservedPort
     from trainer.config import LayoutConfig
     from trainer.megatron.model import leave_process, start_process
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -14,6 +15,7 @@ from buffer.actor import BufferActor
 from buffer.config import BufferConfig
 from buffer.store import Ticket
 from buffer.types import Status, SubTrace, SubTraceInfo, SubTraceKind, Successor
+from machine.failures import reason
 
 pytestmark = pytest.mark.e2e
 
@@ -157,9 +159,11 @@ def test_an_episode_that_fails_too_often_ends_training(stage: Stage) -> None:
         ticket = stage.get(stage.players[0].claim.remote())
         assert (ticket.number, ticket.attempt) == (0, attempt)
         assert stage.waits(taking) if attempt == 3 else True
-        stage.get(stage.buffer.fail.remote(ticket, f"sandbox {attempt} broke"))
-    with pytest.raises(RuntimeError, match=r"ticket 0 .* failed 4 times.*w0: sandbox 3 broke"):
+        stage.get(stage.buffer.fail.remote(ticket, f"sandbox {attempt} broke", f"trace {attempt}"))
+    with pytest.raises(RuntimeError, match=r"ticket 0 .* failed 4 times.*w0: sandbox 3 broke") as caught:
         stage.get(taking)
+    assert reason(caught.value).startswith("ticket 0 (row ")
+    assert "trace 3" in "".join(traceback.format_exception(caught.value))
 
 
 def test_a_resumed_buffer_goes_on(stage: Stage) -> None:

@@ -111,10 +111,11 @@ def test_config_of_a_runnable_recipe(capsys: pytest.CaptureFixture[str]) -> None
 
 @pytest.mark.usefixtures("_roomy_machine")
 def test_train_hands_over_the_run_and_its_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from slime import train
+
     seen: list[Any] = []
-    fake = ModuleType("slime.train")
-    fake.main = lambda config, start: seen.append((config.steps, start and start.recipe))  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "slime.train", fake)
+    note = lambda config, start, failures: seen.append((config.steps, start and start.recipe))  # noqa: E731
+    monkeypatch.setattr(train, "main", note)
     own = tmp_path / "recipe" / "sft_own.yaml"
     own.parent.mkdir()
     own.write_text("# @package _global_\n# Ours\ndefaults: [sft_coding, _self_]\n")
@@ -127,14 +128,13 @@ def test_train_hands_over_the_run_and_its_start(monkeypatch: pytest.MonkeyPatch,
 def test_a_refusal_inside_training_is_one_line_too(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    from slime import train
     from slime.config import ConfigError
 
-    def refuse(config: Any, start: Any) -> None:
+    def refuse(config: Any, start: Any, failures: Any) -> None:
         raise ConfigError("steps: 3 -> 4\nsince the last start")
 
-    fake = ModuleType("slime.train")
-    fake.main = refuse  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "slime.train", fake)
+    monkeypatch.setattr(train, "main", refuse)
     assert "steps: 3 -> 4 since the last start" in refused(capsys, "train", PPO)
 
 

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PROJECT = (
-    *("slime", "launch", "recipes", "critic", "trainer", "rollout", "buffer", "tests", "benchmarks"),
+    *("slime", "launch", "recipes", "critic", "trainer", "rollout", "buffer", "machine", "tests", "benchmarks"),
     *("docs", "locks", "README.md", "pyproject.toml", "Makefile"),
 )
 BROKEN = "import sys, os\ndef f(:\n"  # no formatter, linter or type checker accepts it

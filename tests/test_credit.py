@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from buffer.ports import ReservedPort
 from buffer.trace import cut
 from buffer.types import Batch, Episode, Float32, Status, SubTrace, SubTraceInfo, SubTraceKind, Successor, Turn
 from critic.advantages import advantages
 from critic.config import AdvantageConfig, Credit
+from machine.ports import ReservedPort
 
 EXACT = [
     AdvantageConfig(),

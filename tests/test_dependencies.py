@@ -15,7 +15,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-PACKAGES = ("slime", "launch", "recipes", "critic", "trainer", "rollout", "buffer")
+PACKAGES = ("slime", "launch", "recipes", "critic", "trainer", "rollout", "buffer", "machine")
 CHECKS = ("tests", "benchmarks", "locks")
 NOT_HERE = {"flash_attn": "flash-attn-4"}  # what is imported where it is installed: there is no build for CPUs
 OWN_ENVIRONMENT = "benchmarks/advantages_peers.py"  # makes one, with what it compares

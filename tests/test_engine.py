@@ -20,11 +20,11 @@ import numpy as np
 import pytest
 import torch
 
-from buffer.ports import ReservedPort
 from buffer.types import Float32
+from machine.ports import ReservedPort
 from rollout.client import EngineClient, Generation, parse_generation
 from rollout.config import EngineConfig
-from rollout.engine import EngineServer, server_arguments, server_environment
+from rollout.engine import EngineServer, crash_in, exception_in, server_arguments, server_environment
 from trainer.broadcast import broadcast, join_update_group, leave_update_group
 
 T = TypeVar("T")
@@ -209,6 +209,56 @@ def test_the_leash_ends_everything_with_its_asker(tmp_path: Path) -> None:
         wait_until(functools.partial(gone, pid), 30)
 
 
+@pytest.mark.parametrize("killed", ["asker", "keeper", "follower"])
+def test_nothing_outlives_the_leash_wherever_it_went(tmp_path: Path, killed: str) -> None:
+    """A child in a session of its own, an orphan, and a command that ignores all it can: the first to die takes them.
+
+    Ray kills its worker's own child, the keeper, when the worker exits.
+    """
+    pids = tmp_path / "pids"
+    command = (
+        f"setsid sleep 600 & one=$!; (setsid sleep 601 & echo $! > {tmp_path}/orphan); "
+        f"echo $PPID $$ $one $(cat {tmp_path}/orphan) > {pids}.tmp; mv {pids}.tmp {pids}; trap '' TERM HUP INT; wait"
+    )
+    asker = (
+        "import subprocess, sys, time; p = subprocess.Popen([sys.executable, '-m', 'rollout.engine', 'sh', '-c', "
+        f"{command!r}], stdin=subprocess.PIPE, start_new_session=True); print(p.pid, flush=True); time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", asker], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        keeper = int(process.stdout.readline())
+        wait_until(pids.exists, 30)
+        follower, *rest = map(int, pids.read_text().split())
+        os.kill({"asker": process.pid, "keeper": keeper, "follower": follower}[killed], signal.SIGKILL)
+        try:
+            for pid in (follower, *rest):
+                wait_until(functools.partial(gone, pid), 30)
+            wait_until(functools.partial(gone, keeper), 30)
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize(("command", "code"), [("exit 3", 3), ("kill -9 $$", 137), ("sleep 600 & exit 0", 0)])
+def test_the_leash_ends_as_its_command_does(command: str, code: int) -> None:
+    leash = [sys.executable, "-m", "rollout.engine", "sh", "-c", command]
+    with subprocess.Popen(leash, stdin=subprocess.PIPE) as process:
+        assert process.wait(30) == code
+
+
+def test_a_servers_log_says_why_it_ended() -> None:
+    crashed = "[2026-11-30] Subprocess scheduler_0 (pid=7) crashed with exit code -9. Triggering SIGQUIT for cleanup..."
+    assert (
+        crash_in(["ready", crashed])
+        == "its process scheduler_0 was killed by SIGKILL, e.g. by the out-of-memory killer"
+    )
+    assert crash_in(["ready"]) == exception_in(["ready"]) == ""
+    raised = ["Traceback:", "  File x", "ValueError: first", "[2026-11-30 TP0] torch.OutOfMemoryError: no room", "bye"]
+    assert exception_in(raised) == "torch.OutOfMemoryError: no room"
+    assert (
+        exception_in(["usage: x", "launch_server.py: error: unknown: --x"]) == "launch_server.py: error: unknown: --x"
+    )
+
+
 def gone(pid: int) -> bool:
     return not running(pid)
 
@@ -384,7 +434,7 @@ def test_a_lost_server_is_a_clear_error(server: EngineServer) -> None:
                     os.kill(pid, signal.SIGKILL)
         with pytest.raises(RuntimeError, match=r"/generate: .*connection"):
             await request
-        await asyncio.to_thread(wait_until, lambda: not server.alive(), 30)
+        assert "SIGKILL" in await asyncio.wait_for(asyncio.to_thread(server.watch), 30)
         with pytest.raises(RuntimeError, match="no connection"):
             await client.generate([3, 4], 4, [])
 
@@ -402,8 +452,10 @@ def in_group(pid: int, group: int) -> bool:
 @pytest.mark.e2e
 def test_a_server_that_can_not_start_shows_its_log(tmp_path: Path) -> None:
     engine = EngineServer(CONFIG, str(tmp_path / "absent"), CONTEXT, str(tmp_path / "engine.log"), cpu=True)
-    with pytest.raises(RuntimeError, match=r"died while it started(.|\n)*absent"):
+    with pytest.raises(RuntimeError, match=r"^engine .*absent.*while it started; log: .*engine.log$") as caught:
         engine.start()
+    assert "last lines of" in caught.value.__notes__[0]
+    assert engine.watch() != ""
     engine.stop()
 
 

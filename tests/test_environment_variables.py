@@ -14,12 +14,12 @@ from urllib.request import getproxies, proxy_bypass
 import pytest
 from requests.utils import should_bypass_proxies
 
-from buffer.ports import ReservedPort
 from launch import environment, local
 from launch.config import ClusterConfig
 from launch.environment import OTHER_RAY, direct, expand, forget_other_ray, temporary_problems
 from launch.nodes import LOOPBACK, NodeError, look
 from launch.preflight import problems
+from machine.ports import ReservedPort
 from rollout.client import EngineClient
 from rollout.engine import EngineServer, asks_for_key
 

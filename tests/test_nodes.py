@@ -26,11 +26,11 @@ import psutil
 import pytest
 from runs import START_S, Place, Run, rows_of
 
-from buffer.ports import ReservedPort
 from launch import local, nodes
 from launch.config import ClusterConfig
 from launch.local import start_ray
 from launch.nodes import LOOPBACK, Node, NodeError, Part, Places, interface_of, look, place
+from machine.ports import ReservedPort
 from rollout.engine import KEY_VARIABLE, asks_for_key
 from slime.config import ConfigError, load
 from slime.config.nodes import parts, placed

@@ -10,7 +10,7 @@ from datetime import timedelta
 import pytest
 from torch.distributed import TCPStore
 
-from buffer.ports import ReservedPort
+from machine.ports import ReservedPort
 
 HOST = "127.0.0.1"
 

@@ -14,6 +14,7 @@ from launch.preflight import Machine
 from recipes.coding.model import build_model
 from slime import cli, train
 from slime.config import load, load_start, missing
+from slime.observe.failures import Failures
 from slime.schema import Config
 
 PPO, SFT = "recipe=ppo_coding", "recipe=sft_coding"
@@ -208,17 +209,17 @@ def test_the_warm_start_runs_once_with_the_model_that_is_named(
 ) -> None:
     trained: list[tuple[str, str]] = []
 
-    def run_sft(config: Config, run_dir: Path) -> Path:
+    def run_sft(config: Config, run_dir: Path, failures: Failures) -> Path:
         trained.append((config.model.path, run_dir.name))
         return Path(shutil.copytree(config.model.path, run_dir / "model"))
 
     monkeypatch.setattr(train, "run_sft", run_sft)
     for runs in ("first", "second"):
         loaded = load([PPO, f"model.path={folder}", f"cache_dir={tmp_path / 'cache'}", f"runs_dir={runs}"])
-        found = train.start_model(loaded.config, load_start(loaded))
+        found = train.start_model(loaded.config, load_start(loaded), Failures(tmp_path))
         assert (found / "model.safetensors").is_file()
         assert found != folder
     assert trained == [(str(folder), "sft_coding")]
     alone = load([PPO, f"model.path={folder}", "model.start="])
-    assert train.start_model(alone.config, load_start(alone)) == folder.resolve()
+    assert train.start_model(alone.config, load_start(alone), Failures(tmp_path)) == folder.resolve()
     assert len(trained) == 1

@@ -14,8 +14,8 @@ import pytest
 import torch
 from test_engine import CONFIG, CONTEXT, VOCAB, make_model, prompts_with_shared_prefixes, reference
 
-from buffer.ports import ReservedPort
 from buffer.types import Bool
+from machine.ports import ReservedPort
 from rollout.client import EngineClient, Generation
 from rollout.config import PauseMode
 from rollout.engine import EngineServer

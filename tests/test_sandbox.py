@@ -233,6 +233,58 @@ def test_many_at_once_and_none_left_after_close() -> None:
 
 
 @needs_bubblewrap
+def test_one_that_is_killed_while_it_opens_does_not_end_its_process() -> None:
+    """On uvloop, as in a Ray actor: libuv aborts when a socket is closed that it begins to watch."""
+    program = """
+    import asyncio, uvloop
+    from rollout.config import SandboxConfig
+    from rollout.sandbox.bubblewrap import BubblewrapSandbox
+    from rollout.sandbox.jail import build_jail
+
+    async def main():
+        config = SandboxConfig()
+        for turns in range(5):
+            box = BubblewrapSandbox(build_jail(config), config)
+            opening = asyncio.create_task(box.open())
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            box.kill("a test")
+            assert "gone: a test" in str((await asyncio.gather(opening, return_exceptions=True))[0])
+            await box.gone()
+
+    uvloop.run(main())
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("kind", POOLS)
+def test_a_pool_that_closes_under_its_users_ends_them_with_one_reason(kind: type[SandboxPool]) -> None:
+    """None starts afterwards, and taking one back is no error of its own."""
+
+    async def play(pool: SandboxPool, began: asyncio.Event) -> None:
+        while True:
+            box = await pool.acquire()
+            try:
+                await box.write_files({"a.py": ""})
+                began.set()
+                await box.run(["true"])
+            finally:
+                await pool.release(box)
+
+    async def main() -> None:
+        pool, began = kind(CONFIG), asyncio.Event()  # type: ignore[call-arg]
+        users = [asyncio.create_task(play(pool, began)) for _ in range(12)]
+        await began.wait()
+        await pool.close()
+        ends = await asyncio.gather(*users, return_exceptions=True)
+        assert {type(end) for end in ends} <= {RuntimeError}, ends
+        assert psutil.Process().children(recursive=True) == []
+
+    asyncio.run(main())
+
+
+@needs_bubblewrap
 def test_cancelled_run_costs_its_sandbox_but_not_the_pool() -> None:
     async def main() -> None:
         async with opened(BubblewrapPool(CONFIG)) as pool:

@@ -90,6 +90,7 @@ def test_requests_do_not_limit_episodes(monkeypatch: pytest.MonkeyPatch, request
     made = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda *_: "worker"))
     monkeypatch.setattr("ray.remote", lambda cls: made)
     monkeypatch.setattr("ray.put", lambda rows: rows)
+    monkeypatch.setattr("slime.build.watch", lambda name, worker: worker)
     inputs: Any = SimpleNamespace(train_rows=[], eval_rows=[], task=None, model_folder=SimpleNamespace(resolve=str))
     inputs.vocab_size = 10
     assert build_rollout(config, inputs, []).quiet_s == quiet_s

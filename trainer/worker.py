@@ -20,8 +20,8 @@ import ray
 import torch
 from torch import distributed as dist
 
-from buffer.ports import ReservedPort
 from buffer.types import Float32, Grid, SubTrace
+from machine.ports import ReservedPort
 from trainer.batching import MicroBatch, length_multiples, micro_batch, per_sub_trace
 from trainer.config import LayoutConfig, OptimizerConfig
 from trainer.layout import check_layout

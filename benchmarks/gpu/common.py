@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from buffer.ports import ReservedPort
 from buffer.types import Status, SubTrace, SubTraceKind
+from machine.ports import ReservedPort
 
 # Shapes of the published Qwen3 models (their config.json); weights here are random.
 QWEN3: dict[str, dict[str, Any]] = {

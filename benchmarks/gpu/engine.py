@@ -127,7 +127,7 @@ def main() -> None:
     parser.add_argument("--log", default="", help="where the engine's log goes")
     options = parser.parse_args()
     from benchmarks.gpu.check import VOCAB, make_model
-    from buffer.ports import ReservedPort
+    from machine.ports import ReservedPort
     from rollout.config import EngineConfig
     from rollout.engine import EngineServer
     from rollout.group import EngineGroup

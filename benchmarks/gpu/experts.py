@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.gpu import common
 from benchmarks.gpu.check import distance
-from buffer.ports import ReservedPort
+from machine.ports import ReservedPort
 from trainer.config import LayoutConfig, Precision
 from trainer.megatron.model import leave_process, start_process, transformer_config
 from trainer.megatron.models import experts

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.gpu import common
 from benchmarks.gpu.engine import CONTEXT
 from benchmarks.gpu.train import RandomPolicy
-from buffer.ports import ReservedPort
+from machine.ports import ReservedPort
 
 
 def broadcast_rank(options: argparse.Namespace) -> None:

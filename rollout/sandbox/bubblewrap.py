@@ -31,6 +31,7 @@ END_TIMEOUT_S = 10.0  # for a killed process to be gone
 MAX_STARTING = 4  # sandboxes that start at a time
 MAX_ANSWER_BYTES = 64 * 1024 * 1024
 
+_Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 _log = logging.getLogger(__name__)
 _numbers = itertools.count(1)
 
@@ -45,6 +46,7 @@ class BubblewrapSandbox:
         self.name = f"sandbox {next(_numbers)} of process {os.getpid()}"
         self._run_timeout_s = config.run_timeout_s
         self._process, self._socket, self._messages = start(jail)
+        self._connection: asyncio.Task[_Streams] | None = None
         self._reader: asyncio.StreamReader | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._turn = asyncio.Lock()  # one request at a time
@@ -54,7 +56,12 @@ class BubblewrapSandbox:
 
     async def open(self) -> None:
         """Waits until it serves. RuntimeError: it did not start."""
-        self._reader, self._writer = await asyncio.open_unix_connection(sock=self._socket)
+        if self._lost:
+            raise RuntimeError(f"{self.name} is gone: {self._lost}")
+        # It takes two turns of the loop and is neither cancelled nor loses its socket meanwhile: libuv, on which Ray's
+        # loops run, aborts the process when a socket that it begins to watch is closed.
+        self._connection = asyncio.create_task(asyncio.open_unix_connection(sock=self._socket))
+        self._reader, self._writer = await asyncio.shield(self._connection)
         await self._ask({"op": "reset"}, START_TIMEOUT_S)
 
     async def write_files(self, files: dict[str, str]) -> None:
@@ -98,10 +105,10 @@ class BubblewrapSandbox:
         """Ends all its processes; does not wait."""
         self._lost = self._lost or cause
         self._process.kill()  # the rest dies with it (PR_SET_PDEATHSIG)
-        if self._writer is None:
+        if self._connection is None:
             self._socket.close()
         else:
-            self._writer.transport.abort()
+            self._connection.add_done_callback(_hang_up)
 
     async def gone(self) -> None:
         """Waits until a killed sandbox has ended. TimeoutError names it."""
@@ -207,6 +214,8 @@ class BubblewrapPool:
 
     async def release(self, sandbox: Sandbox) -> None:
         """See `SandboxPool`. A sandbox that can't be reset is ended and another one started in its place."""
+        if self._closed:
+            return  # `close` has ended it, or is about to
         if not isinstance(sandbox, BubblewrapSandbox) or sandbox not in self._all or sandbox in self._idle:
             raise ValueError(f"{getattr(sandbox, 'name', sandbox)!r} was not lent by this pool")
         clean = False
@@ -237,6 +246,8 @@ class BubblewrapPool:
 
     async def _start(self) -> BubblewrapSandbox:
         async with self._starting:
+            if self._closed:
+                raise RuntimeError("the sandbox pool is closed")
             sandbox = BubblewrapSandbox(self._jail, self._config)
             self._all.add(sandbox)
             ready = False
@@ -270,6 +281,11 @@ class BubblewrapPool:
             _log.warning("a sandbox could not be started ahead of need: %s", error)
             return
         self._idle.append(sandbox)
+
+
+def _hang_up(connection: asyncio.Task[_Streams]) -> None:
+    if not connection.cancelled() and connection.exception() is None:
+        connection.result()[1].transport.abort()
 
 
 def run_once(jail: Jail, source: str, timeout_s: float = START_TIMEOUT_S) -> dict[str, Any]:

@@ -47,6 +47,8 @@ class SubprocessSandbox:
         self._box = self._folder / "box"
         self._box.mkdir()
         self._turn = asyncio.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._ended = False
 
     async def write_files(self, files: dict[str, str]) -> None:
         """See `Sandbox`."""
@@ -77,11 +79,21 @@ class SubprocessSandbox:
         require_argv(argv)
         require_text(stdin=stdin)
         async with self._turn:
+            if self._ended:
+                raise RuntimeError(f"{self._folder} is gone: the pool was closed")
             return await asyncio.to_thread(self._run, argv, stdin)
 
     def remove(self) -> None:
         """Deletes the folder."""
         shutil.rmtree(self._folder)
+
+    async def end(self) -> None:
+        """Ends what runs in it and deletes the folder; nothing can be run any more."""
+        self._ended = True
+        if self._process is not None:
+            _kill_group(self._process.pid)
+        async with self._turn:
+            self.remove()
 
     def _run(self, argv: list[str], stdin: str) -> RunResult:
         limits = {
@@ -98,7 +110,7 @@ class SubprocessSandbox:
             source.write(stdin.encode("utf-8", "replace"))
             source.seek(0)
             try:
-                process = subprocess.Popen(
+                process = self._process = subprocess.Popen(
                     launcher, stdin=source, stdout=out, stderr=err, cwd=self._box, env=variables, start_new_session=True
                 )
             except (OSError, ValueError) as error:  # an argument that is too long, or with a zero byte
@@ -108,10 +120,15 @@ class SubprocessSandbox:
                 process.wait(self._config.run_timeout_s)
             except subprocess.TimeoutExpired:
                 timed_out = True
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            _kill_group(process.pid)
             code = process.wait(10.0)
+            self._process = None
             return RunResult(code, _text(out), _text(err), timed_out)
+
+
+def _kill_group(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
 
 
 def _text(file: IO[bytes]) -> str:
@@ -127,15 +144,20 @@ class SubprocessPool:
     def __init__(self, config: SandboxConfig) -> None:
         self._config = config
         self._lent: set[SubprocessSandbox] = set()
+        self._closed = False
 
     async def acquire(self) -> SubprocessSandbox:
         """See `SandboxPool`."""
+        if self._closed:
+            raise RuntimeError("the sandbox pool is closed")
         sandbox = SubprocessSandbox(self._config)
         self._lent.add(sandbox)
         return sandbox
 
     async def release(self, sandbox: Sandbox) -> None:
         """See `SandboxPool`."""
+        if self._closed:
+            return  # `close` removes it
         if not isinstance(sandbox, SubprocessSandbox) or sandbox not in self._lent:
             raise ValueError(f"{sandbox!r} was not lent by this pool")
         self._lent.discard(sandbox)
@@ -143,5 +165,6 @@ class SubprocessPool:
 
     async def close(self) -> None:
         """See `SandboxPool`."""
-        for sandbox in list(self._lent):
-            await self.release(sandbox)
+        self._closed = True
+        while self._lent:
+            await self._lent.pop().end()

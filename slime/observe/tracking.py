@@ -19,7 +19,8 @@ import os
 import socket
 import time
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -73,11 +74,18 @@ class Tracker:
 
     `resume_step` is the step of the checkpoint that the run goes on from: what was written for later steps is removed
     first, since those steps happen again. None starts anew: files that are already there are kept as *.old.jsonl.
-    Metrics without `time_s` get it: seconds since the run first started, earlier attempts included.
+    Metrics without `time_s` get it: seconds since the run first started, earlier attempts included. An error of W&B's
+    ends `aside` (see `slime.observe.failures`), and the run goes on without W&B.
     """
 
     def __init__(
-        self, run_dir: Path, run: str, config: dict[str, Any], tracking: TrackingConfig, resume_step: int | None
+        self,
+        run_dir: Path,
+        run: str,
+        config: dict[str, Any],
+        tracking: TrackingConfig,
+        resume_step: int | None,
+        aside: Callable[[str], AbstractContextManager[None]] = lambda what: nullcontext(),
     ) -> None:
         if resume_step is not None and resume_step < 0:
             raise ValueError(f"resume_step={resume_step}: must be at least 0, or None for a new run")
@@ -88,6 +96,7 @@ class Tracker:
         self._last_step = int(history[-1]["step"]) if history else -1
         self._time_before_s = max((float(row.get("time_s", 0.0)) for row in history), default=0.0)
         self._started_s = time.monotonic()
+        self._aside = aside
         self._metrics = (run_dir / METRICS_FILE).open("ab")
         self._episodes = (run_dir / EPISODES_FILE).open("ab")
         self._wandb = (
@@ -107,8 +116,7 @@ class Tracker:
         row.update({name: _number(name, step, value) for name, value in metrics.items() if name != "step"})
         _append(self._metrics, json.dumps(row, allow_nan=False))
         self._last_step = step
-        if self._wandb is not None:
-            self._wandb.log(row)
+        self._mirror(lambda mirror: mirror.log(row))
 
     def episodes(self, step: int, split: str, records: Iterable[Mapping[str, Any]]) -> None:
         """Appends sample episodes of a step. ValueError: unknown split, or a number that is not finite."""
@@ -124,16 +132,21 @@ class Tracker:
         if not rows:
             return
         _append(self._episodes, "\n".join(lines))
-        if self._wandb is not None:
-            self._wandb.episodes(step, split, rows)
+        self._mirror(lambda mirror: mirror.episodes(step, split, rows))
 
     def close(self) -> None:
         """Closes the files and finishes the W&B run. Closing twice is allowed."""
         self._metrics.close()
         self._episodes.close()
-        if self._wandb is not None:
-            self._wandb.close()
-            self._wandb = None
+        self._mirror(lambda mirror: mirror.close())
+        self._wandb = None
+
+    def _mirror(self, call: Callable[[_Wandb], None]) -> None:
+        mirror, self._wandb = self._wandb, None
+        if mirror is not None:
+            with self._aside("W&B failed, the run goes on without it"):
+                call(mirror)
+                self._wandb = mirror
 
 
 class _Wandb:
@@ -250,9 +263,12 @@ def _number(name: str, step: int, value: Any) -> float:
 
 def _append(out: Any, lines: str) -> None:
     """Writes whole lines and waits until they are on the disk."""
-    out.write(lines.encode("ascii") + b"\n")
-    out.flush()
-    os.fsync(out.fileno())
+    try:
+        out.write(lines.encode("ascii") + b"\n")
+        out.flush()
+        os.fsync(out.fileno())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, out.name) from error
 
 
 def _parse(line: bytes, where: str) -> dict[str, Any] | None:

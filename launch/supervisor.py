@@ -1,0 +1,269 @@
+"""Ends a run at once when a process of it has died or a signal has come, whatever the run is waiting for.
+
+    with Supervisor(tell) as supervisor:      in the main thread of the driver
+        watch("policy rank 0", actor)         where processes are made
+
+A thread looks at Ray's own processes, at every watched actor and at what those say about processes of their own. What
+it finds interrupts the main thread like Ctrl-C, so every wait ends by it: of Ray, of asyncio, of the operating system.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+from machine.failures import end_descendants, ending
+
+INTERVAL_S = 0.5
+REPEAT_S = 10.0  # an interrupt can be lost where Python ignores exceptions, in a finalizer for instance
+CLEANUP_S = 180.0  # for a run that ends to finish a checkpoint and stop its processes
+IMPATIENT = 3  # signals
+KNOCK_TIMEOUT_S = 5.0
+MAX_REFUSED = 3  # connections to the head of a joined cluster, one after the other
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+WAKE = signal.SIGURG  # of the thread to the main one: ignored by default, so it never harms
+HEAD = {"raylet": "Ray's raylet", "gcs_server": "Ray's head (gcs_server)"}
+# Ray knows the exit code of a worker that has asked for its end itself, and writes into its log what made it crash.
+EXIT_CODE = re.compile(r"exit code (\d+)")
+CRASHED = re.compile(r"^\*\*\* (SIG[A-Z]+) received", re.MULTILINE)
+
+
+class ProcessDied(RuntimeError):
+    """A process of the run has ended: which, how, and where its log is."""
+
+    def __init__(self, ending: str, log: Path | str | None) -> None:
+        super().__init__(f"{ending}; log: {log}" if log else ending)
+        self.log = Path(log) if log else None
+
+
+@dataclass(frozen=True)
+class _Watched:
+    name: str
+    ended: Any  # reference: how the process that the actor keeps has ended, "" when it was stopped; None: it keeps none
+    log: str  # of that process
+
+
+_watched: dict[str, _Watched] = {}  # by actor id
+
+
+def watch(name: str, actor: Any, ended: Any = None, log: str = "") -> Any:
+    """Counts an actor among those without which the run can't go on; returns it.
+
+    An actor that keeps a process, like an engine, says by the reference `ended` that and how it has ended; `log` is
+    that process's log.
+    """
+    _watched[actor._actor_id.hex()] = _Watched(name, ended, log)
+    return actor
+
+
+def forget(actors: Sequence[Any]) -> None:
+    """These are about to be ended."""
+    for actor in actors:
+        _watched.pop(actor._actor_id.hex(), None)
+
+
+class Supervisor:
+    """Watches as long as the block lasts; in another thread than the main one it does nothing.
+
+    The first signal interrupts, so that the run ends in order, for `CLEANUP_S` at most. A second one changes nothing (a
+    terminal sends Ctrl-C to a shell and its script alike), a third one ends the process and all that it has started.
+    """
+
+    def __init__(self, tell: Callable[[ProcessDied | signal.Signals], None]) -> None:
+        """`tell` is called in the main thread before it is interrupted."""
+        self._tell = tell
+        self._main = threading.get_ident()
+        self._active = threading.current_thread() is threading.main_thread()
+        self._handlers: dict[signal.Signals, Any] = {}
+        self._over = threading.Event()
+        self._ending = False
+        self._refused = self._signals = 0
+        self._interrupted_s = 0.0
+        self._cause: ProcessDied | signal.Signals | None = None
+        self._timer = threading.Timer(CLEANUP_S, self._give_up)
+        self._looking = threading.Lock()
+        self._dead: dict[str, Any] = {}  # actors, as Ray's head knows them
+
+    def __enter__(self) -> Supervisor:
+        if self._active:
+            self._handlers = {number: signal.getsignal(number) for number in (*SIGNALS, WAKE)}
+            self.take_signals()
+            # Two: where Ray's head does not answer, all else is still looked at.
+            for look in (self._look, self._ask):
+                threading.Thread(target=self._repeat, args=(look,), name="supervisor", daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ending = True
+        self._timer.cancel()
+        self.stop_looking()
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        _watched.clear()
+
+    def take_signals(self) -> None:
+        """Ray takes SIGTERM for itself when it starts, and a script's `command &` comes without SIGINT."""
+        if not self._active:
+            return
+        for number in SIGNALS:
+            # Ignored SIGHUP is nohup: the run is to outlive its terminal.
+            if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._signalled)
+        signal.signal(WAKE, self._woken)
+
+    def cause(self, settle_s: float) -> ProcessDied | signal.Signals | None:
+        """The signal or the death that ends the run, awaited for `settle_s`: its consequence may be seen first."""
+        deadline = time.monotonic() + settle_s
+        while _watched and self._active and self._cause is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return self._cause
+
+    def stop_looking(self) -> None:
+        """Ray is about to be left: none of its calls may be running then."""
+        self._over.set()
+        if self._looking.acquire(timeout=KNOCK_TIMEOUT_S):
+            self._looking.release()
+
+    def end(self) -> None:
+        """From now on nothing is interrupted: the run ends, in `CLEANUP_S` or without the rest of its cleanup."""
+        if self._active and not self._ending:
+            self._ending = True
+            self._timer.daemon = True
+            self._timer.start()
+
+    @property
+    def exit_code(self) -> int:
+        """Of a run that did not end well."""
+        return 128 + self._cause if isinstance(self._cause, signal.Signals) else 1
+
+    def _signalled(self, number: int, frame: FrameType | None) -> None:
+        self._signals += 1
+        if self._signals >= IMPATIENT:
+            self._give_up()
+        self._cause = self._cause or signal.Signals(number)
+        self._interrupt()
+
+    def _woken(self, number: int, frame: FrameType | None) -> None:
+        self._interrupt()
+
+    def _interrupt(self) -> None:
+        if self._ending or self._cause is None:
+            return
+        first, self._interrupted_s = not self._interrupted_s, time.monotonic()
+        if first:
+            self._tell(self._cause)
+        raise KeyboardInterrupt(str(self._cause))  # which everything lets pass
+
+    def _repeat(self, look: Callable[[], None]) -> None:
+        while not self._over.wait(INTERVAL_S):
+            look()
+
+    def _look(self) -> None:
+        with self._looking:
+            if not self._over.is_set():
+                self._cause = self._cause or self._death()
+        if self._cause is not None and not self._ending and time.monotonic() > self._interrupted_s + REPEAT_S:
+            signal.pthread_kill(self._main, WAKE)
+
+    def _ask(self) -> None:
+        import ray
+        from ray._private import state  # no public call answers without Ray's dashboard
+
+        if ray.is_initialized():
+            job = ray._private.worker.global_worker.current_job_id
+            with contextlib.suppress(ray.exceptions.RayError):
+                self._dead = state.state.actor_table(None, job, "DEAD")
+
+    def _death(self) -> ProcessDied | None:
+        """The one to be told: when Ray's own processes die, all others do."""
+        import ray
+
+        if not ray.is_initialized():
+            return None
+        return self._dead_head() or self._dead_process() or self._dead_actor()
+
+    def _dead_head(self) -> ProcessDied | None:
+        import ray
+
+        node = ray._private.worker._global_node
+        for kind, process in node.dead_processes() if node is not None else ():
+            if kind in HEAD:
+                log = Path(node.get_logs_dir_path()) / f"{kind}.out"
+                return ProcessDied(f"{HEAD[kind]} (pid {process.pid}) {ending(process.returncode)}", log)
+        if node is None or node.head:
+            return None
+        self._refused = self._refused + 1 if _refuses(node.gcs_address) else 0
+        if self._refused < MAX_REFUSED:
+            return None
+        return ProcessDied(f"Ray's head (gcs_server) at {node.gcs_address} has ended: nobody listens there", None)
+
+    def _dead_process(self) -> ProcessDied | None:
+        import ray
+
+        by_ref = {one.ended: one for one in list(_watched.values()) if one.ended is not None}
+        ended, _ = ray.wait(list(by_ref), num_returns=len(by_ref), timeout=0) if by_ref else ((), ())
+        for ref in ended:
+            with contextlib.suppress(ray.exceptions.RayError):  # its actor has died
+                if how := ray.get(ref, timeout=INTERVAL_S):
+                    return ProcessDied(f"{by_ref[ref].name} {how}", by_ref[ref].log)
+        return None
+
+    def _dead_actor(self) -> ProcessDied | None:
+        for key, actor in self._dead.items():
+            one = _watched.get(key)
+            if one is None or actor["DeathCause"].HasField("creation_task_failure_context"):
+                continue  # a constructor's error is told by whoever waits for its actor
+            name = one.name if one.ended is None else f"the process that keeps {one.name}"
+            address = actor["Address"]["IPAddress"]
+            log = _log_of(actor["Pid"], address)
+            return ProcessDied(f"{name} (pid {actor['Pid']} on {address}) {_how(actor['DeathCause'], log)}", log)
+        return None
+
+    def _give_up(self) -> None:
+        end_descendants()
+        os._exit(self.exit_code)
+
+
+def _refuses(address: str) -> bool:
+    """Whether nobody listens at HOST:PORT. No answer is none: the network may be slow."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), KNOCK_TIMEOUT_S).close()
+    except ConnectionRefusedError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _log_of(pid: int, address: str) -> Path | None:
+    """What a worker of Ray's has written to stderr; None when it was on another machine."""
+    import ray
+
+    node = ray._private.worker._global_node
+    if node is None or node.node_ip_address != address:
+        return None
+    return next(Path(node.get_logs_dir_path()).glob(f"worker-*-{pid}.err"), None)
+
+
+def _how(cause: Any, log: Path | None) -> str:
+    """How a worker of Ray's has ended."""
+    if cause.HasField("oom_context"):
+        return f"was killed: {' '.join(cause.oom_context.error_message.split())}"
+    if log is not None and (crashed := CRASHED.search(log.read_text(errors="replace"))):
+        return f"crashed by {crashed[1]}"
+    if found := EXIT_CODE.search(cause.actor_died_error_context.error_message):
+        return ending(int(found[1]))
+    return "was killed, e.g. by the out-of-memory killer"

@@ -1,0 +1,102 @@
+"""Failures of code and of processes: each in one line, and no process left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import re
+import signal
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+
+END_TIMEOUT_S = 10.0  # for killed processes to be gone
+MAX_CHARACTERS = 600  # of a reason; all of it is in the traceback
+PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
+_ROOT = Path(__file__).parent.parent
+_OURS = ("buffer", "critic", "launch", "machine", "rollout", "slime", "trainer")
+_SENTENCES = (RuntimeError, ValueError, TimeoutError)  # what this code raises to say all of it in the message
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
+
+
+class _Frame(NamedTuple):
+    file: str
+    line: int
+    function: str
+
+    @property
+    def ours(self) -> bool:
+        path = Path(self.file)
+        return path.is_relative_to(_ROOT) and path.relative_to(_ROOT).parts[0] in _OURS
+
+    @property
+    def of_a_library(self) -> bool:
+        return bool({"site-packages", "dist-packages", "lib", "lib64"} & set(Path(self.file).parts)) or "<" in self.file
+
+
+def reason(error: BaseException) -> str:
+    """An error's message as one line. Where it says too little (KeyError: 'a'), with its type and the place in code.
+
+    The place is the last line of a user's own code, if any was running, else the last of this code or of a library.
+    Errors that came from another process of Ray's are told as they were raised there.
+    """
+    cause = getattr(error, "cause", None)
+    origin = cause if isinstance(cause, BaseException) else error
+    text = str(origin)
+    if getattr(error, "actor_init_failed", False):  # Ray shows the trace of a constructor; its end is the error
+        text = text.strip().rsplit("\n", 1)[-1]
+    text = " ".join(text.split())
+    if len(text) > MAX_CHARACTERS:
+        text = f"{text[:MAX_CHARACTERS]} ..."
+    frames = list(_frames(error, origin))
+    if text and isinstance(origin, _SENTENCES) and (not frames or frames[-1].ours):
+        return text
+    said = f"{type(origin).__name__}: {text}" if text else type(origin).__name__
+    users = [frame for frame in frames if not frame.ours and not frame.of_a_library]
+    if not frames:
+        return said
+    place = (users or frames)[-1]
+    return f"{said} ({Path(place.file).name}:{place.line} in {place.function})"
+
+
+def _frames(error: BaseException, origin: BaseException) -> Iterator[_Frame]:
+    """The code that was running, outermost first: of the process in which the error was raised."""
+    elsewhere = getattr(error, "traceback_str", None)
+    if origin is not error and isinstance(elsewhere, str):
+        for found in _FRAME.finditer(elsewhere):
+            yield _Frame(found["file"], int(found["line"]), found["function"])
+        return
+    for frame in traceback.extract_tb(origin.__traceback__):
+        yield _Frame(frame.filename, frame.lineno or 0, frame.name)
+
+
+def ending(code: int) -> str:
+    """How a process ended, by its exit code: negative, or above 128 as shells have it, for a signal."""
+    try:
+        name = signal.Signals(-code if code < 0 else code - 128).name
+    except ValueError:
+        return f"ended with exit code {code}"
+    return f"was killed by {name}{', e.g. by the out-of-memory killer' if name == 'SIGKILL' else ''}"
+
+
+def adopt_orphans() -> None:
+    """Makes this process the parent of descendants whose own parent has died, so that `end_descendants` finds them."""
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+
+def end_descendants() -> None:
+    """Kills every descendant of this process and waits until all are gone."""
+    deadline = time.monotonic() + END_TIMEOUT_S
+    while (found := psutil.Process().children(recursive=True)) and time.monotonic() < deadline:
+        for process in found:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        for process in found:  # a child of a child that has died is this process's, too
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(process.pid, os.WNOHANG)
+        time.sleep(0.01)

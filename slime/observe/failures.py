@@ -1,0 +1,125 @@
+"""What a run says when it does not end well: one line on stderr, everything else in its logs/error.log."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+
+from launch.supervisor import ProcessDied, Supervisor
+from machine.failures import reason
+
+LOG_FILE = "error.log"
+LOG_TAIL_LINES = 30  # of a process that has died
+# How long a death may take to be seen after its first consequence: SGLang goes on for 6 s without its scheduler.
+SETTLE_S, SETTLE_LOST_S = 2.0, 10.0
+_LOST = re.compile(r"connection|\bpeer\b|no answer|\bdied\b", re.IGNORECASE)
+
+
+class Failures:
+    """Around a run. Its first error is told; those that follow from it, or from stopping the parts, are only kept.
+
+    `refused` errors are about what the user asked for: their line says all, and the exit code is 2. It is 1 for other
+    errors and for the death of a process, and 128 + N for signal N.
+    """
+
+    def __init__(self, folder: Path, refused: tuple[type[Exception], ...] = ()) -> None:
+        """`folder`: of the run's logs, made when there is something to write."""
+        self.log = folder / LOG_FILE
+        self.exit_code = 0
+        self.supervisor = Supervisor(self._say)
+        self._refused = refused
+        self._kept: list[BaseException] = []  # in the log
+
+    def __enter__(self) -> Failures:
+        self.supervisor.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        """Ends the error here: what is left of it is `exit_code`."""
+        try:
+            if isinstance(error, self._refused) and not self.exit_code:
+                self.exit_code = 2
+                _print(f"error: {' '.join(str(error).split())}")
+            elif isinstance(error, Exception | KeyboardInterrupt):
+                self._tell(error)
+        finally:
+            self.supervisor.__exit__(kind, error, trace)
+        return isinstance(error, Exception | KeyboardInterrupt)
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """An error of this block is told before anything is stopped, then it passes."""
+        try:
+            yield
+        except self._refused:
+            raise
+        except (Exception, KeyboardInterrupt) as error:
+            self._tell(error)
+            raise
+
+    @contextmanager
+    def aside(self, what: str) -> Iterator[None]:
+        """An error of this block ends nothing. It is kept, and told when there was none before it."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 (see the class)
+            where = self._keep(error, what)
+            if not self.exit_code:
+                _print(f"warning: {what}: {reason(error)}; {where}")
+
+    def _tell(self, error: BaseException) -> None:
+        self.supervisor.end()
+        if not self.exit_code:
+            settle_s = SETTLE_LOST_S if _LOST.search(reason(error)) else SETTLE_S
+            cause = self.supervisor.cause(settle_s)
+            where = self._keep(error, "the run ended by")
+            self._say(cause or error, where)
+        self._keep(error, "the run ended by")
+
+    def _say(self, cause: BaseException | signal.Signals, where: str = "") -> None:
+        """The one line."""
+        if isinstance(cause, signal.Signals):
+            self.exit_code = 128 + cause
+            _print(f"stopped by {cause.name}; the same command goes on from the newest checkpoint")
+            return
+        self.exit_code = 1
+        if isinstance(cause, KeyboardInterrupt):
+            self.exit_code = 128 + signal.SIGINT
+        if isinstance(cause, ProcessDied):
+            self._keep(cause, "a process died")
+            where = ""  # it names that process's log
+        _print(f"error: {reason(cause)}{where and '; ' + where}")
+
+    def _keep(self, error: BaseException, what: str) -> str:
+        """Writes an error into the log, once; says where."""
+        if any(error is one for one in self._kept):
+            return ""
+        self._kept.append(error)
+        text = "".join(traceback.format_exception(error))
+        if isinstance(error, ProcessDied) and error.log:
+            lines = error.log.read_text(errors="replace").splitlines() if error.log.is_file() else []
+            text += "\n".join([f"last lines of {error.log}:", *lines[-LOG_TAIL_LINES:], ""])
+        try:
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            with self.log.open("a", errors="replace") as log:
+                log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {what}: {reason(error)}\n{text}\n")
+        except OSError as full:
+            return f"its traceback could not be written to {self.log}: {full.strerror}"
+        return f"traceback: {self.log}"
+
+
+def _print(text: str) -> None:
+    try:
+        print(f"slime: {text}", file=sys.stderr, flush=True)
+    except RuntimeError:  # a signal has come in the middle of another print
+        os.write(sys.stderr.fileno(), f"slime: {text}\n".encode())

@@ -1,0 +1,132 @@
+"""Rollout workers: what becomes of an episode that raises, and of those in flight when a worker is stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from buffer.store import Ticket
+from rollout.environment import Demonstrator
+from rollout.worker import EVAL_ATTEMPTS, RolloutWorker
+
+LIMIT_S = 60.0
+
+
+class Odd(Exception):
+    """Can't be made again from its arguments, so no other process can read it."""
+
+    def __init__(self, number: int, letter: str) -> None:
+        super().__init__(f"odd {number} {letter}")
+
+
+class Script(Demonstrator):
+    """Is never asked."""
+
+    def action(self) -> str:
+        raise NotImplementedError
+
+    def summary(self) -> str:
+        raise NotImplementedError
+
+
+class Buffer:
+    """Hands out one ticket, then none; notes what failed."""
+
+    def __init__(self) -> None:
+        self.tickets = [Ticket(4, 0, 0)]
+        self.failures: list[tuple[Any, ...]] = []
+        self.idle = asyncio.Event()
+        self.claim = SimpleNamespace(remote=self._claim)
+        self.fail = SimpleNamespace(remote=self._fail)
+
+    async def _claim(self, worker: str) -> Ticket | None:
+        if self.tickets:
+            return self.tickets.pop()
+        self.idle.set()
+        await asyncio.sleep(LIMIT_S)
+        return None
+
+    async def _fail(self, *told: Any) -> None:
+        self.failures.append(told)
+
+
+def worker(play: Any) -> RolloutWorker:
+    config = SimpleNamespace(episodes_in_flight=3)
+    task = SimpleNamespace(demonstrate=lambda row, rng, progress: Script())
+    rows: Any = [SimpleNamespace(id="a")]
+    settings: Any = SimpleNamespace(name="rollout-0", config=config, task=task, seed=0)
+    made = RolloutWorker(settings, rows, rows)
+    made._play = play  # type: ignore[method-assign]
+    made._sampler = lambda number: None  # type: ignore[method-assign, assignment, return-value]
+    made._renderer = None  # type: ignore[assignment]
+    return made
+
+
+async def breaks(*_: object) -> Any:
+    raise Odd(3, "b")
+
+
+@pytest.mark.parametrize(
+    ("call", "what"),
+    [
+        (lambda w: w.evaluate([0], 1), f"evaluation row 'a' failed {EVAL_ATTEMPTS} times: "),
+        (lambda w: w.demonstrate([0], 0.5), "the demonstration of row 'a' failed: "),
+    ],
+)
+def test_an_episode_that_raises_is_told_with_its_row_and_place(call: Any, what: str) -> None:
+    """In an error that every process can read, whatever was raised."""
+    with pytest.raises(RuntimeError) as caught:
+        asyncio.run(call(worker(breaks)))
+    error = pickle.loads(pickle.dumps(caught.value))
+    assert str(error).startswith(f"{what}Odd: odd 3 b (test_rollout_worker.py:")
+    assert 'raise Odd(3, "b")' in error.__notes__[0]
+
+
+def test_a_failed_episode_is_one_line_and_its_trace() -> None:
+    async def main() -> list[tuple[Any, ...]]:
+        buffer, made = Buffer(), worker(breaks)
+        running = asyncio.create_task(made.run(buffer))
+        await asyncio.wait_for(buffer.idle.wait(), LIMIT_S)
+        await made.stop()
+        await asyncio.wait_for(running, LIMIT_S)  # what was asked to run ends without an error
+        return buffer.failures
+
+    ((ticket, reason, trace),) = asyncio.run(main())
+    assert ticket == Ticket(4, 0, 0)
+    assert reason.startswith("Odd: odd 3 b (test_rollout_worker.py:")
+    assert "\n" not in reason
+    assert 'raise Odd(3, "b")' in trace
+
+
+def test_stopping_ends_episodes_before_what_they_stand_on() -> None:
+    """None of them reports a failure of a sandbox or a connection that the stop has closed."""
+    events: list[str] = []
+
+    async def main() -> list[tuple[Any, ...]]:
+        buffer, playing = Buffer(), asyncio.Event()
+
+        async def play(*_: object) -> Any:
+            try:
+                playing.set()
+                await asyncio.sleep(LIMIT_S)
+            finally:
+                events.append("episode")
+
+        made = worker(play)
+
+        async def close() -> None:
+            events.append("pool")
+
+        made._pool = SimpleNamespace(close=close)
+        running = asyncio.create_task(made.run(buffer))
+        await asyncio.wait_for(playing.wait(), LIMIT_S)
+        await made.stop()
+        await asyncio.wait_for(running, LIMIT_S)
+        return buffer.failures
+
+    assert asyncio.run(main()) == []
+    assert events == ["episode", "pool"]
