@@ -220,7 +220,7 @@ class Story:
     temporary: list[str]  # names in the folder for temporary files afterwards
     first: int  # process id of the killed one
     refused: tuple[int, str]  # exit code and output of the same command beside it
-    looked_at: list[int]  # exit codes of `slime report` and `slime advise` beside it
+    looked_at: list[int]  # exit codes of `slime report` and `slime export` beside it
 
 
 def hostile(place: Place) -> dict[str, str]:
@@ -247,7 +247,8 @@ def story(place: Place, warm_start: Path) -> Story:
         priorities = {process.name(): process.nice() for process in first.processes()}
         assert any("bwrap" in name for name in priorities), priorities
         assert max(priorities.values()) <= 5, f"a busy neighbour would stop training: {priorities}"
-        looked_at = [cli.main([command, str(run_dir)]) for command in ("report", "advise")]
+        only_read = ["report"], ["export", "--out", str(place.folder / "exported")]
+        looked_at = [cli.main([command, str(run_dir), *options]) for command, *options in only_read]
         first.process.send_signal(signal.SIGKILL)
         first.process.wait(timeout=30)
         gone = first.left_over(but=RAY_AGENTS)
