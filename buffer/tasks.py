@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from buffer.text import unique_keys
+
 
 @dataclass(frozen=True)
 class TaskRow:
@@ -109,15 +111,6 @@ def _check_files(files: dict[str, Any], where: str) -> None:
                 )
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object. ValueError: a key that is there twice, of which one value would be lost."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} is there twice")
-    return found
-
-
 def _parse(line: str, where: str) -> Any:
     broken = _HALF_PAIR.search(line)
     if broken:
@@ -126,7 +119,7 @@ def _parse(line: str, where: str) -> Any:
             "save the file as UTF-8"
         )
     try:
-        return json.loads(line, object_pairs_hook=_object)
+        return json.loads(line, object_pairs_hook=unique_keys)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: not JSON, one object a line: {error}") from error
     except (ValueError, RecursionError) as error:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from buffer.text import unique_keys
 from trainer.megatron.models.entries import Entry, entries, strays
 from trainer.megatron.models.fields import read_json, refuse_pointer
 from trainer.megatron.models.shape import ModelShape
@@ -150,7 +151,7 @@ def read_header(path: Path) -> dict[str, Header]:
     except OSError as error:
         raise ValueError(f"{path}: can't be read: {error.strerror}") from error
     try:
-        tensors = json.loads(text, object_pairs_hook=_once)
+        tensors = json.loads(text, object_pairs_hook=unique_keys)
         tensors.pop("__metadata__", None)
         found = [(name, *_described(path, one)) for name, one in tensors.items()]
     except (ValueError, AttributeError, KeyError, TypeError) as error:
@@ -174,12 +175,3 @@ def read_header(path: Path) -> dict[str, Header]:
 def _described(path: Path, tensor: dict[str, Any]) -> tuple[Header, int, int]:
     first, last = (int(place) for place in tensor["data_offsets"])
     return Header(path, str(tensor["dtype"]), tuple(int(n) for n in tensor["shape"])), first, last
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object. ValueError: it has a key twice."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} is there twice")
-    return found
