@@ -25,7 +25,7 @@ ATTEMPTS = 3
 KNOCK_TIMEOUT_S = 10.0
 TOKEN_FOLDER, TOKEN_FILE = "slime-ray-", "secret"
 END_TIMEOUT_S = 10.0  # for killed processes to be gone
-_of_ray: set[psutil.Process] = set()  # seen when it was started: a raylet that is killed leaves its agents to nobody
+_of_ray: set[psutil.Process] = set()  # what its start has started: a raylet that is killed leaves its agents to nobody
 OBJECT_STORE_MB = 512  # of a laptop run: a token of a sub-trace is 18 bytes
 
 
@@ -107,8 +107,7 @@ def start_ray(cluster: ClusterConfig) -> None:
     """
     if ray.is_initialized():
         return
-    # It would print lines of guesses about a dead worker, beside the one of launch/supervisor.py; its logs keep them.
-    ray._private.worker.print_to_stdstream = lambda *_, **__: None
+    _keep_quiet()
     if cluster.ray_address:
         join_ray(cluster)
         return
@@ -117,6 +116,7 @@ def start_ray(cluster: ClusterConfig) -> None:
     os.environ.update(_environment(token) | _of_processes(cluster) | direct([ray.util.get_node_ip_address()]))
     Config.initialize("")  # Ray read its environment when it was imported
     AuthenticationTokenLoader.instance().reset_cache()
+    mine = psutil.Process().children(recursive=True)
     for attempt in range(1, ATTEMPTS + 1):
         try:
             ray.init(
@@ -128,7 +128,6 @@ def start_ray(cluster: ClusterConfig) -> None:
                 log_to_driver=False,
                 logging_level=logging.ERROR,
             )
-            _of_ray.update(_processes_of_ray())
             return
         except Exception as error:
             ray.shutdown()
@@ -136,6 +135,14 @@ def start_ray(cluster: ClusterConfig) -> None:
                 stop_ray()
                 raise NodeError(f"Ray did not start in {ATTEMPTS} attempts: {error}") from error
             time.sleep(2.0 * attempt)
+        finally:  # a signal may have come in the middle
+            _of_ray.update(set(psutil.Process().children(recursive=True)).difference(mine))
+
+
+def _keep_quiet() -> None:
+    """Ray would take SIGTERM for itself, and print guesses about a dead worker; launch/supervisor.py does both."""
+    ray._private.utils.set_sigterm_handler = lambda handler: None
+    ray._private.worker.print_to_stdstream = lambda *_, **__: None
 
 
 def stop_ray() -> None:

@@ -72,6 +72,13 @@ def forget(actors: Sequence[Any]) -> None:
         _watched.pop(actor._actor_id.hex(), None)
 
 
+def ignore_signals() -> None:
+    """For a process with nothing left to do: Python takes a second to end, and a signal would change the exit code."""
+    if threading.current_thread() is threading.main_thread():
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
+
 class Supervisor:
     """Watches as long as the block lasts; in another thread than the main one it does nothing.
 
@@ -114,7 +121,7 @@ class Supervisor:
         _watched.clear()
 
     def take_signals(self) -> None:
-        """Ray takes SIGTERM for itself when it starts, and a script's `command &` comes without SIGINT."""
+        """Ray's libraries take SIGTERM for themselves when it starts, and a script's `command &` ignores SIGINT."""
         if not self._active:
             return
         for number in SIGNALS:

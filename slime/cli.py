@@ -57,6 +57,14 @@ def main(arguments: list[str] | None = None) -> int:
     0 done, 2 refused, 1 failed, 128 + N stopped by signal N.
     """
     command, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    try:
+        return _run(command, rest)
+    except KeyboardInterrupt:
+        print("slime: stopped by SIGINT", file=sys.stderr)
+        return 130
+
+
+def _run(command: str, rest: list[str]) -> int:
     if command in {*_HELP_FLAGS, "help"}:
         print(HELP)
         return 0
@@ -108,12 +116,16 @@ def _compose_and_run(command: str, rest: list[str]) -> int:
 
     from launch.lock import LockError
     from launch.nodes import NodeError
+    from launch.supervisor import ignore_signals
     from slime.observe.failures import Failures
-    from slime.train import folder_of
-    from slime.train import main as run
+    from slime.schema import folder_of
 
     with Failures(folder_of(loaded.config) / "logs", (ConfigError, LockError, NodeError)) as failures:
+        from slime.train import main as run  # takes seconds to import
+
         run(loaded.config, start, failures)
+    if failures.exit_code > 128:  # by a signal
+        ignore_signals()
     return failures.exit_code
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 from buffer.config import BufferConfig
@@ -100,3 +101,8 @@ class Config:
 
     def __post_init__(self) -> None:
         self.run = self.run or self.recipe
+
+
+def folder_of(config: Config) -> Path:
+    """The run's folder."""
+    return Path(config.runs_dir) / (config.run or config.recipe)

@@ -20,7 +20,7 @@ from slime.observe.view import View
 from slime.observe.watch import Watch
 from slime.prepare import Prepared, make_task, prepare, start_folder, untrained_model
 from slime.report import write_report
-from slime.schema import Config, Kind
+from slime.schema import Config, Kind, folder_of
 
 # What may change between a run and its resume without making it another run.
 _FREE = (
@@ -28,11 +28,6 @@ _FREE = (
     *("policy.layout.", "critic.layout."),  # checkpoints are read in any layout
 )
 _FIXED = ("policy.layout.precision", "critic.layout.precision")  # of what they hold
-
-
-def folder_of(config: Config) -> Path:
-    """The run's folder."""
-    return Path(config.runs_dir) / (config.run or config.recipe)
 
 
 def open_run(config: Config) -> tuple[Path, int]:

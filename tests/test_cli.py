@@ -174,6 +174,17 @@ def test_a_run_that_is_running_is_not_started_twice(capsys: pytest.CaptureFixtur
         assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
+def test_ctrl_c_before_a_run_begins_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_run", interrupt)
+    assert cli.main(["train", PPO]) == 130
+    assert capsys.readouterr() == ("", "slime: stopped by SIGINT\n")
+
+
 def test_help_of_train_lists_what_can_be_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     own = tmp_path / "own" / "recipe" / "mine.yaml"
     own.parent.mkdir(parents=True)

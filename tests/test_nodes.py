@@ -273,6 +273,7 @@ class Cluster:
         command += ["--num-cpus=1", f"--num-gpus={NODE_GPUS}", f"--object-store-memory={100 << 20}"]
         # A node's variables are those of its processes; one core for each.
         environment = {**os.environ, **self.environment, "OMP_NUM_THREADS": "1"}
+        environment.pop("CUDA_VISIBLE_DEVICES", None)  # empty here, and then a node may not claim GPUs
         with log.open("wb") as out:
             self.started.append(
                 subprocess.Popen(command, env=environment, stdout=out, stderr=out, start_new_session=True)
@@ -358,7 +359,7 @@ def handshake(url: str, path: str) -> int:
 def look_at_engine(run_dir: Path) -> Seen:
     everyone = [(process, process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]
     log = str(run_dir / "logs" / "engine_0.log")
-    (leash,) = [
+    leash, _ = [  # two processes, one of which follows the other
         process
         for process, command in everyone
         if "--host" in command
