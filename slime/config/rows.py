@@ -67,7 +67,7 @@ def overlong(config: Config, split: str, rows: Sequence[TaskRow], model_folder: 
     from transformers import AutoTokenizer  # takes seconds to import
 
     try:
-        renderer = Renderer(AutoTokenizer.from_pretrained(model_folder), config.model.template)
+        renderer = Renderer(AutoTokenizer.from_pretrained(model_folder, local_files_only=True), config.model.template)
     except OSError as error:
         raise ValueError(f"{model_folder}: its tokenizer can't be read: {error}") from error
     found: dict[int, int] = {}  # place -> tokens
