@@ -8,10 +8,14 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import socket
 import tempfile
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import ray
@@ -136,6 +140,7 @@ def start_ray(cluster: ClusterConfig) -> None:
                 raise NodeError(f"Ray did not start in {ATTEMPTS} attempts: {error}") from error
             time.sleep(2.0 * attempt)
         finally:  # a signal may have come in the middle
+            _retake_sigterm()
             _of_ray.update(set(psutil.Process().children(recursive=True)).difference(mine))
 
 
@@ -145,14 +150,33 @@ def _keep_quiet() -> None:
     ray._private.worker.print_to_stdstream = lambda *_, **__: None
 
 
+def _with_sigterm_retaken(call: Callable[..., None]) -> Callable[..., None]:
+    def retaken(*args: Any, **options: Any) -> None:
+        _retake_sigterm()
+        call(*args, **options)
+
+    return retaken
+
+
+def _retake_sigterm() -> None:
+    """Ray's library handles SIGTERM as a crash from its start on, and leaves it with the default at its end."""
+    handler = signal.getsignal(signal.SIGTERM)  # as Python has it
+    if handler is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
+
+
 def stop_ray() -> None:
     """Leaves Ray. Where this process started it, everything that came of it is ended, and its token removed."""
     token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", ""))
     mine = token.parent.name.startswith(TOKEN_FOLDER)
     left = _of_ray | _processes_of_ray() if mine else set()
+    node = ray._private.worker._global_node
+    if node is not None:  # it takes seconds to end its processes, after the library has gone
+        node.kill_all_processes = _with_sigterm_retaken(node.kill_all_processes)
     try:
         ray.shutdown()
     finally:
+        _retake_sigterm()
         for process in left:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()

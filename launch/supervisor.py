@@ -104,7 +104,7 @@ class Supervisor:
     def __enter__(self) -> Supervisor:
         if self._active:
             self._handlers = {number: signal.getsignal(number) for number in (*SIGNALS, WAKE)}
-            self.take_signals()
+            self._take_signals()
             # Two: where Ray's head does not answer, all else is still looked at.
             for look in (self._look, self._ask):
                 threading.Thread(target=self._repeat, args=(look,), name="supervisor", daemon=True).start()
@@ -120,12 +120,9 @@ class Supervisor:
             signal.signal(number, handler)
         _watched.clear()
 
-    def take_signals(self) -> None:
-        """Ray's libraries take SIGTERM for themselves when it starts, and a script's `command &` ignores SIGINT."""
-        if not self._active:
-            return
+    def _take_signals(self) -> None:
         for number in SIGNALS:
-            # Ignored SIGHUP is nohup: the run is to outlive its terminal.
+            # Ignored SIGHUP is nohup: the run is to outlive its terminal. A script's `command &` ignores SIGINT.
             if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._signalled)
         signal.signal(WAKE, self._woken)

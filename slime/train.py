@@ -71,7 +71,6 @@ def run_sft(config: Config, run_dir: Path, failures: Failures) -> Path:
     """A supervised run; returns the exported model folder."""
     inputs = prepare(config)
     start_ray(config.cluster)
-    failures.supervisor.take_signals()
     places = find_places(config, run_dir, inputs.model_folder)
     record(config, run_dir)
     tracker = Tracker(run_dir, run_dir.name, yaml.safe_load(dump(config)), config.tracking, None, failures.aside)
@@ -173,7 +172,6 @@ def _main(config: Config, start: Config | None, failures: Failures) -> None:
             inputs = prepare(config, start)  # what is wrong is said before the warm start, not after it
             inputs = replace(inputs, model_folder=start_model(config, start, failures))
             start_ray(config.cluster)
-            failures.supervisor.take_signals()
             run_ppo(config, run_dir, step, inputs, failures)
     finally:
         with failures.aside("stopping Ray"):
