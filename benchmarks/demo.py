@@ -86,17 +86,17 @@ def draw(outcomes: Mapping[int, Outcome]) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    place = arguments.index("--") if "--" in arguments else len(arguments)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("action", choices=["run", "table"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "demo")
-    options = parser.parse_args(arguments[:place])
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of every run, after --")
+    options = parser.parse_intermixed_args(arguments)
     runs = {seed: options.folder / f"seed_{seed}" for seed in range(options.seeds)}
     if options.action == "run":
         for seed, run_dir in runs.items():
             own = [f"run={run_dir.name}", f"runs_dir={run_dir.parent}", f"seed={seed}", "tracking.wandb=false"]
-            command = [sys.executable, "-m", "slime.cli", "train", "recipe=ppo_coding", *own, *arguments[place + 1 :]]
+            command = [sys.executable, "-m", "slime.cli", "train", "recipe=ppo_coding", *own, *options.overrides]
             subprocess.run(command, cwd=ROOT, check=True)
         return 0
     outcomes = {seed: Outcome.of(read_metrics(run_dir)) for seed, run_dir in runs.items() if run_dir.is_dir()}

@@ -24,11 +24,11 @@ from ray._raylet import AuthenticationTokenLoader, Config
 from launch.config import ClusterConfig
 from launch.environment import direct, forget_other_ray
 from launch.nodes import NodeError
+from machine.failures import END_TIMEOUT_S
 
 ATTEMPTS = 3
 KNOCK_TIMEOUT_S = 10.0
 TOKEN_FOLDER, TOKEN_FILE = "slime-ray-", "secret"
-END_TIMEOUT_S = 10.0  # for killed processes to be gone
 _of_ray: set[psutil.Process] = set()  # what its start has started: a raylet that is killed leaves its agents to nobody
 OBJECT_STORE_MB = 512  # of a laptop run: a token of a sub-trace is 18 bytes
 

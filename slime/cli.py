@@ -14,7 +14,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.environment import expand
+from launch.environment import expand, forget_other_ray
 from recipes import catalogue
 
 if TYPE_CHECKING:
@@ -108,8 +108,6 @@ def _compose_and_run(command: str, rest: list[str]) -> int:
         return 0
     if against:
         return _refuse("; ".join(against))
-
-    from launch.environment import forget_other_ray
 
     if not loaded.config.cluster.ray_address:
         forget_other_ray()

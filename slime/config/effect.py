@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import fields
-from typing import Any
 
 from critic.config import Baseline
+from slime.config.checks import get
 from slime.config.nodes import layouts
 from slime.schema import Config, Kind
 from trainer.config import Correction, PolicyConfig
@@ -31,9 +31,7 @@ def without_effect(config: Config, given: Collection[str]) -> Iterator[str]:
     for keys, reason in _idle(config):
         for key in given:
             if any(key == one or key.startswith(f"{one}.") for one in keys):
-                value: Any = config
-                for name in key.split("."):
-                    value = getattr(value, name)
+                value = get(config, key)
                 value = getattr(value, "value", str(value).lower() if isinstance(value, bool) else value)
                 yield f"{key}={value} has no effect {reason}"
 
