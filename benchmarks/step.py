@@ -34,6 +34,7 @@ from slime import loop
 from slime.build import build_estimator, build_policy
 from slime.config import load
 from slime.schema import Config
+from slime.start.placement import placement
 from trainer.group import NoReference
 
 WINDOW = 104  # tokens of the demo's context
@@ -166,8 +167,8 @@ class Bench:
         ]
         ids = tuple(f"e{episode}" for episode in range(episodes))
         self.batch = Batch(1, tuple(infos), tuple({name: 1.0 for name in STATS} for _ in ids), ids)
-        self.policy = build_policy(config, folder)
-        self.estimator = build_estimator(config, folder)
+        self.policy = build_policy(config, folder, placement(config))
+        self.estimator = build_estimator(config, folder, placement(config))
         self.groups = [self.policy, *self.estimator.roles]
         limit_s = config.cluster.start_timeout_s
         for starting in [group.start(limit_s) for group in self.groups]:

@@ -1,6 +1,6 @@
 """Several machines: which node of a Ray cluster each process of a run lies on, and whether the nodes can serve it.
 
-    place (arithmetic) -> find_nodes (which they are) -> look_around (what they see) -> Places (Ray's options)
+    place (arithmetic) -> find_nodes (which they are) -> look_around (what they see) -> ProcessOptions (Ray's options)
 
 Ray is told the node of every process, so nothing depends on how it spreads actors. A node counts only while it has
 `cluster.gpus_per_node` GPUs free, so a run does not begin on those of another one.
@@ -35,50 +35,50 @@ class NodeError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Part:
-    """Processes of a role, as `count` blocks in rank order, each of `size` GPUs of one node."""
+class Bundles:
+    """Processes that are placed together: `count` bundles in rank order, each of `num_gpus` GPUs of one node."""
 
     name: str
     count: int
-    size: int
+    num_gpus: int
 
 
-def place(parts: Sequence[Part], num_nodes: int, gpus_per_node: int) -> dict[str, list[int]]:
-    """The node (0 ... num_nodes - 1) of every block of every part; within a part it never falls.
+def place(wanted: Sequence[Bundles], num_nodes: int, gpus_per_node: int) -> dict[str, list[int]]:
+    """Return the node (0 ... num_nodes - 1) of every bundle, by name; within a name it never falls.
 
-    Largest blocks first. A part goes whole to the first node with room for it, else it fills the nodes one after
-    the other. Where the sizes divide each other (1, 2, 4, 8) that succeeds whenever anything does: what is taken of a
-    node is then a multiple of the present size, so the room that is left does not depend on what lies where. With
-    `gpus_per_node` 0 nothing is counted, and nodes get about equally many processes.
+    Largest bundles first. Those of one name go whole to the first node with room for them, else they fill the nodes
+    one after the other. Where the sizes divide each other (1, 2, 4, 8) that succeeds whenever anything does: the GPUs
+    taken on a node are then a multiple of the present size, so the room that is left does not depend on their order.
+    With `gpus_per_node` 0 nothing is counted, and nodes get about equally many processes.
 
-    ValueError: a block finds no node with enough GPUs left.
+    ValueError: a bundle finds no node with enough GPUs left.
     """
-    total = sum(part.count * part.size for part in parts)
+    total = sum(one.count * one.num_gpus for one in wanted)
     least = gpus_per_node or -(-total // num_nodes)
     for room in range(least, max(total, least) + 1):
         try:
-            return _fill(parts, [room] * num_nodes)
+            return _fill(wanted, [room] * num_nodes)
         except ValueError:
             if gpus_per_node:
                 raise
     raise AssertionError("everything fits on one node as large as all of it")
 
 
-def _fill(parts: Sequence[Part], free: list[int]) -> dict[str, list[int]]:
+def _fill(wanted: Sequence[Bundles], free: list[int]) -> dict[str, list[int]]:
     found: dict[str, list[int]] = {}
-    for part in sorted(parts, key=lambda part: (-part.size, -part.size * part.count)):
-        whole = next((node for node, room in enumerate(free) if room >= part.count * part.size), None)
-        blocks: list[int] = []
+    for one in sorted(wanted, key=lambda one: (-one.num_gpus, -one.num_gpus * one.count)):
+        whole = next((node for node, room in enumerate(free) if room >= one.count * one.num_gpus), None)
+        nodes: list[int] = []
         for node in range(len(free)) if whole is None else (whole,):
-            here = min(part.count - len(blocks), free[node] // part.size)
-            free[node] -= here * part.size
-            blocks += [node] * here
-        if len(blocks) < part.count:
+            here = min(one.count - len(nodes), free[node] // one.num_gpus)
+            free[node] -= here * one.num_gpus
+            nodes += [node] * here
+        if len(nodes) < one.count:
             raise ValueError(
-                f"{part.count - len(blocks)} of {part.name}'s {part.count} blocks of {part.size} GPUs find no node "
+                f"{one.count - len(nodes)} of {one.name}'s {one.count} blocks of {one.num_gpus} GPUs find no node "
                 f"with as many left: {', '.join(map(str, free))} are"
             )
-        found[part.name] = blocks
+        found[one.name] = nodes
     return found
 
 
@@ -202,27 +202,23 @@ def _on(node: Node) -> Any:
     return NodeAffinitySchedulingStrategy(node.id, soft=False)
 
 
-class Places:
-    """Where every process of a run goes. Without nodes: on this machine, as Ray likes."""
+@dataclass(frozen=True)
+class ProcessOptions:
+    """Where one process goes, as Ray's options for its actor."""
 
-    def __init__(self, nodes: Sequence[Node] = (), placed: Mapping[str, Sequence[int]] | None = None) -> None:
-        """`placed`: see `place`."""
-        self.nodes = list(nodes)
-        self._placed = dict(placed or {})
+    num_gpus: float = 0.0
+    node: Node | None = None  # None: on this machine, as Ray likes
 
-    def node(self, role: str, block: int) -> Node:
-        """The node of a block of a role; roles that were not placed go round the nodes."""
-        placed = self._placed.get(role)
-        return self.nodes[block % len(self.nodes) if placed is None else placed[block]]
+    def ray(self) -> dict[str, Any]:
+        """Return the keyword arguments of `actor_class.options`."""
+        found: dict[str, Any] = {"num_cpus": 0, "num_gpus": self.num_gpus}
+        if self.node is None:
+            return found
+        if self.node.environment:
+            found["runtime_env"] = {"env_vars": dict(self.node.environment)}
+        return found | {"scheduling_strategy": _on(self.node)}
 
-    def options(self, role: str, block: int = 0) -> dict[str, Any]:
-        """Ray's options for a process of this block."""
-        if not self.nodes:
-            return {}
-        node = self.node(role, block)
-        environment = {"runtime_env": {"env_vars": dict(node.environment)}} if node.environment else {}
-        return {"scheduling_strategy": _on(node), **environment}
-
-    def address(self, role: str, block: int) -> str:
-        """What a server in this block listens on."""
-        return self.node(role, block).address if self.nodes else LOOPBACK
+    @property
+    def address(self) -> str:
+        """The address that a server in this process listens on."""
+        return self.node.address if self.node else LOOPBACK

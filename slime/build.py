@@ -1,4 +1,4 @@
-"""Which objects a run is made of. Here, and only here, is chosen what the loop then calls by one name."""
+"""Construct the objects of a run: here, and only here, is chosen which class stands behind each name of the loop."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from critic.estimators import CriticEstimator, EpisodeEstimator, Estimator
 from critic.group import CriticGroup
 from critic.worker import CriticWorker
 from launch.config import Sharing
-from launch.nodes import Places, find_nodes, look_around
+from launch.nodes import ProcessOptions
 from launch.supervisor import watch
 from rollout.engine import EngineServer
 from rollout.group import EngineGroup, RolloutGroup
 from rollout.worker import RolloutSettings, RolloutWorker
-from slime.config.nodes import CRITIC, ENGINES, POLICY, REFERENCE, part_of, placed
+from slime.config.nodes import CRITIC, POLICY, REFERENCE
 from slime.observe.failures import Failures
-from slime.prepare import Prepared
 from slime.schema import Config
+from slime.start.placement import Placement
+from slime.start.prepare import Prepared
 from slime.weights import SharedGpuWeights, Weights
 from trainer.config import Offload, PolicyConfig
 from trainer.group import NoReference, PolicyGroup, Turns, WorkerGroup
@@ -64,71 +65,50 @@ class Parts:
             ray.get([server.stop.remote() for server in self.servers], timeout=STOP_TIMEOUT_S)
 
 
-HERE = Places()  # everything on this machine
-SHARE = 0.2  # of a GPU that engine, policy, reference and critic share: a bookkeeping number of Ray's
-
-
-def _gpus(config: Config, shared_by: Sequence[Sharing], each: int = 1) -> float:
-    if not config.cluster.gpus_per_node:
-        return 0
-    return SHARE if config.cluster.sharing in shared_by else each
-
-
-def find_places(config: Config, run_dir: Path, model_folder: Path) -> Places:
-    """The nodes of a joined Ray cluster, looked at, and who goes where. NodeError: see launch/nodes.py."""
-    if not config.cluster.ray_address:
-        return HERE
-    return Places(look_around(find_nodes(config.cluster), run_dir, model_folder), placed(config))
-
-
-def _ranks(config: Config, name: str, role: PolicyConfig | CriticConfig, folder: Path, places: Places) -> list[Any]:
+def _ranks(
+    config: Config, name: str, role: PolicyConfig | CriticConfig, folder: Path, where: Sequence[ProcessOptions]
+) -> list[Any]:
     """One actor for each process of a training role, not started."""
-    cls = ray.remote(CriticWorker if name == CRITIC else PolicyWorker)
-    gpus, part, frozen = _gpus(config, (Sharing.trainers, Sharing.all)), part_of(config, name), name == REFERENCE
+    cls = ray.remote(CriticWorker if isinstance(role, CriticConfig) else PolicyWorker)
     threads, timeout_s = config.cluster.threads_per_process, config.cluster.start_timeout_s
 
     def settings(rank: int) -> WorkerSettings:
+        frozen = name == REFERENCE
         return WorkerSettings(
             rank, role.layout, role.optimizer, str(folder.resolve()), config.seed, threads, timeout_s, frozen
         )
 
-    ranks = [
-        cls.options(num_cpus=0, num_gpus=gpus, **places.options(part, rank // role.layout.tensor_parallel)).remote(
-            settings(rank), role
-        )
-        for rank in range(role.layout.num_processes)
-    ]
+    ranks = [cls.options(**options.ray()).remote(settings(rank), role) for rank, options in enumerate(where)]
     return [watch(f"{name} rank {rank}", actor) for rank, actor in enumerate(ranks)]
 
 
-def build_policy(config: Config, folder: Path, places: Places = HERE) -> PolicyGroup:
+def build_policy(config: Config, folder: Path, where: Placement) -> PolicyGroup:
     """The policy's ranks, not started."""
-    ranks = _ranks(config, POLICY, config.policy, folder, places)
+    ranks = _ranks(config, POLICY, config.policy, folder, where.policy)
     return PolicyGroup(ranks, config.policy, config.cluster.start_timeout_s)
 
 
-def build_reference(config: Config, folder: Path, places: Places = HERE) -> PolicyGroup | NoReference:
+def build_reference(config: Config, folder: Path, where: Placement) -> PolicyGroup | NoReference:
     """The starting model, frozen, in the policy's layout, not started; nothing where no KL is asked for."""
     if not config.policy.kl_coef:
         return NoReference()
-    ranks = _ranks(config, REFERENCE, config.policy, folder, places)
+    ranks = _ranks(config, REFERENCE, config.policy, folder, where.reference)
     return PolicyGroup(ranks, config.policy, config.cluster.start_timeout_s, REFERENCE)
 
 
-def build_estimator(config: Config, folder: Path, places: Places = HERE) -> Estimator:
+def build_estimator(config: Config, folder: Path, where: Placement) -> Estimator:
     """The critic's ranks, not started, or a baseline that needs none."""
     if config.advantage.baseline is not Baseline.critic:
         return EpisodeEstimator(config.advantage)
-    ranks = _ranks(config, CRITIC, config.critic, folder, places)
+    ranks = _ranks(config, CRITIC, config.critic, folder, where.critic)
     return CriticEstimator(CriticGroup(ranks, config.critic, config.cluster.start_timeout_s), config.advantage)
 
 
-def build_servers(config: Config, folder: Path, run_dir: Path, places: Places = HERE, key: str = "") -> list[Any]:
+def build_servers(config: Config, folder: Path, run_dir: Path, where: Placement, key: str = "") -> list[Any]:
     """Engine servers; each starts its SGLang process when it is made. `key`: see `EngineServer`."""
     engine, cls = config.rollout.engine, ray.remote(EngineServer)
-    gpus, part = _gpus(config, (Sharing.all,), engine.tensor_parallel), part_of(config, ENGINES)
     servers = [
-        cls.options(num_cpus=0, num_gpus=gpus, max_concurrency=SERVER_CALLS, **places.options(part, number)).remote(
+        cls.options(max_concurrency=SERVER_CALLS, **options.ray()).remote(
             engine,
             str(folder.resolve()),
             config.rollout.compaction.context_tokens,
@@ -136,11 +116,11 @@ def build_servers(config: Config, folder: Path, run_dir: Path, places: Places = 
             cpu=config.cluster.gpus_per_node == 0,
             threads=config.cluster.threads_per_process,
             seed=config.seed + number,
-            host=places.address(part, number),
+            host=options.address,
             key=key,
             yields_memory=config.cluster.sharing is Sharing.all,
         )
-        for number in range(engine.num_engines)
+        for number, options in enumerate(where.engines)
     ]
     return [
         watch(f"engine {number}", server, server.watch.remote(), str(engine_log(run_dir, number)))
@@ -154,13 +134,13 @@ def engine_log(run_dir: Path, number: int) -> Path:
 
 
 def build_rollout(
-    config: Config, inputs: Prepared, engine_urls: list[str], places: Places = HERE, key: str = ""
+    config: Config, inputs: Prepared, engine_urls: list[str], where: Placement, key: str = ""
 ) -> RolloutGroup:
     """Rollout workers, not started. `key`: what the engines were started with."""
     cls = ray.remote(RolloutWorker)
     rows = ray.put(inputs.train_rows), ray.put(inputs.eval_rows)
     workers = [
-        cls.options(num_cpus=0, max_concurrency=ASYNC_CALLS, **places.options("rollout", number)).remote(
+        cls.options(max_concurrency=ASYNC_CALLS, **options.ray()).remote(
             RolloutSettings(
                 name=f"rollout-{number}",
                 config=config.rollout,
@@ -174,7 +154,7 @@ def build_rollout(
             ),
             *rows,
         )
-        for number in range(config.rollout.num_workers)
+        for number, options in enumerate(where.rollout)
     ]
     workers = [watch(f"rollout worker {number}", worker) for number, worker in enumerate(workers)]
     return RolloutGroup(workers, max(config.rollout.engine.request_timeout_s, config.buffer.take_timeout_s))
@@ -198,23 +178,23 @@ def take_turns(config: Config, trainers: Sequence[WorkerGroup]) -> None:
             one.turns = turns
 
 
-def build(config: Config, inputs: Prepared, run_dir: Path, places: Places = HERE) -> Parts:
+def build(config: Config, inputs: Prepared, run_dir: Path, where: Placement) -> Parts:
     """Starts everything side by side and waits until all of it answers."""
     limit_s, engine = config.cluster.start_timeout_s, config.rollout.engine
-    key = secrets.token_hex(32) if places.nodes else ""  # engines that others can reach serve this run alone
-    servers = build_servers(config, inputs.model_folder, run_dir, places, key)
-    policy = build_policy(config, inputs.model_folder, places)
-    reference = build_reference(config, inputs.model_folder, places)
-    estimator = build_estimator(config, inputs.model_folder, places)
+    key = secrets.token_hex(32) if where.spans_nodes else ""  # engines that others can reach serve this run alone
+    servers = build_servers(config, inputs.model_folder, run_dir, where, key)
+    policy = build_policy(config, inputs.model_folder, where)
+    reference = build_reference(config, inputs.model_folder, where)
+    estimator = build_estimator(config, inputs.model_folder, where)
     frozen = [reference] if isinstance(reference, PolicyGroup) else []
     trainers: list[WorkerGroup] = [policy, *frozen, *estimator.roles]
     take_turns(config, trainers)
     starting = [role.start(limit_s) for role in trainers]
-    buffer_class = ray.remote(BufferActor).options(num_cpus=0, max_concurrency=ASYNC_CALLS, **places.options("buffer"))
+    buffer_class = ray.remote(BufferActor).options(max_concurrency=ASYNC_CALLS, **where.buffer.ray())
     buffer = watch("the data buffer", buffer_class.remote(config.buffer, len(inputs.train_rows), config.seed))
     # Each has a deadline of its own, told with its log; this one is for the processes around them.
     urls = ray.get([server.start.remote() for server in servers], timeout=limit_s + engine.start_timeout_s)
-    rollout = build_rollout(config, inputs, urls, places, key)
+    rollout = build_rollout(config, inputs, urls, where, key)
     ready = [worker.start.remote() for worker in rollout.workers]
     for pending in starting:
         pending.result(limit_s)

@@ -92,7 +92,7 @@ def _compose_and_run(command: str, rest: list[str]) -> int:
 
     from launch.preflight import problems
     from slime.config import ConfigError, load, load_start, missing
-    from slime.prepare import prepare
+    from slime.start.prepare import prepare
 
     try:
         loaded = load(overrides, recipes_dir)

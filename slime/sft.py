@@ -11,15 +11,15 @@ from typing import NamedTuple
 import ray
 
 from buffer.types import Batch, SubTraceInfo
-from launch.nodes import Places
 from launch.supervisor import forget
 from rollout.group import RolloutGroup
 from slime.build import build_policy, build_rollout
 from slime.config.rows import no_turn
 from slime.observe.tracking import Tracker
 from slime.observe.view import View
-from slime.prepare import Prepared
 from slime.schema import Config
+from slime.start.placement import Placement
+from slime.start.prepare import Prepared
 
 EPISODES_PER_CALL = 32
 MAX_WITHOUT_TURN = 1024  # demonstrations from the first on, after which the run ends
@@ -71,13 +71,13 @@ def demonstrations(config: Config, inputs: Prepared, rollout: RolloutGroup) -> I
         yield Drawn(chosen, without_turn)
 
 
-def run(config: Config, inputs: Prepared, run_dir: Path, view: View, tracker: Tracker, places: Places) -> Path:
+def run(config: Config, inputs: Prepared, run_dir: Path, view: View, tracker: Tracker, where: Placement) -> Path:
     """Trains `config.steps` optimizer steps and exports a Hugging Face folder; returns it."""
     limit_s = config.cluster.start_timeout_s
     view.phase("starting training processes and sandboxes")
-    policy = build_policy(config, inputs.model_folder, places)
+    policy = build_policy(config, inputs.model_folder, where)
     starting = policy.start(limit_s)
-    rollout = build_rollout(config, inputs, [], places)
+    rollout = build_rollout(config, inputs, [], where)
     ray.get([worker.start.remote() for worker in rollout.workers], timeout=limit_s)
     starting.result(limit_s)
     view.phase("imitating demonstrations")

@@ -11,50 +11,23 @@ import yaml
 
 from launch.local import start_ray, stop_ray
 from launch.lock import made_once, run_lock
-from slime import checkpoint, loop, sft
-from slime.build import Parts, build, find_places
-from slime.config import ConfigError, differences, dump
+from slime import sft
+from slime.build import build
+from slime.config import dump
 from slime.observe.failures import Failures
 from slime.observe.tracking import Tracker, read_metrics
 from slime.observe.view import View
 from slime.observe.watch import Watch
-from slime.prepare import Prepared, make_task, prepare, start_folder, untrained_model
 from slime.report import write_report
+from slime.run import train
 from slime.schema import Config, Kind, folder_of
-
-# What may change between a run and its resume without making it another run.
-_FREE = (
-    *("steps", "resume", "eval.", "checkpoint.", "tracking.", "cluster.", "runs_dir", "cache_dir"),
-    *("policy.layout.", "critic.layout."),  # checkpoints are read in any layout
-)
-_FIXED = ("policy.layout.precision", "critic.layout.precision")  # of what they hold
-
-
-def open_run(config: Config) -> tuple[Path, int]:
-    """The run's folder and the step to go on from. ConfigError: it is another run's, or may not be resumed."""
-    run_dir = folder_of(config)
-    done = checkpoint.steps(run_dir)
-    saved = run_dir / "config.yaml"
-    if saved.exists() and not config.resume:
-        raise ConfigError(f"{run_dir} exists: choose another run= name, or resume=true to go on with it")
-    if done and saved.exists():
-        lines = differences(saved.read_text(), config)
-        changed = [line for line in lines if line.startswith(_FIXED) or not line.startswith(_FREE)]
-        if changed:
-            raise ConfigError(f"{run_dir} was started with other settings: {changed[0]}; choose another run= name")
-    return run_dir, done[-1] if done else 0
-
-
-def record(config: Config, run_dir: Path) -> None:
-    """Writes down what the run was started with: the first that it leaves, when all that can refuse was asked."""
-    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-    part = run_dir / "config.part"
-    part.write_text(dump(config))
-    part.replace(run_dir / "config.yaml")
+from slime.start.folder import open_run, record
+from slime.start.placement import place_run
+from slime.start.prepare import Prepared, make_task, prepare, start_folder, untrained_model
 
 
 def start_model(config: Config, start: Config | None, failures: Failures) -> Path:
-    """The model folder to start from; runs the warm start when its result is missing."""
+    """Return the model folder to start from; run the warm start when its result is missing."""
     if start is None:
         return untrained_model(config, make_task(config))
     folder, run_dir = start_folder(config, start), folder_of(start)
@@ -68,15 +41,15 @@ def start_model(config: Config, start: Config | None, failures: Failures) -> Pat
 
 
 def run_sft(config: Config, run_dir: Path, failures: Failures) -> Path:
-    """A supervised run; returns the exported model folder."""
+    """Run supervised training and return the exported model folder."""
     inputs = prepare(config)
     start_ray(config.cluster)
-    places = find_places(config, run_dir, inputs.model_folder)
+    where = place_run(config, run_dir, inputs.model_folder)
     record(config, run_dir)
     tracker = Tracker(run_dir, run_dir.name, yaml.safe_load(dump(config)), config.tracking, None, failures.aside)
     try:
         with View(run_dir.name, config.steps) as view, failures.at_once():
-            exported = sft.run(config, inputs, run_dir, view, tracker, places)
+            exported = sft.run(config, inputs, run_dir, view, tracker, where)
             write_report(run_dir)
             view.final(f"warm start: {exported}")
     finally:
@@ -85,10 +58,10 @@ def run_sft(config: Config, run_dir: Path, failures: Failures) -> Path:
 
 
 def run_ppo(config: Config, run_dir: Path, step: int, inputs: Prepared, failures: Failures) -> None:
-    """Builds the parts, goes on from `step`, trains to the end."""
+    """Build the run, go on from `step`, train to the end."""
     from transformers import AutoTokenizer  # takes seconds to import
 
-    places = find_places(config, run_dir, inputs.model_folder)
+    where = place_run(config, run_dir, inputs.model_folder)
     record(config, run_dir)
     history = read_metrics(run_dir) if step else []
     settings = yaml.safe_load(dump(config))
@@ -101,7 +74,7 @@ def run_ppo(config: Config, run_dir: Path, step: int, inputs: Prepared, failures
         view.phase("starting engines, workers and sandboxes")
         try:
             with failures.at_once():
-                parts = build(config, inputs, run_dir, places)
+                parts = build(config, inputs, run_dir, where)
             try:
                 with failures.at_once():
                     train(config, parts, watch, run_dir, step, failures)
@@ -122,38 +95,8 @@ def run_ppo(config: Config, run_dir: Path, step: int, inputs: Prepared, failures
         view.final(f"{held_out}; report: {report}")
 
 
-def train(config: Config, parts: Parts, watch: Watch, run_dir: Path, step: int, failures: Failures) -> None:
-    """Every step of a run, with its evaluations and checkpoints."""
-    if step:
-        loaded = checkpoint.load(run_dir, parts)
-        assert loaded == step, f"checkpoint of step {loaded}, expected {step}"
-        watch.view.note(f"resumed at step {step}")
-    parts.weights.publish(step)
-    parts.weights.verify()
-    parts.rollout.run(parts.buffer)
-    if step == 0:
-        first: dict[str, float] = {"weights/version": 0.0}
-        if parts.estimator.roles and config.critic.warmup_episodes:
-            first |= loop.warm_up_critic(config, parts, watch)
-        watch.phase("eval")
-        watch.step(0, first | loop.evaluate(config, parts, watch, 0))
-    # What fails is told before a checkpoint that is being written is waited for.
-    with checkpoint.Checkpoints(run_dir, parts, config.checkpoint.keep) as checkpoints, failures.at_once():
-        while step < config.steps:
-            step += 1
-            last = step == config.steps
-            evaluating = last or (config.eval.every > 0 and step % config.eval.every == 0)
-            metrics = loop.train_step(config, parts, watch, step, evaluating)
-            checkpoints.check()
-            watch.step(step, metrics)  # before the checkpoint: a run goes on after a checkpoint, never before metrics
-            if last:  # before the checkpoint, whose presence says that the run is finished
-                parts.policy.submit("export", str((run_dir / "model").resolve())).result()
-            if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
-                checkpoints.save(step)
-
-
 def main(config: Config, start: Config | None, failures: Failures) -> None:
-    """Runs a recipe to its end, or goes on with one that was stopped. `start`: the recipe that makes its model."""
+    """Run a recipe to its end, or go on with one that was stopped. `start`: the recipe that makes its model."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     with run_lock(folder_of(config)):
         _main(config, start, failures)

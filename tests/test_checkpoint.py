@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 from roles import random_qwen3
 
-from slime import checkpoint, cli, train
+from slime import checkpoint, cli
 from slime.checkpoint import CheckpointError, Checkpoints
 from slime.config import ConfigError, load
+from slime.start.folder import open_run, record
 
 FULL = OSError(28, "No space left on device", "policy/__1_0.distcp")
 
@@ -260,13 +261,13 @@ def test_a_checkpoint_that_can_not_be_loaded_says_where_to_go_on(story: Story) -
 def test_a_resume_may_have_another_layout_but_no_other_precision(story: Story) -> None:
     story.allow()
     place = ["recipe=ppo_coding", f"runs_dir={story.run_dir.parent}", f"run={story.run_dir.name}"]
-    train.record(load([*place], None).config, story.run_dir)
+    record(load([*place], None).config, story.run_dir)
     with story.opened() as checkpoints:
         checkpoints.save(4)
     two = [*place, "policy.layout.num_processes=2", "critic.layout.num_processes=2"]
-    assert train.open_run(load([*two, "critic.layout.tensor_parallel=2"], None).config) == (story.run_dir, 4)
+    assert open_run(load([*two, "critic.layout.tensor_parallel=2"], None).config) == (story.run_dir, 4)
     with pytest.raises(ConfigError, match=r"policy\.layout\.precision"):
-        train.open_run(load([*two, "policy.layout.precision=bf16"], None).config)
+        open_run(load([*two, "policy.layout.precision=bf16"], None).config)
 
 
 # Export --------------------------------------------------------------------------------------------------------------

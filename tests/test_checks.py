@@ -14,8 +14,8 @@ from launch.config import ClusterConfig
 from launch.preflight import Machine, problems
 from slime.config import ConfigError, check, dump, leaves, load, missing
 from slime.config.checks import RANGES
-from slime.prepare import first_model, make_task
 from slime.schema import Config
+from slime.start.prepare import first_model, make_task
 from trainer.layout import Sizes
 
 PPO = "recipe=ppo_coding"

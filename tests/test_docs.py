@@ -27,8 +27,8 @@ from rollout.rendering import Renderer
 from rollout.sandbox.unsafe import SubprocessPool
 from slime import TaskRow, cli
 from slime.config import ConfigError, load
-from slime.prepare import make_task
 from slime.schema import Config
+from slime.start.prepare import make_task
 from trainer.config import KL, Correction, KLPlace, Loss, LossNorm
 
 ROOT = Path(__file__).parent.parent

@@ -11,8 +11,8 @@ import yaml
 
 from slime.config import ConfigError, Loaded, dump, leaves, load, load_start
 from slime.config.effect import without_effect
-from slime.prepare import start_folder
 from slime.schema import Config
+from slime.start.prepare import start_folder
 
 PPO, SFT = "recipe=ppo_coding", "recipe=sft_coding"
 GROUPS = ("advantage.baseline=grpo", "buffer.episodes_per_prompt=8")

@@ -306,7 +306,7 @@ def logged() -> set[str]:
         *(f"{role}/peak_memory_gb" for role in ("policy", "reference", "critic")),
         *(f"time/{name}_s" for name in PHASES),
     }
-    for path in ("slime/loop.py", "slime/train.py", "slime/sft.py", "critic/estimators.py"):
+    for path in ("slime/loop.py", "slime/run.py", "slime/sft.py", "critic/estimators.py"):
         names |= set(LITERAL.findall((ROOT / path).read_text()))
     return names
 

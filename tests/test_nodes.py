@@ -29,11 +29,12 @@ from runs import START_S, Place, Run, rows_of
 from launch import local, nodes
 from launch.config import ClusterConfig
 from launch.local import start_ray
-from launch.nodes import LOOPBACK, Node, NodeError, Part, Places, interface_of, look, place
+from launch.nodes import LOOPBACK, Bundles, Node, NodeError, ProcessOptions, interface_of, look, place
 from machine.ports import ReservedPort
 from rollout.engine import KEY_VARIABLE, asks_for_key
 from slime.config import ConfigError, load
-from slime.config.nodes import parts, placed
+from slime.config.nodes import bundles, placed
+from slime.start.placement import SHARE, placement
 
 GPUS = ["recipe=ppo_coding", "model=qwen3_8b", "cluster=gpu_2x8"]
 
@@ -44,18 +45,23 @@ GPUS = ["recipe=ppo_coding", "model=qwen3_8b", "cluster=gpu_2x8"]
     ("wanted", "num_nodes", "gpus", "expected"),
     [
         # the larger blocks choose first; ranks that do not fit on a node go on, in order, on the next
-        ([Part("policy", 4, 1), Part("engines", 1, 2)], 2, 3, {"engines": [0], "policy": [0, 1, 1, 1]}),
+        ([Bundles("policy", 4, 1), Bundles("engines", 1, 2)], 2, 3, {"engines": [0], "policy": [0, 1, 1, 1]}),
         # a role that fits on one node is not torn, though it could begin on the first
-        ([Part("policy", 3, 2), Part("critic", 2, 2)], 2, 8, {"policy": [0, 0, 0], "critic": [1, 1]}),
-        ([Part("policy", 8, 2), Part("engines", 4, 4)], 4, 8, {"engines": [0, 0, 1, 1], "policy": [2] * 4 + [3] * 4}),
+        ([Bundles("policy", 3, 2), Bundles("critic", 2, 2)], 2, 8, {"policy": [0, 0, 0], "critic": [1, 1]}),
+        (
+            [Bundles("policy", 8, 2), Bundles("engines", 4, 4)],
+            4,
+            8,
+            {"engines": [0, 0, 1, 1], "policy": [2] * 4 + [3] * 4},
+        ),
         # on CPUs: as evenly as it goes
-        ([Part("policy", 3, 1), Part("engines", 1, 1)], 2, 0, {"policy": [0, 0, 1], "engines": [1]}),
-        ([Part("policy", 1, 1), Part("engines", 1, 2)], 2, 0, {"engines": [0], "policy": [1]}),
-        ([Part("policy", 5, 1), Part("critic", 5, 1)], 1, 0, {"policy": [0] * 5, "critic": [0] * 5}),
-        ([Part("engines", 3, 2)], 2, 0, {"engines": [0, 0, 1]}),  # 3 slots a node would hold one each
+        ([Bundles("policy", 3, 1), Bundles("engines", 1, 1)], 2, 0, {"policy": [0, 0, 1], "engines": [1]}),
+        ([Bundles("policy", 1, 1), Bundles("engines", 1, 2)], 2, 0, {"engines": [0], "policy": [1]}),
+        ([Bundles("policy", 5, 1), Bundles("critic", 5, 1)], 1, 0, {"policy": [0] * 5, "critic": [0] * 5}),
+        ([Bundles("engines", 3, 2)], 2, 0, {"engines": [0, 0, 1]}),  # 3 slots a node would hold one each
     ],
 )
-def test_places(wanted: list[Part], num_nodes: int, gpus: int, expected: dict[str, list[int]]) -> None:
+def test_places(wanted: list[Bundles], num_nodes: int, gpus: int, expected: dict[str, list[int]]) -> None:
     assert place(wanted, num_nodes, gpus) == expected
 
 
@@ -73,7 +79,7 @@ def test_what_has_a_place_is_placed() -> None:
     refused = 0
     counts = itertools.product(range(4), repeat=3)
     for (fours, twos, ones), num_nodes, gpus in itertools.product(counts, (1, 2, 3), (4, 5, 6)):
-        wanted = [Part("a", ones, 1), Part("b", twos, 2), Part("c", fours, 4)]
+        wanted = [Bundles("a", ones, 1), Bundles("b", twos, 2), Bundles("c", fours, 4)]
         possible = fits([4] * fours + [2] * twos + [1] * ones, (gpus,) * num_nodes)
         try:
             found = place(wanted, num_nodes, gpus)
@@ -84,7 +90,7 @@ def test_what_has_a_place_is_placed() -> None:
         assert {name: len(blocks) for name, blocks in found.items()} == {"a": ones, "b": twos, "c": fours}
         assert all(blocks == sorted(blocks) for blocks in found.values())
         for node in range(num_nodes):
-            assert sum(part.size * found[part.name].count(node) for part in wanted) <= gpus
+            assert sum(one.num_gpus * found[one.name].count(node) for one in wanted) <= gpus
     assert 0 < refused < 576
 
 
@@ -94,19 +100,19 @@ def test_what_has_a_place_is_placed() -> None:
 def test_the_cluster_file_of_two_nodes_fills_them() -> None:
     config = load(GPUS, None).config
     found = placed(config)
-    taken = [sum(part.size * found[part.name].count(node) for part in parts(config)) for node in range(2)]
+    taken = [sum(one.num_gpus * found[one.name].count(node) for one in bundles(config)) for node in range(2)]
     assert taken == [8, 8]
     assert all(len(set(found[role])) == 1 for role in ("policy", "critic"))  # their sums stay on a node
 
 
-def test_parts_of_a_run() -> None:
+def test_bundles_of_a_run() -> None:
     both = ["policy.kl_coef=0.1", "policy.layout.num_processes=4", "critic.layout.num_processes=2"]
-    wanted = {part.name: (part.count, part.size) for part in parts(load([*GPUS, *both], None).config)}
+    wanted = {one.name: (one.count, one.num_gpus) for one in bundles(load([*GPUS, *both], None).config)}
     assert wanted["reference"] == wanted["policy"] == (2, 2)
     assert wanted["critic"] == (1, 2)
     for cluster, names in (("gpu_1", ["shared"]), ("gpu_2", ["shared", "rollout.engine"])):
         config = load(["recipe=ppo_coding", f"cluster={cluster}"], None).config
-        assert [part.name for part in parts(config)] == names
+        assert [one.name for one in bundles(config)] == names
 
 
 @pytest.mark.parametrize(
@@ -174,15 +180,36 @@ def test_gloo_is_told_the_interface_of_the_nodes_address(monkeypatch: pytest.Mon
 
 
 def test_options_of_processes() -> None:
-    assert Places().options("policy", 3) == {}
-    assert Places().address("rollout.engine", 0) == LOOPBACK
-    one, two = "aa" * 28, "bb" * 28
-    places = Places([Node(one, "10.0.0.1"), Node(two, "10.0.0.2", {"A": "1"})], {"policy": [1, 1]})
-    assert [places.node("rollout", number).id for number in range(3)] == [one, two, one]
-    assert places.address("policy", 0) == "10.0.0.2"
-    options = places.options("policy", 1)
-    assert (options["scheduling_strategy"].node_id, options["scheduling_strategy"].soft) == (two, False)
-    assert options["runtime_env"] == {"env_vars": {"A": "1"}}
+    here = ProcessOptions()
+    assert (here.ray(), here.address) == ({"num_cpus": 0, "num_gpus": 0.0}, LOOPBACK)
+    there = ProcessOptions(1, Node("bb" * 28, "10.0.0.2", {"A": "1"}))
+    assert there.address == "10.0.0.2"
+    options = there.ray()
+    assert (options["scheduling_strategy"].node_id, options["scheduling_strategy"].soft) == ("bb" * 28, False)
+    assert (options["num_gpus"], options["runtime_env"]) == (1, {"env_vars": {"A": "1"}})
+
+
+def test_placement_of_a_run_on_nodes() -> None:
+    nodes = [Node(letter * 56, letter) for letter in "ab"]
+    config = load([*GPUS, "rollout.num_workers=3"], None).config
+    where, blocks = placement(config, nodes), placed(config)
+    assert [one.node for one in where.policy] == [
+        nodes[n] for n in blocks["policy"] for _ in range(config.policy.layout.tensor_parallel)
+    ]
+    assert [one.node for one in where.engines] == [nodes[n] for n in blocks["rollout.engine"]]
+    assert {one.num_gpus for one in where.engines} == {config.rollout.engine.tensor_parallel}
+    assert [one.node for one in where.rollout] == [nodes[0], nodes[1], nodes[0]]
+    assert (where.buffer.node, where.reference, where.spans_nodes) == (nodes[0], (), True)
+
+
+def test_placement_on_this_machine() -> None:
+    where = placement(load(["recipe=ppo_coding", "policy.kl_coef=0.1"], None).config)
+    processes = (*where.engines, *where.policy, *where.reference, *where.critic, *where.rollout, where.buffer)
+    assert processes == (ProcessOptions(),) * 6
+    shared = placement(load(["recipe=ppo_coding", "cluster=gpu_1"], None).config)
+    assert {one.num_gpus for one in (*shared.engines, *shared.policy, *shared.critic)} == {SHARE}
+    warm_start = placement(load(["recipe=sft_coding"], None).config)
+    assert (warm_start.engines, warm_start.critic, len(warm_start.policy)) == ((), (), 1)
 
 
 def test_a_run_for_cpus_hides_the_machines_gpus_from_its_processes() -> None:
@@ -234,13 +261,13 @@ import ray
 from ray._private import state
 from launch.config import ClusterConfig
 from launch.local import start_ray
-from launch.nodes import NodeError, Part, Places, find_nodes, place
+from launch.nodes import Bundles, NodeError, ProcessOptions, find_nodes, place
 
 cluster = ClusterConfig(num_nodes=2, gpus_per_node={NODE_GPUS}, ray_address=sys.argv[1])
 start_ray(cluster)
 actors = [(a["ActorClassName"], a["Address"]["IPAddress"], a["State"]) for a in state.actors().values()]
 found = find_nodes(cluster)
-places = Places(found, place([Part("engines", 1, 2), Part("policy", 4, 1)], 2, {NODE_GPUS}))
+placed = place([Bundles("engines", 1, 2), Bundles("policy", 4, 1)], 2, {NODE_GPUS})
 
 @ray.remote(num_cpus=0)
 class Probe:
@@ -248,7 +275,7 @@ class Probe:
         return ray.util.get_node_ip_address(), len(ray.get_gpu_ids())
 
 sizes = [("engines", 0, 2), *(("policy", rank, 1) for rank in range(4))]
-made = [Probe.options(num_gpus=gpus, **places.options(role, block)).remote() for role, block, gpus in sizes]
+made = [Probe.options(**ProcessOptions(gpus, found[placed[role][block]]).ray()).remote() for role, block, gpus in sizes]
 where = ray.get([probe.where.remote() for probe in made], timeout=120)
 try:
     full = find_nodes(cluster, wait_s=2.0)

@@ -188,7 +188,7 @@ def test_a_task_that_makes_no_model_or_none_that_can_be_used(
 
 
 def test_a_model_is_made_anew_for_other_options(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from slime.prepare import make_task, untrained_model
+    from slime.start.prepare import make_task, untrained_model
 
     source = (
         "from recipes.coding import CodingTask\n"

@@ -19,9 +19,9 @@ from rollout.worker import Played
 from slime import Environment, Sandbox, Task, cli, loop
 from slime.config import ConfigError, load
 from slime.config.rows import Overlong, overlong
-from slime.prepare import Prepared, prepare
 from slime.schema import Config
 from slime.sft import EPISODES_PER_CALL, MAX_WITHOUT_TURN, demonstrations
+from slime.start.prepare import Prepared, prepare
 
 PPO, SFT = "recipe=ppo_coding", "recipe=sft_coding"
 WINDOW = ["rollout.compaction.context_tokens=104", "rollout.compaction.reserve_tokens=46"]

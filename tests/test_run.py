@@ -22,6 +22,7 @@ from machine.ports import ReservedPort
 from slime import checkpoint, cli, loop, train
 from slime.config import load, load_start
 from slime.observe.failures import Failures
+from slime.run import train as train_run
 
 STEPS, EPISODES, TASKS = 4, 32, 32
 RUN = [
@@ -117,7 +118,7 @@ def test_order_of_a_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, begin: 
     watch: Any = SimpleNamespace(step=diary.step, view=view, phase=lambda name: None)
     numbers = ["steps=5", "eval.every=3", "checkpoint.every=2", "critic.warmup_episodes=0"]
     config = load(["recipe=ppo_coding", *numbers], None).config
-    train.train(config, parts, watch, tmp_path, begin, Failures(tmp_path))
+    train_run(config, parts, watch, tmp_path, begin, Failures(tmp_path))
     assert diary.events == expected
 
 

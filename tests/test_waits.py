@@ -19,6 +19,7 @@ from rollout.config import EngineConfig
 from rollout.group import EngineGroup, RolloutGroup
 from slime.build import build_rollout
 from slime.config import load
+from slime.start.placement import placement
 from trainer.config import LayoutConfig
 from trainer.group import Pending, WorkerGroup
 
@@ -93,7 +94,7 @@ def test_requests_do_not_limit_episodes(monkeypatch: pytest.MonkeyPatch, request
     monkeypatch.setattr("slime.build.watch", lambda name, worker: worker)
     inputs: Any = SimpleNamespace(train_rows=[], eval_rows=[], task=None, model_folder=SimpleNamespace(resolve=str))
     inputs.vocab_size = 10
-    assert build_rollout(config, inputs, []).quiet_s == quiet_s
+    assert build_rollout(config, inputs, [], placement(config)).quiet_s == quiet_s
 
 
 def test_what_moves_a_model_is_not_limited_like_a_turn() -> None:

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 from critic.config import Baseline
 from launch.config import Sharing
-from launch.nodes import Part, place
+from launch.nodes import Bundles, place
 from slime.schema import Config, Kind
 from trainer.config import LayoutConfig, Precision
 
-SHARED = "shared"  # the part of roles that lie on one GPU
+SHARED = "shared"  # the bundles of roles that share one GPU
 ENGINES, POLICY, REFERENCE, CRITIC = "rollout.engine", "policy", "reference", "critic"
 
 
@@ -32,37 +32,37 @@ def has_reference(config: Config) -> bool:
     return config.kind is Kind.ppo and config.policy.kl_coef > 0
 
 
-def parts(config: Config) -> list[Part]:
-    """Every role's blocks: an engine, or ranks that share tensors. Roles that share a GPU are one part."""
+def bundles(config: Config) -> list[Bundles]:
+    """Return every role's bundles: an engine, or ranks that share tensors. Roles that share a GPU share theirs."""
     cluster, engine = config.cluster, config.rollout.engine
     found = []
     if cluster.sharing is not Sharing.none:
-        found.append(Part(SHARED, 1, 1))
+        found.append(Bundles(SHARED, 1, 1))
     else:
         trained = layouts(config)
         if has_reference(config):
             trained.append((REFERENCE, config.policy.layout))
-        found += [Part(role, x.num_processes // x.tensor_parallel, x.tensor_parallel) for role, x in trained]
+        found += [Bundles(role, x.num_processes // x.tensor_parallel, x.tensor_parallel) for role, x in trained]
     if cluster.sharing is not Sharing.all and has_engines(config):
-        found.append(Part(ENGINES, engine.num_engines, engine.tensor_parallel))
+        found.append(Bundles(ENGINES, engine.num_engines, engine.tensor_parallel))
     return found
 
 
-def part_of(config: Config, role: str) -> str:
-    """The name of the part that a role belongs to."""
+def bundles_of(config: Config, role: str) -> str:
+    """Return the name of the bundles that a role's processes go into."""
     sharing = config.cluster.sharing
     shares = sharing is Sharing.all or (sharing is Sharing.trainers and role != ENGINES)
     return SHARED if shares else role
 
 
 def placed(config: Config) -> dict[str, list[int]]:
-    """The node of every block of every part. ValueError: see `unplaced`."""
-    return place(parts(config), config.cluster.num_nodes, config.cluster.gpus_per_node)
+    """Return the node of every bundle, by name. ValueError: see `unplaced`."""
+    return place(bundles(config), config.cluster.num_nodes, config.cluster.gpus_per_node)
 
 
 def unplaced(config: Config) -> Iterator[str]:
     """Why the roles do not fit the nodes, though there are GPUs enough in all."""
-    cluster, wanted = config.cluster, parts(config)
+    cluster, wanted = config.cluster, bundles(config)
     if cluster.num_nodes > 1 and not cluster.ray_address:
         yield (
             f"cluster.num_nodes={cluster.num_nodes} without cluster.ray_address: start Ray on every node and give its "
@@ -71,7 +71,7 @@ def unplaced(config: Config) -> Iterator[str]:
     try:
         placed(config)
     except ValueError as error:
-        largest = max(part.size for part in wanted)
+        largest = max(one.num_gpus for one in wanted)
         cure = f"use cluster.gpus_per_node of at least {largest}"
         if largest <= cluster.gpus_per_node:
             cure = f"the nearest that works is cluster.num_nodes={_enough(wanted, cluster.gpus_per_node)}"
@@ -81,16 +81,16 @@ def unplaced(config: Config) -> Iterator[str]:
         )
 
 
-def _enough(wanted: list[Part], gpus_per_node: int) -> int:
-    """The fewest nodes that hold all parts. No block may be larger than a node."""
-    blocks = sum(part.count for part in wanted)  # with a node for each, everything has its place
-    for num_nodes in range(1, blocks):
+def _enough(wanted: list[Bundles], gpus_per_node: int) -> int:
+    """Return the fewest nodes that hold all bundles. None of these may be larger than a node."""
+    most = sum(one.count for one in wanted)  # a node for each holds everything
+    for num_nodes in range(1, most):
         try:
             place(wanted, num_nodes, gpus_per_node)
         except ValueError:
             continue
         return num_nodes
-    return blocks
+    return most
 
 
 def crowded(config: Config) -> Iterator[str]:

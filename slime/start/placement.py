@@ -1,0 +1,83 @@
+"""Placement: the node and the GPUs of every process of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch.config import Sharing
+from launch.nodes import Node, ProcessOptions, find_nodes, look_around
+from slime.config.nodes import (
+    CRITIC,
+    ENGINES,
+    POLICY,
+    REFERENCE,
+    bundles_of,
+    has_engines,
+    has_reference,
+    layouts,
+    placed,
+)
+from slime.schema import Config
+from trainer.config import LayoutConfig
+
+SHARE = 0.2  # of a GPU that engine, policy, reference and critic share: a bookkeeping number of Ray's
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One entry for each process, in rank order."""
+
+    engines: tuple[ProcessOptions, ...]
+    policy: tuple[ProcessOptions, ...]
+    reference: tuple[ProcessOptions, ...]  # the policy's layout once more
+    critic: tuple[ProcessOptions, ...]
+    rollout: tuple[ProcessOptions, ...]
+    buffer: ProcessOptions
+    spans_nodes: bool  # whether others can reach what the run's servers listen on
+
+
+def placement(config: Config, nodes: Sequence[Node] = ()) -> Placement:
+    """Return where every process of this run goes; a role that it does not have has no entries.
+
+    Without nodes everything goes on this machine, as Ray likes. With nodes, engines and blocks of ranks that share
+    tensors go where `slime.config.nodes.placed` puts them, rollout workers go around the nodes, and the buffer goes to
+    the first one.
+    """
+    node_of_block = placed(config) if nodes else {}
+    engine, sharing = config.rollout.engine, config.cluster.sharing
+
+    def options(role: str, block: int, num_gpus: float) -> ProcessOptions:
+        node = nodes[node_of_block[bundles_of(config, role)][block]] if nodes else None
+        return ProcessOptions(num_gpus if config.cluster.gpus_per_node else 0.0, node)
+
+    def ranks(role: str, layout: LayoutConfig) -> tuple[ProcessOptions, ...]:
+        num_gpus = 1 if sharing is Sharing.none else SHARE
+        return tuple(options(role, rank // layout.tensor_parallel, num_gpus) for rank in range(layout.num_processes))
+
+    trained = {role: ranks(role, layout) for role, layout in layouts(config)}
+    num_engines = engine.num_engines if has_engines(config) else 0
+    gpus_an_engine = SHARE if sharing is Sharing.all else engine.tensor_parallel
+    return Placement(
+        engines=tuple(options(ENGINES, number, gpus_an_engine) for number in range(num_engines)),
+        policy=trained[POLICY],
+        reference=ranks(REFERENCE, config.policy.layout) if has_reference(config) else (),
+        critic=trained.get(CRITIC, ()),
+        rollout=tuple(
+            ProcessOptions(0.0, nodes[number % len(nodes)] if nodes else None)
+            for number in range(config.rollout.num_workers)
+        ),
+        buffer=ProcessOptions(0.0, nodes[0] if nodes else None),
+        spans_nodes=bool(nodes),
+    )
+
+
+def place_run(config: Config, run_dir: Path, model_folder: Path) -> Placement:
+    """Return the run's placement on this machine, or on the checked nodes of the Ray cluster that it has joined.
+
+    NodeError: see launch/nodes.py.
+    """
+    if not config.cluster.ray_address:
+        return placement(config)
+    return placement(config, look_around(find_nodes(config.cluster), run_dir, model_folder))
