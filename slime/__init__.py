@@ -18,6 +18,7 @@ _EXPORTS = {
     "TaskRow": "buffer.tasks",
     "SubTrace": "buffer.types",
     "Episode": "buffer.types",
+    "build_model": "recipes.coding.model",
 }
 __all__ = list(_EXPORTS)
 

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PROJECT = (
     *("slime", "launch", "recipes", "critic", "trainer", "rollout", "buffer", "machine", "tests", "benchmarks"),
-    *("docs", "locks", "README.md", "pyproject.toml", "Makefile"),
+    *("docs", "examples", "locks", "README.md", "pyproject.toml", "Makefile"),
 )
 BROKEN = "import sys, os\ndef f(:\n"  # no formatter, linter or type checker accepts it
 CLUTTER = {
@@ -26,6 +26,7 @@ CLUTTER = {
     "env-3.11/lib/python3.11/site-packages/package/__init__.py": BROKEN,
     "env-3.11/bin/activate_this.py": BROKEN,
     "mine/lookup.py": BROKEN,
+    "examples/lookup/runs/ppo_lookup/code.py": BROKEN,
     "mine/recipes/recipe/ppo_mine.yaml": "# @package _global_\n# Mine\ndefaults: [ppo_coding, _self_]\n",
     "recipes/mine/task.py": BROKEN,
     "recipes/recipe/a_recipe_of_mine.yaml": "# @package _global_\n# Mine\ndefaults: [ppo_coding, _self_]\n",

@@ -1,15 +1,18 @@
-"""What README.md and docs/ show is true: the task in the README works, commands compose, files that are named exist."""
+"""What README.md, docs/ and examples/ show is true: the example works, commands compose, links lead somewhere."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import operator
+import os
 import random
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import textwrap
 from enum import Enum
 from pathlib import Path
 
@@ -33,7 +36,10 @@ from trainer.config import KL, Correction, KLPlace, Loss, LossNorm
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+EXAMPLE = ROOT / "examples" / "lookup"
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+LINKED = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("*.md")])
+LINKED += sorted((ROOT / "benchmarks").rglob("*.md"))
 ROOMY = Machine(num_cpus=2, free_memory_gb=16, free_disk_gb=50, free_temporary_gb=50, free_shm_gb=8, num_gpus=0)
 
 
@@ -44,12 +50,10 @@ def blocks(text: str, language: str) -> list[str]:
 
 @pytest.fixture
 def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The folder `mine/` of the README as the current one."""
-    (tmp_path / "recipes" / "recipe").mkdir(parents=True)
-    (source,) = blocks(README, "python")
-    (tmp_path / "lookup.py").write_text(source)
-    for name, text in zip(("sft_lookup", "ppo_lookup"), blocks(README, "yaml"), strict=True):
-        (tmp_path / "recipes" / "recipe" / f"{name}.yaml").write_text(text)
+    """A copy of the example as a user's own folder, and the current one."""
+    for name in ("lookup.py", "recipes/recipe/sft_lookup.yaml", "recipes/recipe/ppo_lookup.yaml"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(EXAMPLE / name, tmp_path / name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.delitem(sys.modules, "lookup", raising=False)
@@ -73,7 +77,7 @@ def play(task: Task, row: TaskRow, config: RolloutConfig, seed: int) -> Episode:
 
 
 @pytest.mark.usefixtures("_own_folder")
-def test_the_readmes_task_is_found_and_pays_for_right_answers_only() -> None:
+def test_the_examples_task_is_found_and_pays_for_right_answers_only() -> None:
     config = load(["recipe=ppo_lookup"]).config
     assert (config.model.start, load(["recipe=sft_lookup"]).config.task.target) == ("sft_lookup", config.task.target)
     task = make_task(config)
@@ -144,14 +148,45 @@ def test_the_example_row_is_one(tmp_path: Path) -> None:
     assert row.budgets == {"max_turns": 12}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def anchors(page: Path) -> set[str]:
+    """Names of the headings of a page, as GitHub and the site make them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ +(.+)$", text, re.MULTILINE)
+    return {re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", heading.lower())) for heading in headings}
+
+
+def dead_links(page: Path) -> list[str]:
+    """Links and pictures of a page that lead to no file of this checkout, or to no heading in one."""
+    dead = []
+    for link in re.findall(r"\[[^]]*\]\(([^)\s]+)\)", page.read_text()):
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        if "://" not in link and (not target.exists() or (anchor and anchor not in anchors(target))):
+            dead.append(link)
+    return dead
+
+
+@pytest.mark.parametrize("page", LINKED, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_lead_to_files(page: Path) -> None:
-    links = [link.partition("#")[0] for link in re.findall(r"(?<!!)\[[^]]+\]\(([^)]+)\)", page.read_text())]
-    assert [link for link in links if not (page.parent / link).exists()] == []
+    assert dead_links(page) == []
 
 
-def test_the_readmes_task_imports_nothing_heavy() -> None:
+def test_dead_links_are_found(tmp_path: Path) -> None:
+    page = tmp_path / "a.md"
+    page.write_text(
+        "# A (b), `c`\n[x](#a-b-c) [x](a.md#a-b-c) ![x](no.svg) [x](#no) [x](a.md#no) [x](https://no/where)"
+    )
+    assert dead_links(page) == ["no.svg", "#no", "a.md#no"]
+
+
+def test_the_examples_task_imports_nothing_heavy() -> None:
     """What a rollout worker pays for it."""
-    (source,) = blocks(README, "python")
-    check = f"import sys\nexec({source!r})\nassert not {{'torch', 'transformers', 'ray'}} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", check], check=True, timeout=60)
+    check = "import sys, lookup\nassert not {'torch', 'transformers', 'ray'} & set(sys.modules)"
+    path = os.pathsep.join([str(EXAMPLE), str(ROOT)])
+    subprocess.run([sys.executable, "-c", check], env={**os.environ, "PYTHONPATH": path}, check=True, timeout=60)
+
+
+def test_the_readme_shows_lines_of_the_example() -> None:
+    (shown,) = blocks(README, "python")
+    assert len(shown.splitlines()) <= 15
+    assert textwrap.indent(shown, "    ") in (EXAMPLE / "lookup.py").read_text()

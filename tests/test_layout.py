@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import slime
 from slime.schema import Config
 
 ROOT = Path(__file__).parent.parent
@@ -18,6 +19,7 @@ OWN_FILES = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["ruff"]
 
 # Who may import whom; a folder may always import itself.
 ALLOWED = {
+    "examples": {"slime"},  # and of it what `slime` itself exports, no module below it
     "slime": {"launch", "recipes", "critic", "trainer", "rollout", "buffer", "machine"},
     "recipes": {"slime", "rollout", "buffer"},
     "critic": {"trainer", "buffer"},
@@ -29,6 +31,7 @@ ALLOWED = {
 }
 # Modules of plain dataclasses, which `launch` may import.
 CONFIG_TYPES = {"slime.schema"} | {f"{top}.config" for top in ALLOWED if top != "slime"}
+USER_NAMES = {"slime", *(f"slime.{name}" for name in slime.__all__)}
 CONFIG_LIBRARIES = {"hydra", "omegaconf"}
 CONFIG_FRONT_DOOR = ("slime/config.py", "slime/config/")  # the only place that may import them
 MAY_CATCH_ALL = {
@@ -87,6 +90,8 @@ def _wrong_imports(name: str, node: ast.AST) -> Iterator[tuple[int, str]]:
         line = getattr(node, "lineno", 0)
         if top in CONFIG_LIBRARIES and not name.startswith(CONFIG_FRONT_DOOR):
             yield line, f"imports {target} outside the configuration's front door"
+        if own == "examples" and top == "slime" and target not in USER_NAMES:
+            yield line, f"examples imports {target}"
         config_type = own == "launch" and module in CONFIG_TYPES
         if top in ALLOWED and top != own and top not in ALLOWED[own] and not config_type:
             yield line, f"{own} imports {target}"
@@ -136,7 +141,8 @@ def count_settings(config: type, known: set[type] | None = None) -> int:
 
 
 def test_this_tree_keeps_the_rules() -> None:
-    assert all((ROOT / top / "__init__.py").exists() for top in ALLOWED)
+    assert all((ROOT / top / "__init__.py").exists() for top in ALLOWED if top != "examples")  # scripts, no package
+    assert (ROOT / "examples").is_dir()
     assert violations(ROOT) == []
 
 
@@ -175,6 +181,8 @@ def test_settings_are_counted_through_groups() -> None:
         ("launch/a.py", "import rollout\n", "launch imports rollout"),
         ("machine/a.py", "import buffer.types\n", "machine imports buffer.types"),
         ("recipes/coding/a.py", "import trainer.losses\n", "recipes imports trainer.losses"),
+        ("examples/a/a.py", "from rollout.environment import Task\n", "examples imports rollout.environment.Task"),
+        ("examples/a/a.py", "from slime.config import load\n", "examples imports slime.config.load"),
         ("critic/a.py", "from omegaconf import OmegaConf\n", "imports omegaconf.OmegaConf outside"),
         ("slime/build.py", "def f():\n    import hydra\n", "imports hydra outside"),
         ("buffer/a.py", "x = 0\n" * 401, "401 lines, at most 400"),
@@ -210,6 +218,7 @@ def test_an_eleventh_file_in_a_folder_is_found(tmp_path: Path) -> None:
     ("path", "source"),
     [
         ("slime/build.py", "import buffer, critic, trainer, rollout, launch, recipes\n"),
+        ("examples/a/a.py", "import slime\nfrom slime import Task, TaskRow\n"),
         ("slime/config.py", "from hydra import compose\nfrom omegaconf import OmegaConf\n"),
         ("launch/a.py", "from slime.schema import Config\nfrom rollout.config import RolloutConfig\n"),
         ("rollout/guard/a.py", "from .judge import Judge\nfrom ..agent import run\nimport buffer.types\n"),
