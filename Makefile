@@ -9,13 +9,14 @@ GPU ?=
 # Several processes import the same large packages: each must find them compiled by the one before.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo test fast lint lock clean
+.PHONY: help setup demo test fast lint docs lock clean
 
 help:
 	@echo "make demo    train the coding agent on this machine, from nothing to a rising reward (ARGS=... overrides)"
 	@echo "make test    lint, types and every test, the ones with real engines last"
 	@echo "make fast    lint, types and the tests that start no engine"
 	@echo "make lint    ruff and mypy"
+	@echo "make docs    build the documentation as a site, links checked, into site/"
 	@echo "make setup   packages into .venv (GPU=1: for NVIDIA GPUs)"
 	@echo "make lock    resolve locks/*.in again into locks/*.txt (ARGS=--upgrade: the newest versions)"
 	@echo "make clean   remove .venv and all that was built or cached here; runs/ stays"
@@ -37,9 +38,12 @@ lint: setup
 	.venv/bin/python -m ruff format --check .
 	.venv/bin/python -m mypy
 
+docs: setup
+	@.venv/bin/python docs/build.py
+
 lock: setup
 	bash locks/remake.sh $(ARGS)
 
 clean:
-	rm -rf .venv .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
+	rm -rf .venv .cache site .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

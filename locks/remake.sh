@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Remakes the locks from cpu.in and gpu.in (called by `make lock`): resolves, installs nothing. Versions that the locks
-# hold stay where they fit; `make lock ARGS=--upgrade` takes the newest that the .in files allow.
+# Remakes the locks from cpu.in, gpu.in and docs.in (called by `make lock`): resolves, installs nothing. Versions that
+# the locks hold stay where they fit; `make lock ARGS=--upgrade` takes the newest that the .in files allow.
 # uv resolves: pip can't for two Pythons at once, and a lock has one version of each package for both. sglang alone is
 # taken without its requirements. The comment lines at the head of the old files are kept.
 set -euo pipefail
@@ -54,6 +54,8 @@ else
     write torch-cpu.txt torch "$work/pylock.torch.toml"
 fi
 
-cp gpu.in gpu.txt "$work"
-resolve gpu "$@"
-write gpu.txt '.*' "$work/pylock.gpu.toml"
+for name in gpu docs; do
+    cp $name.in $name.txt "$work"
+    resolve $name "$@"
+    write $name.txt '.*' "$work/pylock.$name.toml"
+done

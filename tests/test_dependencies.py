@@ -16,7 +16,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PACKAGES = ("slime", "launch", "recipes", "critic", "trainer", "rollout", "buffer", "machine")
-CHECKS = ("tests", "benchmarks", "examples", "locks")
+CHECKS = ("tests", "benchmarks", "examples", "docs", "locks")
 NOT_HERE = {"flash_attn": "flash-attn-4"}  # what is imported where it is installed: there is no build for CPUs
 OWN_ENVIRONMENT = "benchmarks/advantages_peers.py"  # makes one, with what it compares
 NEVER_IMPORTED = {"pytest-timeout", "ruff", "mypy"}  # a plugin of pytest, and programs that `make lint` runs

@@ -125,6 +125,13 @@ def test_the_gpu_lock_fits_its_input() -> None:
         assert requirement.specifier.contains(lock.get(name, "0"), prereleases=True), name
 
 
+def test_the_lock_of_the_documentation_fits_its_input() -> None:
+    """`make docs` shows that it is complete: its packages are installed without their own requirements."""
+    lock = locked("locks/docs.txt")
+    for name, requirement in roots("locks/docs.in").items():
+        assert requirement.specifier.contains(lock.get(name, "0")), name
+
+
 def test_both_locks_hold_the_projects_dependencies_and_the_same_engines() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     cpu, gpu = locked("locks/cpu.txt", "locks/torch-cpu.txt"), locked("locks/gpu.txt")
