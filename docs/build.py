@@ -1,8 +1,8 @@
 """Build the documentation site: `make docs` writes it into site/.
 
 README.md, CONTRIBUTING.md, CHANGELOG.md and the pages of docs/, examples/ and benchmarks/ become pages. A source file
-that one of them links to becomes a page with its text, so that no link leaves the site. The build ends with an error when
-a link leads to no file, or, by Zensical's strict mode, to no heading.
+that one of them links to becomes a page with its text, so that no link leaves the site. The build ends with an error
+when a link leads to no file, or, by Zensical's strict mode, to no heading.
 
 The packages are those of locks/docs.txt, each checked by its hash, in a folder of their own: .venv stays as it is.
 Zensical is the successor of Material for MkDocs by the same authors; MkDocs 1 is no longer developed.

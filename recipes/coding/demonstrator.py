@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 
 from buffer.tasks import TaskRow
 from recipes.coding.rows import HIGHEST, LOWEST, VARIABLES, program, stub_of
-from slime import Demonstrator
+from rollout.environment import Demonstrator
 
 FLIPPED = {"+": "-", "-": "+"}
 

@@ -15,9 +15,11 @@ import random
 from pathlib import Path
 from typing import Any
 
+from buffer.tasks import TaskRow
 from recipes.coding.demonstrator import Script
 from recipes.coding.rows import make_rows
-from slime import Demonstrator, Environment, Sandbox, Step, Task, TaskRow
+from rollout.environment import Demonstrator, Environment, Step, Task
+from rollout.sandbox.interface import Sandbox
 
 # Calls f at each x of stdin; prints one result per line, nothing but integers.
 RUNNER = """

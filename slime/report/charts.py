@@ -47,7 +47,7 @@ class Chart:
 
 
 @dataclass(frozen=True)
-class _Frame:
+class _Axes:
     """Where data lands in the picture; `x` and `y` map data to viewBox units."""
 
     width: int
@@ -141,14 +141,14 @@ def svg(chart: Chart, width: int, height: int) -> str:
     """The picture alone: grid, axes, curves, a crosshair, and a sentence for those who cannot see it."""
     series = [_thinned(one) for one in chart.series if one.points]
     layers = _stack(series) if chart.stacked else [list(one.points) for one in series]
-    frame = _frame(chart, series, layers, width, height)
-    parts = [_grid(frame, chart)]
+    axes = _axes(chart, series, layers, width, height)
+    parts = [_grid(axes, chart)]
     if chart.stacked:
-        parts += _areas(frame, series, layers)
+        parts += _areas(axes, series, layers)
     else:
-        parts += [_curve(frame, one) for one in series]
-    parts.append(f'<line class="cross" y1="{frame.top}" y2="{height - frame.bottom}" visibility="hidden"/>')
-    hover = escape(json.dumps(_hover(frame, chart, series), separators=(",", ":")), quote=True)
+        parts += [_curve(axes, one) for one in series]
+    parts.append(f'<line class="cross" y1="{axes.top}" y2="{height - axes.bottom}" visibility="hidden"/>')
+    hover = escape(json.dumps(_hover(axes, chart, series), separators=(",", ":")), quote=True)
     return (
         f'<svg viewBox="0 0 {width} {height}" role="img" tabindex="0" aria-label="{escape(_spoken(chart, series))}" '
         f'data-hover="{hover}">{"".join(parts)}</svg>'
@@ -177,7 +177,7 @@ def _stack(series: Sequence[Series]) -> list[list[tuple[float, float]]]:
     return tops
 
 
-def _frame(chart: Chart, series: Sequence[Series], layers: Sequence[Points], width: int, height: int) -> _Frame:
+def _axes(chart: Chart, series: Sequence[Series], layers: Sequence[Points], width: int, height: int) -> _Axes:
     steps = [step for points in layers for step, _ in points]
     values = [value for points in layers for _, value in points]
     for one in series:
@@ -194,38 +194,36 @@ def _frame(chart: Chart, series: Sequence[Series], layers: Sequence[Points], wid
         pad = 0.06 * ((high - low) or 1.0)
         low, high = (low - pad if low < 0 else 0.0), (high + pad if high > 0 or low == 0 else 0.0)
     margin = 0.5 if chart.stacked else 0.0  # room for the outermost bars
-    return _Frame(width, height, min(steps) - margin, max(steps) + margin, low, high, chart.log)
+    return _Axes(width, height, min(steps) - margin, max(steps) + margin, low, high, chart.log)
 
 
-def _grid(frame: _Frame, chart: Chart) -> str:
+def _grid(axes: _Axes, chart: Chart) -> str:
     parts: list[str] = []
-    if frame.log:
-        first, last = round(math.log10(frame.low_y)), round(math.log10(frame.high_y))
+    if axes.log:
+        first, last = round(math.log10(axes.low_y)), round(math.log10(axes.high_y))
         stride = max(1, (last - first) // 4)
         marks = [10.0**power for power in range(first, last + 1, stride)]
     else:
-        marks = ticks(frame.low_y, frame.high_y, 5)
+        marks = ticks(axes.low_y, axes.high_y, 5)
     for mark in marks:
-        y = frame.y(mark)
-        parts.append(
-            f'<line class="grid" x1="{frame.left}" x2="{frame.width - frame.right}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        )
-        parts.append(f'<text x="{frame.left - 7}" y="{y + 4:.1f}" text-anchor="end">{escape(chart.form(mark))}</text>')
-    for mark in ticks(frame.low_x, frame.high_x, 9 if frame.width > 600 else 5):
+        y = axes.y(mark)
+        parts.append(f'<line class="grid" x1="{axes.left}" x2="{axes.width - axes.right}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text x="{axes.left - 7}" y="{y + 4:.1f}" text-anchor="end">{escape(chart.form(mark))}</text>')
+    for mark in ticks(axes.low_x, axes.high_x, 9 if axes.width > 600 else 5):
         if mark == int(mark):
-            place = f'x="{frame.x(mark):.1f}" y="{frame.height - 7}"'
+            place = f'x="{axes.x(mark):.1f}" y="{axes.height - 7}"'
             parts.append(f'<text {place} text-anchor="middle">{mark:.0f}</text>')
-    parts.append(f'<text x="{frame.left - 9}" y="{frame.height - 7}" text-anchor="end">{escape(chart.x_name)}</text>')
+    parts.append(f'<text x="{axes.left - 9}" y="{axes.height - 7}" text-anchor="end">{escape(chart.x_name)}</text>')
     return "".join(parts)
 
 
-def _curve(frame: _Frame, series: Series) -> str:
-    places = [(frame.x(step), frame.y(value)) for step, value in series.points]
+def _curve(axes: _Axes, series: Series) -> str:
+    places = [(axes.x(step), axes.y(value)) for step, value in series.points]
     parts: list[str] = []
     if series.errors:
         pairs = list(zip(series.points, series.errors, strict=True))
-        upper = [f"{frame.x(step):.1f},{frame.y(value + error):.1f}" for (step, value), error in pairs]
-        lower = [f"{frame.x(step):.1f},{frame.y(value - error):.1f}" for (step, value), error in reversed(pairs)]
+        upper = [f"{axes.x(step):.1f},{axes.y(value + error):.1f}" for (step, value), error in pairs]
+        lower = [f"{axes.x(step):.1f},{axes.y(value - error):.1f}" for (step, value), error in reversed(pairs)]
         parts.append(f'<polygon class="band c{series.colour}" points="{" ".join(upper + lower)}"/>')
     style = f"line c{series.colour}{' faint' if series.faint else ''}"
     line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
@@ -235,29 +233,29 @@ def _curve(frame: _Frame, series: Series) -> str:
     return "".join(parts)
 
 
-def _areas(frame: _Frame, series: Sequence[Series], layers: Sequence[Points]) -> list[str]:
+def _areas(axes: _Axes, series: Sequence[Series], layers: Sequence[Points]) -> list[str]:
     """Bars where there is room for them, areas where there are many steps: each layer from the top before it."""
     floor = [(step, 0.0) for step, _ in layers[0]]
-    half = 0.4 * (frame.x(1) - frame.x(0))
+    half = 0.4 * (axes.x(1) - axes.x(0))
     parts = []
     for one, top in zip(series, layers, strict=True):
         if half >= 1.5:
             pairs = zip(top, floor, strict=True)
             shapes = [
-                f"M{frame.x(step) - half:.1f} {frame.y(low):.1f}V{frame.y(high):.1f}"
-                f"H{frame.x(step) + half:.1f}V{frame.y(low):.1f}z"
+                f"M{axes.x(step) - half:.1f} {axes.y(low):.1f}V{axes.y(high):.1f}"
+                f"H{axes.x(step) + half:.1f}V{axes.y(low):.1f}z"
                 for (step, high), (_, low) in pairs
                 if high > low
             ]
             parts.append(f'<path class="area c{one.colour}" d="{"".join(shapes)}"/>')
         else:
-            edge = [f"{frame.x(step):.1f},{frame.y(value):.1f}" for step, value in (*top, *reversed(floor))]
+            edge = [f"{axes.x(step):.1f},{axes.y(value):.1f}" for step, value in (*top, *reversed(floor))]
             parts.append(f'<polygon class="area c{one.colour}" points="{" ".join(edge)}"/>')
         floor = list(top)
     return parts
 
 
-def _hover(frame: _Frame, chart: Chart, series: Sequence[Series]) -> dict[str, object]:
+def _hover(axes: _Axes, chart: Chart, series: Sequence[Series]) -> dict[str, object]:
     """What the page's script shows: viewBox x of each step and one text a step."""
     texts: dict[float, list[str]] = {}
     for one in series:
@@ -267,8 +265,8 @@ def _hover(frame: _Frame, chart: Chart, series: Sequence[Series]) -> dict[str, o
             texts.setdefault(step, []).append(f"{one.name}: {chart.form(value)}{spread}")
     steps = sorted(texts)
     return {
-        "w": frame.width,
-        "x": [round(frame.x(step), 1) for step in steps],
+        "w": axes.width,
+        "x": [round(axes.x(step), 1) for step in steps],
         "t": [f"{chart.x_name} {step:.0f}\n" + "\n".join(texts[step]) for step in steps],
     }
 

@@ -59,7 +59,7 @@ def entries(shape: ModelShape, value_head: bool = False) -> list[Entry]:
 
 
 @dataclass(frozen=True)
-class _Layer:
+class _LayerNames:
     """Makes the entries of one layer; names without the layer's prefix."""
 
     index: int
@@ -102,7 +102,7 @@ class _Layer:
 
 
 def _layer(shape: ModelShape, index: int) -> list[Entry]:
-    layer, width = _Layer(index), (shape.hidden,)
+    layer, width = _LayerNames(index), (shape.hidden,)
     found = [
         *(_latent_attention(shape, shape.mla, layer) if shape.mla else _attention(shape, layer)),
         layer.entry("input_layernorm.weight", "input_layernorm.weight", width),
@@ -122,7 +122,7 @@ def _layer(shape: ModelShape, index: int) -> list[Entry]:
     ]
 
 
-def _attention(shape: ModelShape, layer: _Layer) -> list[Entry]:
+def _attention(shape: ModelShape, layer: _LayerNames) -> list[Entry]:
     h, d = shape.hidden, shape.head_dim
     rows = [shape.heads * d, shape.kv_heads * d, shape.kv_heads * d]
 
@@ -142,7 +142,7 @@ def _attention(shape: ModelShape, layer: _Layer) -> list[Entry]:
     return found
 
 
-def _latent_attention(shape: ModelShape, mla: MlaShape, layer: _Layer) -> list[Entry]:
+def _latent_attention(shape: ModelShape, mla: MlaShape, layer: _LayerNames) -> list[Entry]:
     h, heads = shape.hidden, shape.heads
     m, t = "self_attention.", "self_attn."
     queries, values = heads * shape.head_dim, heads * mla.value_dim
@@ -166,7 +166,7 @@ def _latent_attention(shape: ModelShape, mla: MlaShape, layer: _Layer) -> list[E
     ]
 
 
-def _experts(hidden: int, moe: MoeShape, layer: _Layer) -> list[Entry]:
+def _experts(hidden: int, moe: MoeShape, layer: _LayerNames) -> list[Entry]:
     found = [layer.entry("mlp.router.weight", "mlp.gate.weight", (moe.experts, hidden))]
     if moe.correction:
         bias = "mlp.gate.e_score_correction_bias"
