@@ -40,6 +40,7 @@ EXAMPLE = ROOT / "examples" / "lookup"
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 LINKED = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("*.md")])
 LINKED += sorted((ROOT / "benchmarks").rglob("*.md"))
+MAX_CELL = 160  # characters
 ROOMY = Machine(num_cpus=2, free_memory_gb=16, free_disk_gb=50, free_temporary_gb=50, free_shm_gb=8, num_gpus=0)
 
 
@@ -146,6 +147,13 @@ def test_the_example_row_is_one(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text(json.dumps(json.loads(example)) + "\n")
     (row,) = read_rows(tmp_path / "rows.jsonl")
     assert row.budgets == {"max_turns": 12}
+
+
+@pytest.mark.parametrize("page", [ROOT / "CONTRIBUTING.md", *PAGES], ids=lambda page: page.name)
+def test_table_cells_are_short_enough_to_read(page: Path) -> None:
+    text = re.sub(r"\]\([^)]+\)", "]", page.read_text())  # what is seen of a link
+    cells = [cell.strip() for line in re.findall(r"^\|.+\|$", text, re.MULTILINE) for cell in line.split("|")]
+    assert [cell for cell in cells if len(cell) > MAX_CELL] == []
 
 
 def anchors(page: Path) -> set[str]:
