@@ -14,7 +14,7 @@ from buffer.types import Grid
 from trainer import losses
 from trainer.batching import MicroBatch
 from trainer.broadcast import Weight, buckets, join_update_group, send
-from trainer.config import Loss, PolicyConfig
+from trainer.config import PolicyConfig
 from trainer.delta import Base
 from trainer.fields import PARTS
 from trainer.losses import TokenLoss
@@ -135,15 +135,8 @@ class PolicyWorker(MegatronWorker):
 
 
 def token_loss(config: PolicyConfig, logprobs_P: torch.Tensor, batch: MicroBatch) -> TokenLoss:
-    """The configured policy loss of every token; formulas in trainer/losses/."""
-    c, f = config, batch.fields
-    clip = c.clip_low, c.clip_high
-    if c.loss is Loss.ppo:
-        return losses.ppo(logprobs_P, f["old_logprobs"], f["advantages"], *clip, c.dual_clip)
-    if c.loss is Loss.gspo:
-        sequences = batch.sequence_P, batch.action_P, len(batch.lengths)
-        return losses.gspo(logprobs_P, f["old_logprobs"], f["advantages"], *sequences, *clip)
-    if c.loss is Loss.decoupled:
-        return losses.decoupled(logprobs_P, f["old_logprobs"], f["engine_logprobs"], f["advantages"], *clip)
-    from_engine = {Loss.dis: losses.dis, Loss.cispo: losses.cispo}[c.loss]
-    return from_engine(logprobs_P, f["engine_logprobs"], f["advantages"], *clip)
+    """Return the configured policy loss of every token; formulas in trainer/losses/algorithms/."""
+    loss = losses.policy_loss(config.loss.value)
+    arrays = [batch.fields[name] for name in loss.reads]
+    sequences = (batch.sequence_P, batch.action_P, len(batch.lengths)) if loss.by_sequence else ()
+    return loss.function(logprobs_P, *arrays, *sequences, *loss.settings(config))

@@ -1,11 +1,11 @@
-"""Losses per token, one algorithm a file. Nothing is reduced here: a worker weighs, sums and divides.
+"""Losses per token, one algorithm a file (algorithms/). Nothing is reduced here: a worker weighs, sums and divides.
 
     L = 1/N sum_i [ w_i ( c_i l_i + kl_coef KL_i - entropy_coef H_i ) + u_i nll_i ]
 
 over the action tokens i of the optimizer step, N their number over all ranks and micro-batches. Prompts, tool output
 and copied context are in no sum. A token that a loss or a correction masks adds 0 and stays in N.
 
-    l_i    policy loss        ppo, decoupled (ppo.py), dis, cispo, gspo; all have the gradient -A on-policy
+    l_i    policy loss        algorithms/: ppo, decoupled, dis, cispo, gspo; all have the gradient -A on-policy
     c_i    engine mismatch    correction.py: none, tis, icepop, mis
     KL_i   to a reference     kl.py: k1, k2, k3; as a loss here or, on the driver, as a reward
     w_i    what L averages    weights.py: tokens, episodes or sub-traces
@@ -21,13 +21,15 @@ pi_theta are constants. Results at and beyond the range of a float stand in each
 what is left.
 """
 
-from trainer.losses.cispo import cispo
+from trainer.losses.algorithms.cispo import cispo
+from trainer.losses.algorithms.decoupled import decoupled
+from trainer.losses.algorithms.dis import dis
+from trainer.losses.algorithms.gspo import gspo
+from trainer.losses.algorithms.ppo import ppo
 from trainer.losses.correction import correction_weights
-from trainer.losses.dis import dis
 from trainer.losses.distill import Divergence, distill, distill_advantages, with_tail
-from trainer.losses.gspo import gspo
 from trainer.losses.kl import kl, kl_reward
-from trainer.losses.ppo import decoupled, ppo
+from trainer.losses.registry import policy_loss
 from trainer.losses.token import TokenLoss, nll, require_finite
 from trainer.losses.value import ValueLoss, value
 from trainer.losses.weights import normaliser_weights, positive_weights
@@ -47,6 +49,7 @@ __all__ = [
     "kl_reward",
     "nll",
     "normaliser_weights",
+    "policy_loss",
     "positive_weights",
     "ppo",
     "require_finite",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from trainer.losses.registry import PolicyLoss, Window, register
 from trainer.losses.token import TokenLoss, clip_window, require_same_shape
 
 
@@ -30,3 +31,16 @@ def cispo(
     ratio_T = (logprobs_T - engine_logprobs_T).detach().exp()
     weight_T = ratio_T.clamp(low, high)
     return TokenLoss(-weight_T * advantages_T * logprobs_T, ratio_T, (ratio_T < low) | (ratio_T > high))
+
+
+register(
+    PolicyLoss(
+        name="cispo",
+        function=cispo,
+        reads=("engine_logprobs", "advantages"),
+        ratio="x = pi_theta / mu",
+        formula="-sg[clip(x, 1 - clip_low, 1 + clip_high) A] log pi_theta",
+        source="MiniMax-M1, arXiv 2506.13585",
+        windows=(Window("1", "3", "no lower bound; 4 above (public trainers use 4 to 6)"),),
+    )
+)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from trainer.losses.registry import PolicyLoss, Window, register
 from trainer.losses.token import TokenLoss, clip_window, require_same_shape
 
 
@@ -33,3 +34,16 @@ def dis(
     outside_T = ~inside_T & ~ratio_T.isnan()
     weight_T = torch.where(outside_T, 0.0, ratio_T)
     return TokenLoss(-weight_T * advantages_T * logprobs_T, ratio_T, outside_T)
+
+
+register(
+    PolicyLoss(
+        name="dis",
+        function=dis,
+        reads=("engine_logprobs", "advantages"),
+        ratio="x = pi_theta / mu",
+        formula="-sg[f(x) A] log pi_theta, f(x) = x inside, 0 on or outside the bounds",
+        source="SAO, arXiv 2607.07508",
+        windows=(Window("0.8", "3", "0.2 to 4, coding"), Window("0.3", "5", "0.7 to 6, math")),
+    )
+)

@@ -1,10 +1,11 @@
-"""Group sequence policy optimisation: one ratio for a whole sequence."""
+"""Group sequence policy optimization: one ratio for a whole sequence."""
 
 from __future__ import annotations
 
 import torch
 
-from trainer.losses.ppo import clipped_surrogate
+from trainer.losses.algorithms.ppo import clipped_surrogate
+from trainer.losses.registry import PolicyLoss, Window, register
 from trainer.losses.token import TokenLoss, clip_window, require_same_shape
 
 
@@ -54,3 +55,17 @@ def gspo(
     count_S = zero_S.index_add(0, sequence_T, mask_T.double())
     log_s_T = (total_S / count_S.clamp(min=1.0))[sequence_T].to(logprobs_T.dtype)
     return clipped_surrogate(log_s_T + (logprobs_T - fixed_T), advantages_T, *clip_window(clip_low, clip_high))
+
+
+register(
+    PolicyLoss(
+        name="gspo",
+        function=gspo,
+        reads=("old_logprobs", "advantages"),
+        ratio="s = (prod pi_theta / pi_old)^(1/n) over the n action tokens of the sub-trace",
+        formula="as ppo, with s in place of r",
+        source="arXiv 2507.18071",
+        windows=(Window("3e-4", "4e-4", "narrow: s is a mean over hundreds of tokens and stays near 1"),),
+        by_sequence=True,
+    )
+)

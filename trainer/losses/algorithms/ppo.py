@@ -1,9 +1,10 @@
-"""Proximal policy optimisation and its decoupled form."""
+"""Proximal policy optimization."""
 
 from __future__ import annotations
 
 import torch
 
+from trainer.losses.registry import PolicyLoss, Window, register
 from trainer.losses.token import TokenLoss, clip_window, require_same_shape
 
 
@@ -38,30 +39,6 @@ def ppo(
     return clipped_surrogate(logprobs_T - old_logprobs_T, advantages_T, *window, dual_clip)
 
 
-def decoupled(
-    logprobs_T: torch.Tensor,
-    old_logprobs_T: torch.Tensor,
-    engine_logprobs_T: torch.Tensor,
-    advantages_T: torch.Tensor,
-    clip_low: float,
-    clip_high: float,
-) -> TokenLoss:
-    """Decoupled PPO (AReaL, arXiv 2505.24298; Hilton et al., arXiv 2110.00641): stale samples, fresh trust region.
-
-        l = sg[pi_prox / mu] * PPO(pi_theta / pi_prox)
-
-    pi_prox = pi_old, the trainer's policy at the start of the step; mu = what the engine sampled with. The first factor
-    corrects for stale or different sampling weights and has no clip; the second keeps the step near pi_prox. Where mu =
-    pi_prox it is `ppo`. `ratio_T` is pi_theta / pi_prox. All tensors [T].
-
-    A first factor beyond the float's range is an infinite (A = 0: NaN) loss: see `require_finite`.
-    ValueError: shapes differ; a negative clip.
-    """
-    require_same_shape(engine_logprobs=engine_logprobs_T, logprobs=logprobs_T)
-    near = ppo(logprobs_T, old_logprobs_T, advantages_T, clip_low, clip_high)
-    return near._replace(loss_T=(old_logprobs_T - engine_logprobs_T).detach().exp() * near.loss_T)
-
-
 def clipped_surrogate(
     log_ratio_T: torch.Tensor, advantages_T: torch.Tensor, low: float, high: float, dual_clip: float = 0.0
 ) -> TokenLoss:
@@ -79,3 +56,17 @@ def clipped_surrogate(
     without_T = clipped_T | ((advantages_T == 0) & ratio_T.isinf())
     moving_T = -torch.where(without_T, 0.0, log_ratio_T).exp() * advantages_T
     return TokenLoss(torch.where(clipped_T, bound_T, moving_T), ratio_T, clipped_T)
+
+
+register(
+    PolicyLoss(
+        name="ppo",
+        function=ppo,
+        reads=("old_logprobs", "advantages"),
+        ratio="r = pi_theta / pi_old",
+        formula="-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)",
+        source="arXiv 1707.06347; higher upper side: DAPO, arXiv 2503.14476",
+        windows=(Window("0.2", "0.28", "0.8 to 1.28, the default"),),
+        settings=lambda config: (config.clip_low, config.clip_high, config.dual_clip),
+    )
+)
