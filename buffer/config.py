@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from machine.settings import derive, setting
 
-@dataclass
+
+@dataclass(frozen=True)
 class BufferConfig:
     """How many episodes make a step and how far generation may run ahead of training.
 
@@ -19,12 +21,34 @@ class BufferConfig:
     episodes_per_step is synchronous training, with lag 1 at most by this bound and 0 in fact.
     """
 
-    episodes_per_step: int = 128
-    episodes_per_prompt: int = 1  # a group: attempts at one prompt that are trained in the same step
-    slots: int = 0  # 0: episodes_per_step (synchronous)
-    window: int = 0  # 0: slots
-    claim_timeout_s: float = 3600.0  # a ticket that is not returned in this time is issued again
-    take_timeout_s: float = 3600.0  # training waits this long for its episodes, and for a next sign of an evaluation
+    episodes_per_step: int = setting(128, "Episodes that one step trains on.", bounds="[1, inf)", unit="episodes")
+    episodes_per_prompt: int = setting(
+        1,
+        "Size of a group: attempts at one prompt that are trained in the same step.",
+        bounds="[1, inf)",
+        unit="episodes",
+    )
+    slots: int = setting(
+        0,
+        "Episodes between their claim and the release of their step; 0: episodes_per_step, synchronous training.",
+        bounds="[0, inf)",
+        unit="episodes",
+    )
+    window: int = setting(
+        0,
+        "How many claims a group may lie ahead of the oldest unfinished episode and still be trained; 0: slots.",
+        bounds="[0, inf)",
+        unit="episodes",
+    )
+    claim_timeout_s: float = setting(
+        3600.0, "A ticket that is not returned in this time is issued again.", bounds="(0, inf)", unit="s"
+    )
+    take_timeout_s: float = setting(
+        3600.0,
+        "How long training waits for its episodes, and for the next sign of an evaluation.",
+        bounds="(0, inf)",
+        unit="s",
+    )
 
     def __post_init__(self) -> None:
         if self.episodes_per_step < 1:
@@ -32,8 +56,8 @@ class BufferConfig:
         if self.episodes_per_prompt < 1:
             raise ValueError(f"buffer.episodes_per_prompt={self.episodes_per_prompt}: must be at least 1")
         self._check_multiple("episodes_per_step")
-        self.slots = self.slots or self.episodes_per_step
-        self.window = self.window or self.slots
+        slots = self.slots or self.episodes_per_step
+        derive(self, slots=slots, window=self.window or slots)
         if self.slots < self.episodes_per_step:
             raise ValueError(
                 f"buffer.slots={self.slots} is below buffer.episodes_per_step={self.episodes_per_step}: "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+from machine.settings import setting
 from trainer.config import LayoutConfig, OptimizerConfig
 
 
@@ -40,38 +41,59 @@ class Truncation(str, Enum):
     bootstrap = "bootstrap"  # the value of the last state
 
 
-@dataclass
+@dataclass(frozen=True)
 class AdvantageConfig:
     """How rewards become advantages of action tokens. Without a critic only `baseline` and `whiten` matter."""
 
-    baseline: Baseline = Baseline.critic
-    credit: Credit = Credit.chained
-    gamma: float = 1.0
-    lambda_policy: float = 0.99  # ignored when lambda_alpha > 0
-    lambda_critic: float = 1.0
-    lambda_alpha: float = 0.0  # > 0: lambda_policy = 1 - 1/(alpha * l), l the action tokens of ...
-    lambda_length: LambdaLength = LambdaLength.episode  # ... the episode or the sub-trace
-    truncation: Truncation = Truncation.terminal
-    whiten: bool = False  # zero mean, unit variance over the action tokens of the step
+    baseline: Baseline = setting(Baseline.critic, "What a reward is compared with.")
+    credit: Credit = setting(Credit.chained, "How credit crosses a compaction.")
+    gamma: float = setting(1.0, "Discount of one action token.", bounds="[0, 1]")
+    lambda_policy: float = setting(
+        0.99, "Lambda of the policy's advantages; 1: unbiased and noisy, lower: trust the critic more.", bounds="[0, 1]"
+    )
+    lambda_critic: float = setting(
+        1.0, "Lambda of the critic's returns; 1: the critic learns returns that were earned.", bounds="[0, 1]"
+    )
+    lambda_alpha: float = setting(
+        0.0,
+        "Above 0, lambda_policy is 1 - 1/(lambda_alpha * l), l the action tokens that lambda_length counts; 0: fixed.",
+        bounds="[0, inf)",
+    )
+    lambda_length: LambdaLength = setting(LambdaLength.episode, "Whose action tokens lambda_alpha counts.")
+    truncation: Truncation = setting(Truncation.terminal, "What follows the last action of a truncated episode.")
+    whiten: bool = setting(False, "Give advantages mean 0 and variance 1 over the action tokens of the step.")
 
 
-@dataclass
+@dataclass(frozen=True)
 class CriticConfig:
     """A critic as large as the policy, started from its weights."""
 
     layout: LayoutConfig = field(default_factory=LayoutConfig)
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=5e-6))
-    num_minibatches: int = 1
-    num_epochs: int = 2  # critic updates per policy update (K)
-    warmup_episodes: int = 0  # episodes of the unmoved policy that pre-train the critic
-    warmup_epochs: int = 2  # passes over them
-    warmup_explained_variance: float = 1.0  # pre-training ends early when unseen episodes are explained this well
-    value_clip: float = 0.0  # 0: none
-    value_range: list[float] = field(default_factory=list)  # smallest, largest value the head can say; []: unbounded
-    head_init_std: float = 0.0
-    freeze: list[str] = field(
-        default_factory=list
-    )  # patterns of parameters that never train, e.g. ['*self_attention*']
+    num_minibatches: int = setting(
+        1, "Optimizer steps of one pass over a step's batch.", bounds="[1, inf)", unit="optimizer steps"
+    )
+    num_epochs: int = setting(
+        2, "Passes of the critic over a step's batch, for one update of the policy.", bounds="[1, inf)", unit="passes"
+    )
+    warmup_episodes: int = setting(
+        0,
+        "Episodes of the untrained policy that pre-train the critic before the first step; 0: none.",
+        bounds="[0, inf)",
+        unit="episodes",
+    )
+    warmup_epochs: int = setting(2, "Passes over the episodes of pre-training.", bounds="[1, inf)", unit="passes")
+    warmup_explained_variance: float = setting(
+        1.0, "Pre-training ends early when unseen episodes are explained this well; 1: never.", bounds="(0, 1]"
+    )
+    value_clip: float = setting(
+        0.0, "How far a value may move from the old one before its loss is clipped; 0: no clip.", bounds="[0, inf)"
+    )
+    value_range: list[float] = setting([], "Smallest and largest value that the head can give; []: unbounded.")
+    head_init_std: float = setting(
+        0.0, "Standard deviation of the value head's first weights; 0: every value starts at 0.", bounds="[0, inf)"
+    )
+    freeze: list[str] = setting([], "Patterns of parameters that are never trained, e.g. ['*self_attention*'].")
 
     def __post_init__(self) -> None:
         if self.value_range and not (len(self.value_range) == 2 and self.value_range[0] < self.value_range[1]):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from machine.settings import setting
+
 
 class Sharing(str, Enum):
     """Which roles lie on the same GPU; the others have theirs alone."""
@@ -14,16 +16,29 @@ class Sharing(str, Enum):
     all = "all"  # the engine too: while the others train, it gives its memory away
 
 
-@dataclass
+@dataclass(frozen=True)
 class ClusterConfig:
     """What the run may use. A run is refused when the machine has less."""
 
-    name: str = "local"
-    num_nodes: int = 1
-    gpus_per_node: int = 0  # 0: everything runs on CPUs
-    sharing: Sharing = Sharing.none  # of GPUs
-    min_memory_gb: float = 8.0
-    min_disk_gb: float = 4.0
-    threads_per_process: int = 1  # OMP threads of engines and training processes on CPUs
-    ray_address: str = ""  # "": start Ray here; else join this cluster
-    start_timeout_s: float = 600.0  # for a process's first answer, later for a rank's micro-batch, save or publication
+    name: str = setting("local", "Name of the cluster's file, used in names and tables.")
+    num_nodes: int = setting(1, "Machines that the run uses.", bounds="[1, inf)", unit="nodes")
+    gpus_per_node: int = setting(
+        0, "GPUs that the run uses on each node; 0: everything runs on CPUs.", bounds="[0, inf)", unit="GPUs"
+    )
+    sharing: Sharing = setting(Sharing.none, "Which roles are placed on the same GPU.")
+    min_memory_gb: float = setting(
+        8.0, "Free memory without which a run is refused.", bounds="[0, inf)", unit="GB (1e9 bytes)"
+    )
+    min_disk_gb: float = setting(
+        4.0, "Free disk space without which a run is refused.", bounds="[0, inf)", unit="GB (1e9 bytes)"
+    )
+    threads_per_process: int = setting(
+        1, "OMP threads of each engine and training process on CPUs.", bounds="[1, inf)", unit="threads"
+    )
+    ray_address: str = setting("", "Ray cluster to join, e.g. auto or HOST:PORT; '': start Ray on this machine.")
+    start_timeout_s: float = setting(
+        600.0,
+        "How long to wait for a process's first answer, and later for a rank's micro-batch, save or publication.",
+        bounds="(0, inf)",
+        unit="s",
+    )

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+from machine.settings import setting
+
 
 class PauseMode(str, Enum):
     """What happens to running requests while weights are swapped."""
@@ -13,41 +15,65 @@ class PauseMode(str, Enum):
     in_place = "in_place"  # go on with the old KV cache: fast, off-policy after the swap
 
 
-@dataclass
+@dataclass(frozen=True)
 class EngineConfig:
     """SGLang servers."""
 
-    num_engines: int = 1
-    tensor_parallel: int = 1
-    max_running_requests: int = 128
-    max_total_tokens: int = 0  # KV cache size in tokens; 0: SGLang decides from memory
-    memory_fraction: float = 0.8  # of a GPU, for weights and KV cache
-    attention: str = ""  # SGLang's attention backend on a GPU, e.g. "triton"; "": its own choice
-    pause: PauseMode = PauseMode.retract
-    delta: bool = False  # True: after the first publication only elements that changed are sent
-    start_timeout_s: float = 600.0
-    request_timeout_s: float = 600.0  # one request; episodes and evaluations make many
+    num_engines: int = setting(1, "SGLang servers that sample.", bounds="[1, inf)", unit="engines")
+    tensor_parallel: int = setting(
+        1, "Processes, and GPUs, that share the tensors of one engine.", bounds="[1, inf)", unit="processes"
+    )
+    max_running_requests: int = setting(
+        128, "Requests that one engine decodes at once.", bounds="[1, inf)", unit="requests"
+    )
+    max_total_tokens: int = setting(
+        0, "Size of an engine's KV cache; 0: SGLang decides from memory.", bounds="[0, inf)", unit="tokens"
+    )
+    memory_fraction: float = setting(0.8, "Part of a GPU's memory for weights and KV cache.", bounds="(0, 1)")
+    attention: str = setting("", "SGLang's attention backend on a GPU, e.g. triton; '': its own choice.")
+    pause: PauseMode = setting(PauseMode.retract, "What happens to running requests while weights are swapped.")
+    delta: bool = setting(False, "After the first publication, send only the elements that changed.")
+    start_timeout_s: float = setting(600.0, "How long an engine may take to start.", bounds="(0, inf)", unit="s")
+    request_timeout_s: float = setting(
+        600.0,
+        "How long one request to an engine may take; episodes and evaluations make many.",
+        bounds="(0, inf)",
+        unit="s",
+    )
 
 
-@dataclass
+@dataclass(frozen=True)
 class SandboxConfig:
     """Where tools run."""
 
-    allow_unsafe: bool = False  # True: a plain subprocess where bubblewrap can't run
-    run_timeout_s: float = 10.0  # wall-clock limit of one tool run
-    memory_mb: int = 256  # address space of a tool run
-    num_prestarted: int = 4  # idle sandboxes kept ready per rollout worker
+    allow_unsafe: bool = setting(False, "Run tools in a plain subprocess where bubblewrap can't run.")
+    run_timeout_s: float = setting(10.0, "Wall-clock limit of one tool run.", bounds="(0, inf)", unit="s")
+    memory_mb: int = setting(256, "Address space of one tool run.", bounds="[16, inf)", unit="MiB")
+    num_prestarted: int = setting(
+        4, "Idle sandboxes that each rollout worker keeps ready.", bounds="[0, inf)", unit="sandboxes"
+    )
 
 
-@dataclass
+@dataclass(frozen=True)
 class CompactionConfig:
     """When and how the policy condenses its context."""
 
-    context_tokens: int = 65536  # window of the agent: prompt + everything since
-    reserve_tokens: int = 10240  # compaction starts when less than this is left
-    summary_tokens: int = 2048  # budget of a summary
-    keep_steps: int = 2  # last (action, observation) pairs carried over, fewer if they do not fit
-    max_compactions: int = 3
+    context_tokens: int = setting(
+        65536, "Window of the agent: the prompt and everything since.", bounds="[1, inf)", unit="tokens"
+    )
+    reserve_tokens: int = setting(
+        10240, "Compaction starts when less of the window is left.", bounds="[1, inf)", unit="tokens"
+    )
+    summary_tokens: int = setting(2048, "Budget of a summary.", bounds="[1, inf)", unit="tokens")
+    keep_steps: int = setting(
+        2,
+        "Last pairs of action and observation that are carried over, fewer if they do not fit.",
+        bounds="[0, inf)",
+        unit="pairs",
+    )
+    max_compactions: int = setting(
+        3, "Compactions of one episode; 0: the episode ends with its window.", bounds="[0, inf)", unit="compactions"
+    )
 
     @property
     def max_prompt_tokens(self) -> int:
@@ -68,14 +94,16 @@ class CompactionConfig:
             )
 
 
-@dataclass
+@dataclass(frozen=True)
 class RolloutConfig:
     """Episodes: who runs them and their budgets."""
 
-    num_workers: int = 1  # Ray actors that run episodes
-    episodes_in_flight: int = 128  # per worker
-    max_turns: int = 50
-    max_turn_tokens: int = 8192  # sampled tokens of one turn
+    num_workers: int = setting(1, "Ray actors that run episodes.", bounds="[1, inf)", unit="workers")
+    episodes_in_flight: int = setting(
+        128, "Episodes that each worker runs at once.", bounds="[1, inf)", unit="episodes"
+    )
+    max_turns: int = setting(50, "Turns of one episode.", bounds="[1, inf)", unit="turns")
+    max_turn_tokens: int = setting(8192, "Sampled tokens of one turn.", bounds="[1, inf)", unit="tokens")
     engine: EngineConfig = field(default_factory=EngineConfig)
     sandbox: SandboxConfig = field(default_factory=SandboxConfig)
     compaction: CompactionConfig = field(default_factory=CompactionConfig)

@@ -10,6 +10,7 @@ from typing import Any
 from buffer.config import BufferConfig
 from critic.config import AdvantageConfig, CriticConfig
 from launch.config import ClusterConfig
+from machine.settings import derive, setting
 from rollout.config import RolloutConfig
 from trainer.config import PolicyConfig
 
@@ -21,71 +22,73 @@ class Kind(str, Enum):
     sft = "sft"  # supervised warm start
 
 
-@dataclass
+@dataclass(frozen=True)
 class TaskConfig:
     """Prompts, environment and reward: the one place where a recipe names user code."""
 
-    target: str = ""  # "package.module:Class" of a slime.Task
-    train: str = ""  # JSONL rows; "": the task makes its own
-    eval: str = ""  # JSONL rows that are never trained on; "": the task makes its own
-    options: dict[str, Any] = field(default_factory=dict)  # handed to the task's constructor
+    target: str = setting("", "The slime.Task, as package.module:Class.")
+    train: str = setting("", "JSONL file of the rows to train on; '': the task makes its own.")
+    eval: str = setting("", "JSONL file of rows that are never trained on; '': the task makes its own.")
+    options: dict[str, Any] = setting({}, "Arguments of the task's constructor.")
 
 
-@dataclass
+@dataclass(frozen=True)
 class ModelConfig:
     """Which model, and what to start from."""
 
-    name: str = ""
-    path: str = ""  # Hugging Face folder; "": the task's tiny model, built on the spot
-    start: str = ""  # recipe that trains `path` first; its result, cached, is then the start. "": `path` itself is
-    template: str = "chatml"  # how messages become tokens: rollout/rendering.py
+    name: str = setting("", "Name of the model's file, used in names and tables.")
+    path: str = setting("", "Hugging Face folder; '': the task's tiny model, built on the spot.")
+    start: str = setting("", "Recipe that trains model.path first, once and cached; '': start from model.path itself.")
+    template: str = setting("chatml", "How messages become tokens; one of rollout/rendering.py.")
 
 
-@dataclass
+@dataclass(frozen=True)
 class EvalConfig:
     """Measuring the policy on tasks that are never trained on."""
 
-    every: int = 10  # steps; 0: only when training ends
-    num_tasks: int = 128
+    every: int = setting(10, "Steps between evaluations; 0: only when training ends.", bounds="[0, inf)", unit="steps")
+    num_tasks: int = setting(128, "Tasks of one evaluation.", bounds="[1, inf)", unit="tasks")
 
 
-@dataclass
+@dataclass(frozen=True)
 class CheckpointConfig:
     """What is saved, so that a stopped run loses nothing."""
 
-    every: int = 10  # steps; 0: only when training ends
-    keep: int = 2  # newest checkpoints that stay on disk
+    every: int = setting(10, "Steps between checkpoints; 0: only when training ends.", bounds="[0, inf)", unit="steps")
+    keep: int = setting(2, "Newest checkpoints that stay on disk.", bounds="[1, inf)", unit="checkpoints")
 
 
-@dataclass
+@dataclass(frozen=True)
 class TrackingConfig:
     """What is written down for people to look at."""
 
-    wandb: bool = True  # offline unless logged in
-    project: str = "slime"
-    sample_episodes: int = 8  # episodes of a step kept for people to read
-    sample_every: int = 5  # steps between samples
+    wandb: bool = setting(True, "Log to Weights & Biases, offline unless logged in.")
+    project: str = setting("slime", "Project in Weights & Biases.")
+    sample_episodes: int = setting(
+        8, "Episodes of one step that are kept for people to read; 0: none.", bounds="[0, inf)", unit="episodes"
+    )
+    sample_every: int = setting(5, "Steps between such samples.", bounds="[1, inf)", unit="steps")
 
 
-@dataclass
+@dataclass(frozen=True)
 class SftConfig:
     """Supervised warm start on a task's demonstrations."""
 
-    batch_sub_traces: int = 32  # per optimizer step
+    batch_sub_traces: int = setting(32, "Batch of one optimizer step.", bounds="[1, inf)", unit="sub-traces")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Config:
     """One run."""
 
-    recipe: str = ""
-    kind: Kind = Kind.ppo
-    run: str = ""  # name of the folder below runs/; "": the recipe's name
-    runs_dir: str = "runs"
-    cache_dir: str = ".cache/slime"  # built models, task rows, warm starts
-    seed: int = 0
-    steps: int = 50
-    resume: bool = True  # go on from the newest checkpoint of this run when there is one
+    recipe: str = setting("", "Recipe to run; chosen with recipe=NAME.")
+    kind: Kind = setting(Kind.ppo, "What the recipe does.")
+    run: str = setting("", "Name of the run's folder below runs_dir; '': the recipe's name.")
+    runs_dir: str = setting("runs", "Folder of all runs.")
+    cache_dir: str = setting(".cache/slime", "Folder of built models, task rows and warm starts.")
+    seed: int = setting(0, "Seed of all random numbers.", bounds="[0, 4294967295]")
+    steps: int = setting(50, "Steps of training.", bounds="[1, inf)", unit="steps")
+    resume: bool = setting(True, "Continue from the newest checkpoint of this run when there is one.")
     task: TaskConfig = field(default_factory=TaskConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
@@ -100,7 +103,7 @@ class Config:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
-        self.run = self.run or self.recipe
+        derive(self, run=self.run or self.recipe)
 
 
 def folder_of(config: Config) -> Path:

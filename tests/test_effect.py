@@ -220,3 +220,23 @@ def test_loaded_configurations_know_their_start() -> None:
     assert load([SFT]).start == ()
     assert isinstance(load([PPO]), Loaded)
     assert load([PPO]).start[0] == "recipe=sft_coding"
+
+
+def test_the_warm_start_is_a_copy_with_other_values_and_no_text_is_read_again() -> None:
+    """Every text reaches it as it is: none is written as an argument in between."""
+    for text in ("it's \\' [mine], x=1", "${oc.env:HOME} \\\\", "'quoted'"):
+        run = load([PPO])
+        named = replace(run, config=replace(run.config, model=replace(run.config.model, path=text)))
+        start = load_start(replace(named, origins=named.origins | {"model.path": "command line"}))
+        assert start is not None
+        assert (start.model.path, start.cluster) == (text, run.config.cluster)
+
+
+def test_the_warm_start_is_checked_with_the_values_that_it_is_given(tmp_path: Path) -> None:
+    """Its own files alone may ask for more GPUs than the run's command line gives it."""
+    (tmp_path / "recipe").mkdir()
+    wide = "# @package _global_\n# Ours\ndefaults: [sft_coding, _self_]\n"
+    wide += "sft: {batch_sub_traces: 8}\ncluster: {gpus_per_node: 0}\n"
+    (tmp_path / "recipe" / "sft_wide.yaml").write_text(wide)
+    start = start_of("cluster=gpu_8", "model.start=sft_wide", "cluster.gpus_per_node=16", recipes_dir=tmp_path)
+    assert (start.cluster.gpus_per_node, start.sft.batch_sub_traces) == (16, 8)

@@ -24,7 +24,7 @@ ALLOWED = {
     "slime": {"launch", "recipes", "critic", "trainer", "rollout", "buffer", "machine"},
     "launch": {"machine"},
     "recipes": {"rollout", "buffer"},
-    "critic": {"trainer", "buffer"},
+    "critic": {"trainer", "buffer", "machine"},
     "trainer": {"buffer", "machine"},
     "rollout": {"buffer", "machine"},
     "buffer": {"machine"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -90,7 +91,7 @@ class Maker(Task):
 def made(tmp_path: Path, model: Path, rows: Any, *more: str, recipe: str = PPO) -> Prepared:
     places = [f"cache_dir={tmp_path}", f"model.path={model}", "task.target=test_rows:Maker", *WINDOW, *more]
     config = load([recipe, *places]).config
-    config.task.options = {"rows": rows}
+    config = replace(config, task=replace(config.task, options={"rows": rows}))
     return prepare(config)
 
 

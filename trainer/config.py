@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+from machine.settings import setting
 from trainer.layout import Sizes, refuse_layout
 
 
@@ -59,6 +60,8 @@ _CORRECTION_BOUNDS = {
 
 
 class Precision(str, Enum):
+    """Number format of weights in the forward and backward pass; the optimizer's own are fp32."""
+
     fp32 = "fp32"
     bf16 = "bf16"
 
@@ -79,7 +82,7 @@ class Offload(str, Enum):
     role = "role"  # these, and weights and gradients while the role has no work: for roles that share a GPU
 
 
-@dataclass
+@dataclass(frozen=True)
 class LayoutConfig:
     """How one role is spread over processes; the data-parallel size follows.
 
@@ -87,17 +90,34 @@ class LayoutConfig:
     spread over the processes of a pipeline stage: `expert_parallel` divides num_processes / pipeline_parallel.
     """
 
-    num_processes: int = 1
-    tensor_parallel: int = 1
-    sequence_parallel: bool = False
-    pipeline_parallel: int = 1
-    virtual_stages: int = 1  # parts of the model that each pipeline process holds, not next to each other
-    context_parallel: int = 1  # processes that share the tokens of a sequence
-    expert_parallel: int = 1  # 1: the experts are split like other layers are by tensor_parallel
-    precision: Precision = Precision.fp32
-    max_tokens_per_micro_batch: int = 8192
-    recompute: Recompute = Recompute.none
-    offload: Offload = Offload.none
+    num_processes: int = setting(1, "Processes of the role; on GPUs each has one.", bounds="[1, inf)", unit="processes")
+    tensor_parallel: int = setting(
+        1, "Processes that share the tensors of each layer.", bounds="[1, inf)", unit="processes"
+    )
+    sequence_parallel: bool = setting(
+        False, "Split the tokens of layer norms over the processes of tensor_parallel: less memory."
+    )
+    pipeline_parallel: int = setting(
+        1, "Processes that each hold a part of the layers.", bounds="[1, inf)", unit="processes"
+    )
+    virtual_stages: int = setting(
+        1, "Parts of the model that each pipeline process holds, not next to each other.", bounds="[1, inf)"
+    )
+    context_parallel: int = setting(
+        1, "Processes that share the tokens of a sequence.", bounds="[1, inf)", unit="processes"
+    )
+    expert_parallel: int = setting(
+        1,
+        "Processes over which experts are spread; 1: tensor_parallel splits them like other layers.",
+        bounds="[1, inf)",
+        unit="processes",
+    )
+    precision: Precision = setting(Precision.fp32, "Number format of the forward and backward pass.")
+    max_tokens_per_micro_batch: int = setting(
+        8192, "Tokens of one forward and backward pass of a process.", bounds="[1, inf)", unit="tokens"
+    )
+    recompute: Recompute = setting(Recompute.none, "Activations that the backward pass computes again: less memory.")
+    offload: Offload = setting(Offload.none, "What is kept in the host's memory while the role does not need it.")
 
     def __post_init__(self) -> None:
         refuse_layout(self)
@@ -117,43 +137,62 @@ class LayoutConfig:
         return self.tensor_parallel if self.expert_parallel == 1 else 1
 
 
-@dataclass
+@dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW with gradient clipping; the learning rate is warmed up, held, then decayed linearly."""
 
-    lr: float = 1e-6
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    warmup_steps: int = 0  # optimizer steps
-    decay_steps: int = 0  # optimizer steps at which lr reaches final_lr_ratio * lr; 0: constant
-    final_lr_ratio: float = 0.1
+    lr: float = setting(1e-6, "Learning rate after its warm-up.", bounds="(0, inf)")
+    beta1: float = setting(0.9, "Decay of the mean of gradients.", bounds="[0, 1)")
+    beta2: float = setting(0.95, "Decay of the mean of squared gradients.", bounds="[0, 1)")
+    eps: float = setting(1e-8, "Added to the root of the mean of squared gradients.", bounds="(0, inf)")
+    weight_decay: float = setting(0.0, "Decoupled weight decay.", bounds="[0, inf)")
+    max_grad_norm: float = setting(1.0, "Gradients with a larger norm are scaled down to it.", bounds="(0, inf)")
+    warmup_steps: int = setting(
+        0, "Steps in which the rate rises linearly from 0.", bounds="[0, inf)", unit="optimizer steps"
+    )
+    decay_steps: int = setting(
+        0, "Step at which the rate reaches final_lr_ratio * lr; 0: constant.", bounds="[0, inf)", unit="optimizer steps"
+    )
+    final_lr_ratio: float = setting(0.1, "Part of lr that is left after decay_steps.", bounds="[0, 1]")
 
 
-@dataclass
+@dataclass(frozen=True)
 class PolicyConfig:
     """The policy's training."""
 
     layout: LayoutConfig = field(default_factory=LayoutConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    loss: Loss = Loss.ppo
-    loss_norm: LossNorm = LossNorm.token
-    clip_low: float = 0.2
-    clip_high: float = 0.28
-    dual_clip: float = 0.0  # ppo: bound of the ratio where the advantage is negative, e.g. 3; 0: none
-    correction: Correction = Correction.none
-    correction_bounds: list[float] = field(default_factory=list)  # low, high; []: the correction's usual ones
-    kl_coef: float = 0.0  # of KL to the starting model; 0: none, and no reference model is loaded
-    kl: KL = KL.k3
-    kl_in: KLPlace = KLPlace.loss
-    entropy_coef: float = 0.0  # bonus for the entropy of the next token's distribution
-    nll_coef: float = 0.0  # of the negative log-likelihood of episodes with positive reward
-    train_summaries: bool = True  # False: summary tokens are no part of the policy's loss
-    num_minibatches: int = 1  # optimizer steps per epoch over the step's batch
-    num_epochs: int = 1
-    max_logprob_diff: float = 1.0  # engine against trainer, tokens of the current version; above: an error
+    loss: Loss = setting(Loss.ppo, "Policy loss.")
+    loss_norm: LossNorm = setting(LossNorm.token, "What the loss is averaged over.")
+    clip_low: float = setting(0.2, "The loss's window begins at a ratio of 1 - clip_low.", bounds="(0, 1]")
+    clip_high: float = setting(0.28, "The loss's window ends at a ratio of 1 + clip_high.", bounds="(0, inf)")
+    dual_clip: float = setting(
+        0.0, "Bound of ppo's ratio where the advantage is negative, e.g. 3; 0: none.", bounds="[0, inf)"
+    )
+    correction: Correction = setting(Correction.none, "Weights for the difference between engine and trainer.")
+    correction_bounds: list[float] = setting([], "Lowest and highest ratio of the correction; []: its usual ones.")
+    kl_coef: float = setting(
+        0.0, "Weight of the KL to the starting model; 0: none, and no reference is loaded.", bounds="[0, inf)"
+    )
+    kl: KL = setting(KL.k3, "Estimator of the KL to the starting model.")
+    kl_in: KLPlace = setting(KLPlace.loss, "Where the KL to the starting model enters.")
+    entropy_coef: float = setting(
+        0.0, "Weight of a bonus for the entropy of the next token's distribution.", bounds="[0, inf)"
+    )
+    nll_coef: float = setting(
+        0.0, "Weight of the negative log-likelihood of episodes with positive reward.", bounds="[0, inf)"
+    )
+    train_summaries: bool = setting(True, "Include the tokens of summaries in the policy's loss.")
+    num_minibatches: int = setting(
+        1, "Optimizer steps of one pass over a step's batch.", bounds="[1, inf)", unit="optimizer steps"
+    )
+    num_epochs: int = setting(1, "Passes over a step's batch.", bounds="[1, inf)", unit="passes")
+    max_logprob_diff: float = setting(
+        1.0,
+        "The run stops when engine and trainer differ by more on tokens of the current weights.",
+        bounds="(0, inf)",
+        unit="nats",
+    )
 
     def __post_init__(self) -> None:
         if self.correction_bounds and not (

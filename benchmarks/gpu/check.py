@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -161,8 +162,7 @@ def reference_logprobs(kind: str, folder: Path, traces: list[Any], dtype: torch.
 
 def train_rank(options: argparse.Namespace) -> None:
     """One rank of a layout: log-probabilities, four updates, log-probabilities; rank 0 writes them."""
-    layout = LAYOUTS[options.layout]
-    layout.max_tokens_per_micro_batch = 4096
+    layout = replace(LAYOUTS[options.layout], max_tokens_per_micro_batch=4096)
     settings = WorkerSettings(options.rank, layout, OptimizerConfig(lr=1e-4), options.folder, 0, 1, 300.0)
     worker = PolicyWorker(settings, PolicyConfig(layout=layout))
     worker.start("127.0.0.1", options.port)

@@ -5,7 +5,6 @@ Every message names the number that is wrong and the nearest that works.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator
 from importlib.machinery import PathFinder
@@ -18,86 +17,14 @@ from rollout.rendering import TEMPLATES
 from slime.config.model import broken, unsuited
 from slime.config.nodes import crowded, layouts
 from slime.config.rows import row_problems
+from slime.config.settings import ConfigError, settings
 from slime.schema import Config, Kind
 from trainer.config import Correction, Loss
 
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 TARGET = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
-_OPTIMIZER = {
-    "lr": "(0, inf)",
-    "beta1": "[0, 1)",
-    "beta2": "[0, 1)",
-    "eps": "(0, inf)",
-    "weight_decay": "[0, inf)",
-    "max_grad_norm": "(0, inf)",
-    "warmup_steps": "[0, inf)",
-    "decay_steps": "[0, inf)",
-    "final_lr_ratio": "[0, 1]",
-}
-# Key -> interval of the values that make sense: [ and ] include the end, ( and ) do not.
-RANGES = {
-    "seed": "[0, 4294967295]",
-    "steps": "[1, inf)",
-    "cluster.num_nodes": "[1, inf)",
-    "cluster.gpus_per_node": "[0, inf)",
-    "cluster.min_memory_gb": "[0, inf)",
-    "cluster.min_disk_gb": "[0, inf)",
-    "cluster.threads_per_process": "[1, inf)",
-    "cluster.start_timeout_s": "(0, inf)",
-    "rollout.num_workers": "[1, inf)",
-    "rollout.episodes_in_flight": "[1, inf)",
-    "rollout.max_turns": "[1, inf)",
-    "rollout.max_turn_tokens": "[1, inf)",
-    "rollout.engine.num_engines": "[1, inf)",
-    "rollout.engine.tensor_parallel": "[1, inf)",
-    "rollout.engine.max_running_requests": "[1, inf)",
-    "rollout.engine.max_total_tokens": "[0, inf)",
-    "rollout.engine.memory_fraction": "(0, 1)",
-    "rollout.engine.start_timeout_s": "(0, inf)",
-    "rollout.engine.request_timeout_s": "(0, inf)",
-    "rollout.sandbox.run_timeout_s": "(0, inf)",
-    "rollout.sandbox.memory_mb": "[16, inf)",
-    "rollout.sandbox.num_prestarted": "[0, inf)",
-    "rollout.compaction.reserve_tokens": "[1, inf)",
-    "rollout.compaction.summary_tokens": "[1, inf)",
-    "rollout.compaction.keep_steps": "[0, inf)",
-    "rollout.compaction.max_compactions": "[0, inf)",
-    "buffer.claim_timeout_s": "(0, inf)",
-    "buffer.take_timeout_s": "(0, inf)",
-    "advantage.gamma": "[0, 1]",
-    "advantage.lambda_policy": "[0, 1]",
-    "advantage.lambda_critic": "[0, 1]",
-    "advantage.lambda_alpha": "[0, inf)",
-    "policy.clip_low": "(0, 1]",
-    "policy.clip_high": "(0, inf)",
-    "policy.dual_clip": "[0, inf)",
-    "policy.kl_coef": "[0, inf)",
-    "policy.entropy_coef": "[0, inf)",
-    "policy.nll_coef": "[0, inf)",
-    "policy.num_minibatches": "[1, inf)",
-    "policy.num_epochs": "[1, inf)",
-    "policy.max_logprob_diff": "(0, inf)",
-    "critic.num_minibatches": "[1, inf)",
-    "critic.num_epochs": "[1, inf)",
-    "critic.warmup_episodes": "[0, inf)",
-    "critic.warmup_epochs": "[1, inf)",
-    "critic.warmup_explained_variance": "(0, 1]",
-    "critic.value_clip": "[0, inf)",
-    "critic.head_init_std": "[0, inf)",
-    "sft.batch_sub_traces": "[1, inf)",
-    "eval.every": "[0, inf)",
-    "eval.num_tasks": "[1, inf)",
-    "checkpoint.every": "[0, inf)",
-    "checkpoint.keep": "[1, inf)",
-    "tracking.sample_episodes": "[0, inf)",
-    "tracking.sample_every": "[1, inf)",
-    **{f"{role}.optimizer.{key}": text for role in ("policy", "critic") for key, text in _OPTIMIZER.items()},
-}
-
-
-class ConfigError(ValueError):
-    """A mistake of the user's: one line that names what is wrong and what works."""
+RANGES = {setting.key: setting.bounds for setting in settings().values() if setting.bounds}
 
 
 def check(config: Config) -> None:
@@ -138,26 +65,15 @@ def missing(config: Config) -> list[str]:
 def get(config: Any, key: str) -> Any:
     """Value of a dotted key."""
     for name in key.split("."):
-        config = getattr(config, name)
+        config = config[name] if isinstance(config, dict) else getattr(config, name)
     return config
 
 
 def _ranges(config: Config) -> Iterator[str]:
-    for key, interval in RANGES.items():
+    for key, bounds in RANGES.items():
         value = get(config, key)
-        low, high = (float(end) for end in interval[1:-1].split(","))
-        above = value > low or (interval[0] == "[" and value == low)
-        below = value < high or (interval[-1] == "]" and value == high)
-        if above and below:
-            continue
-        wrong_end, end = (interval[0], low) if not above else (interval[-1], high)
-        if math.isinf(end) or math.isnan(value):
-            cure = "use a finite number"
-        elif wrong_end in "[]":
-            cure = f"the nearest that works is {end:.10g}"
-        else:
-            cure = f"use a number {'above' if not above else 'below'} {end:.10g}"
-        yield f"{key}={value} is not in {interval}: {cure}"
+        if cure := bounds.cure(value):
+            yield f"{key}={value} is not in {bounds.text}: {cure}"
 
 
 def _names(config: Config) -> Iterator[str]:

@@ -15,10 +15,9 @@ checks types against dataclasses). `OmegaConf.to_object` makes the tree once; be
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, is_dataclass, replace
 from difflib import get_close_matches
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +33,10 @@ from yaml import MarkedYAMLError, YAMLError
 
 from launch.environment import expand
 from recipes.catalogue import GROUPS, find, names, search_path
-from slime.config.checks import ConfigError, check, get
+from slime.config.checks import check, get
 from slime.config.effect import without_effect
-from slime.config.keys import OPTIONS, all_keys, expected, hint, hints
+from slime.config.keys import all_keys, expected, hint, mapping_of
+from slime.config.settings import ConfigError, hints, sections, settings
 from slime.schema import Config, Kind
 
 _PATHS = ("runs_dir", "cache_dir", "model.path", "task.train", "task.eval")
@@ -49,7 +49,7 @@ class Loaded:
 
     config: Config
     origins: dict[str, str]  # dotted key -> default | recipe NAME | model NAME | cluster NAME | command line | derived
-    start: tuple[str, ...] = ()  # arguments that compose the recipe which makes the start, where there is one
+    start: tuple[str, ...] = ()  # recipe, model and cluster of the warm start, where there is one
 
 
 @dataclass(frozen=True)
@@ -66,14 +66,17 @@ def load(arguments: list[str], recipes_dir: Path | None = None) -> Loaded:
     `recipes_dir` is searched before `./recipes` and the recipes that come with slime.
     ConfigError: every mistake of the user's, in one line.
     """
-    loaded, given = _load(arguments, recipes_dir)
+    loaded, given = _compose(arguments, recipes_dir)
+    check(loaded.config)
     for problem in without_effect(loaded.config, given):
         raise ConfigError(problem)
     return loaded
 
 
-def _load(arguments: list[str], recipes_dir: Path | None) -> tuple[Loaded, list[str]]:
-    """See `load`; with the keys to which the command line gives another value than they would have without it."""
+def _compose(arguments: list[str], recipes_dir: Path | None) -> tuple[Loaded, list[str]]:
+    """See `load`; not checked, and with the keys to which the command line gives another value than they would have
+    without it.
+    """
     try:
         folders = search_path(recipes_dir)
     except ValueError as error:
@@ -104,8 +107,7 @@ def _load(arguments: list[str], recipes_dir: Path | None) -> tuple[Loaded, list[
     origins = _origins(tree, config, [*files, command_line])
     if config.model.start and find(folders, "recipe", config.model.start) is None:
         raise ConfigError(_unknown("model.start", config.model.start, names(folders, "recipe")))
-    check(config)
-    return Loaded(config, origins, _start(config, origins, files)), given
+    return Loaded(config, origins, _start(config, files)), given
 
 
 def load_start(loaded: Loaded, recipes_dir: Path | None = None) -> Config | None:
@@ -115,8 +117,15 @@ def load_start(loaded: Loaded, recipes_dir: Path | None = None) -> Config | None
     if not loaded.start:
         return None
     name = loaded.config.model.start
+    passed = [
+        key
+        for key, origin in loaded.origins.items()
+        if key.startswith(_PASSED_ON) and origin.startswith(("recipe ", "command line"))
+    ]
     try:
-        config = _load(list(loaded.start), recipes_dir)[0].config
+        config = _compose(list(loaded.start), recipes_dir)[0].config
+        config = _with_values(config, {key: get(loaded.config, key) for key in (*_SAME_PLACE, *passed)})
+        check(config)
     except ConfigError as error:
         raise ConfigError(f"model.start={name}: {error}") from error
     if config.kind is not Kind.sft:
@@ -132,19 +141,26 @@ _SAME_PLACE = ("seed", "runs_dir", "cache_dir", "tracking.wandb", "rollout.sandb
 _PASSED_ON = ("model.path", "model.template", "cluster.", "tracking.project", "rollout.sandbox.", "sft.")
 
 
-def _start(config: Config, origins: dict[str, str], files: Sequence[_Layer]) -> tuple[str, ...]:
-    """Arguments of the warm start: what is said of the model and the machines reaches it, too."""
+def _start(config: Config, files: Sequence[_Layer]) -> tuple[str, ...]:
     if config.kind is Kind.sft or not config.model.start:
         return ()
     chosen = dict(layer.origin.split(" ", 1) for layer in files)
-    passed = [
-        key
-        for key, origin in origins.items()
-        if key.startswith(_PASSED_ON) and origin.startswith(("recipe ", "command line"))
-    ]
-    groups = [f"recipe={config.model.start}", f"model={chosen['model']}", f"cluster={chosen['cluster']}"]
-    values = {key: get(config, key) for key in dict.fromkeys((*_SAME_PLACE, *passed))}
-    return (*groups, *(f"{key}={_written(value)}" for key, value in values.items()))
+    return f"recipe={config.model.start}", f"model={chosen['model']}", f"cluster={chosen['cluster']}"
+
+
+def _with_values(config: Any, values: Mapping[str, Any]) -> Any:
+    """Return a copy of a config, or of a section, with other values under dotted keys."""
+    inside: dict[str, dict[str, Any]] = {}
+    for key, value in values.items():
+        name, _, rest = key.partition(".")
+        inside.setdefault(name, {})[rest] = value
+    return replace(
+        config,
+        **{
+            name: below[""] if "" in below else _with_values(getattr(config, name), below)
+            for name, below in inside.items()
+        },
+    )
 
 
 def dump(config: Config) -> str:
@@ -242,8 +258,8 @@ def _parse_values(values: dict[str, str]) -> dict[str, Any]:
             override = OverridesParser.create().parse_override(_quoted(key, text))
         except HydraException as error:
             cure = "put text with special characters in quotes"
-            if key == OPTIONS:
-                cure = f"write {OPTIONS}.NAME=VALUE for each option, or {OPTIONS}={{name: value}}"
+            if mapping_of(key) == key:
+                cure = f"write {key}.NAME=VALUE for each option, or {key}={{name: value}}"
             raise ConfigError(f"{key}={text}: can't be read; {cure}") from error
         if override.is_sweep_override():
             raise ConfigError(f"{key}={text}: one value only; a list is written [1,2]")
@@ -255,40 +271,20 @@ def _parse_values(values: dict[str, str]) -> dict[str, Any]:
     return tree
 
 
-def _written(value: Any) -> str:
-    """A value as the command line takes it."""
-    if isinstance(value, str) and not isinstance(value, Enum):
-        return _in_quotes(value)
-    return str(value.value) if isinstance(value, Enum) else str(value)
-
-
-def _in_quotes(text: str) -> str:
-    return "'" + text.replace("\\'", "\\\\'").replace("'", "\\'") + "'"
-
-
 def _quoted(key: str, text: str) -> str:
-    """`key=text` as Hydra reads it: text values need no quotes, options of the task may be new."""
+    """`key=text` as Hydra reads it: text values need no quotes, keys of a mapping may be new."""
     if hint(key) is str and not text.startswith(("'", '"')):
-        text = _in_quotes(text)
-    return f"{'++' if f'{key}.'.startswith(OPTIONS + '.') else ''}{key}={text}"
+        text = "'" + text.replace("\\'", "\\\\'").replace("'", "\\'") + "'"
+    return f"{'++' if mapping_of(key) else ''}{key}={text}"
 
 
 def _schema() -> DictConfig:
     """The schema with its plain defaults: what a section's `__post_init__` fills in is left open."""
     tree: DictConfig = OmegaConf.structured(Config)
-
-    def reopen(node: DictConfig, section: Any) -> None:
-        filled = type(section)()
-        for field in fields(section):
-            value = getattr(section, field.name)
-            if is_dataclass(value):
-                reopen(node[field.name], value)
-            elif field.name in {f.name for f in fields(filled)} and value == getattr(filled, field.name):
-                plain = type(section).__dataclass_fields__[field.name].default
-                if isinstance(plain, int | float | str | Enum):
-                    node[field.name] = plain
-
-    reopen(tree, Config())
+    for section in sections():  # a tree of frozen dataclasses is read-only
+        OmegaConf.set_readonly(OmegaConf.select(tree, section.key) if section.key else tree, None)
+    for setting in settings().values():
+        OmegaConf.update(tree, setting.key, setting.default)
     return tree
 
 
@@ -358,7 +354,7 @@ def _origins(tree: DictConfig, config: Config, layers: list[_Layer]) -> dict[str
         origins |= dict.fromkeys((key for key in leaves(layer.tree) if key in origins), layer.origin)
     origins["recipe"] = "command line"
     for key, value in before.items():
-        if not key.startswith(OPTIONS) and get(config, key) != value:
+        if not mapping_of(key) and get(config, key) != value:
             origins[key] = "derived"
     return origins
 

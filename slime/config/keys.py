@@ -6,20 +6,20 @@ from collections.abc import Sequence
 from dataclasses import is_dataclass
 from difflib import SequenceMatcher
 from enum import Enum
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin
 
-from slime.config.checks import ConfigError
+from slime.config.settings import ConfigError, hints, settings
 from slime.schema import Config
 
-OPTIONS = "task.options"  # the one dict: keys below it are the task's own
+MAPPINGS = tuple(key for key, one in settings().items() if get_origin(one.kind) is dict)  # keys below are not ours
 CLOSE = 0.75  # of 1: so alike are two words of which one may be a slip of the other
 MOST = 4  # keys named, where none is near and several have the word in them
 _TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "text", dict: "a mapping"}
 
 
 def hint(key: str) -> Any:
-    """Type that the schema gives a dotted key; Any below `task.options`. ConfigError: unknown key, with the nearest."""
-    if key.startswith(OPTIONS + "."):
+    """Type that the schema gives a dotted key; Any below a mapping. ConfigError: unknown key, with the nearest."""
+    if mapping_of(key) not in ("", key):
         return Any
     kind: Any = Config
     for depth, name in enumerate(key.split(".")):
@@ -30,9 +30,9 @@ def hint(key: str) -> Any:
     return kind
 
 
-def hints(kind: Any) -> dict[str, Any]:
-    """The keys of a section with their types; none of what is no section."""
-    return get_type_hints(kind) if is_dataclass(kind) else {}
+def mapping_of(key: str) -> str:
+    """Return the mapping that a dotted key is, or lies in; "" for none."""
+    return next((one for one in MAPPINGS if f"{key}.".startswith(f"{one}.")), "")
 
 
 def all_keys(kind: Any = Config, prefix: str = "") -> list[str]:

@@ -1,0 +1,78 @@
+"""What people read about keys: docs/configuration.md, which this writes as a program.
+
+.venv/bin/python -m slime.config.reference
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from enum import Enum
+from pathlib import Path
+from typing import get_args, get_origin
+
+from slime.config.keys import MAPPINGS
+from slime.config.settings import Section, Setting, as_text, sections
+
+PAGE = "docs/configuration.md"
+HEAD = """\
+# Configuration
+
+Every key with its default. `slime config recipe=NAME` shows the values of a run and where each comes from. Values:
+schema < recipe < model < cluster < command line, the later winning key by key.
+
+In an interval, `[` and `]` include the end, `(` and `)` do not. This page is made from the fields of the `config.py`
+files (`.venv/bin/python -m slime.config.reference`); change those.
+"""
+_NAMES = {int: "integer", float: "number", str: "text", bool: "true or false"}
+
+
+def values(one: Setting) -> str:
+    """Return what a setting takes: its type or choices, bounds and unit."""
+    if choices := _choices(one):
+        return ", ".join(choices)
+    if get_origin(one.kind) is list:
+        (each,) = get_args(one.kind)
+        return "list of numbers" if each is float else "list of text"
+    name = "mapping" if one.key in MAPPINGS else _NAMES[one.kind]
+    within = f" in {one.bounds.text}" if one.bounds else ""
+    return f"{name}{within}{', ' if one.unit else ''}{one.unit}"
+
+
+def _choices(one: Setting) -> list[str]:
+    is_choice = isinstance(one.kind, type) and issubclass(one.kind, Enum)
+    return [str(choice.value) for choice in one.kind] if is_choice else []
+
+
+def page() -> str:
+    """Return docs/configuration.md."""
+    return "\n".join([HEAD, *_sections()])
+
+
+def _sections() -> Iterator[str]:
+    told: set[type] = set()
+    for section in sections():
+        alike = [one for one in sections() if one.kind is section.kind]
+        if section.kind in told or not section.settings:
+            continue
+        told.add(section.kind)
+        yield f"## {', '.join(f'`{one.key}`' for one in alike)}\n" if section.key else "## The run\n"
+        yield f"{section.help}\n"
+        yield "| key | default | values | meaning |"
+        yield "|---|---|---|---|"
+        yield from _rows(alike)
+        yield ""
+
+
+def _rows(alike: list[Section]) -> Iterator[str]:
+    """Lines of a table; sections of one class share it, and name where their defaults differ."""
+    first, *others = alike
+    for row, one in enumerate(first.settings):
+        default = f"`{as_text(one.default)}`"
+        for other in others:
+            if other.settings[row].default != one.default:
+                default += f"; {other.key}: `{as_text(other.settings[row].default)}`"
+        yield f"| `{one.key.rpartition('.')[2]}` | {default} | {values(one)} | {one.help} |"
+
+
+if __name__ == "__main__":
+    Path(PAGE).write_text(page())
