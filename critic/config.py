@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from machine.settings import setting
-from trainer.config import LayoutConfig, OptimizerConfig
+from trainer.config import LayoutConfig, OptimizerConfig, TrainingEngineConfig
 
 
 class Credit(str, Enum):
@@ -94,6 +94,7 @@ class CriticConfig:
         0.0, "Standard deviation of the value head's first weights; 0: every value starts at 0.", bounds="[0, inf)"
     )
     freeze: list[str] = setting([], "Patterns of parameters that are never trained, e.g. ['*self_attention*'].")
+    engine: TrainingEngineConfig = field(default_factory=TrainingEngineConfig)
 
     def __post_init__(self) -> None:
         if self.value_range and not (len(self.value_range) == 2 and self.value_range[0] < self.value_range[1]):

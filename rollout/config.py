@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 from machine.settings import setting
 
@@ -40,6 +41,7 @@ class EngineConfig:
         bounds="(0, inf)",
         unit="s",
     )
+    options: dict[str, Any] = setting({}, "Any other argument of SGLang's server, e.g. {chunked_prefill_size: 512}.")
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from pathlib import Path
 from machine.failures import adopt_orphans, end_descendants, ending
 from machine.ports import ReservedPort
 from rollout.config import EngineConfig
+from rollout.sglang.options import option_arguments
 
 HEALTH_INTERVAL_S = 0.2
 LOG_TAIL_LINES = 30
@@ -165,7 +166,7 @@ class EngineServer:
         self.url = f"http://{host}:{port.number}"
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         arguments = server_arguments(config, model_path, context_tokens, host, port.number, cpu, seed, yields_memory)
-        arguments += ["--nccl-port", str(meeting_port.number)]
+        arguments += ["--nccl-port", str(meeting_port.number), *option_arguments(config.options)]
         server = ["-c", "from rollout.engine import serve; serve()"] if key else ["-m", "sglang.launch_server"]
         self._log_begins = self.log_path.stat().st_size if self.log_path.exists() else 0
         with self.log_path.open("ab") as log:

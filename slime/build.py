@@ -75,7 +75,15 @@ def _ranks(
     def settings(rank: int) -> WorkerSettings:
         frozen = name == REFERENCE
         return WorkerSettings(
-            rank, role.layout, role.optimizer, str(folder.resolve()), config.seed, threads, timeout_s, frozen
+            rank,
+            role.layout,
+            role.optimizer,
+            str(folder.resolve()),
+            config.seed,
+            threads,
+            timeout_s,
+            frozen,
+            role.engine.options,
         )
 
     ranks = [cls.options(**options.ray()).remote(settings(rank), role) for rank, options in enumerate(where)]

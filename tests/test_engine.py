@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import functools
 import hashlib
+import json
 import os
 import re
 import signal
@@ -25,12 +26,14 @@ from buffer.types import Float32
 from machine.ports import ReservedPort
 from rollout.client import EngineClient, Generation, parse_generation
 from rollout.config import EngineConfig
-from rollout.engine import EngineServer, crash_in, exception_in, server_arguments, server_environment
+from rollout.engine import DIRECT, EngineServer, crash_in, exception_in, server_arguments, server_environment
 from trainer.broadcast import broadcast, join_update_group, leave_update_group
 
 T = TypeVar("T")
 VOCAB, CONTEXT = 512, 256
-CONFIG = EngineConfig(max_running_requests=64, start_timeout_s=300.0, request_timeout_s=120.0)
+CONFIG = EngineConfig(
+    max_running_requests=64, start_timeout_s=300.0, request_timeout_s=120.0, options={"decode_log_interval": 7}
+)
 
 
 def make_model(folder: Path) -> Any:
@@ -278,6 +281,12 @@ def wait_until(condition: Callable[[], bool], deadline_s: float) -> None:
 
 
 # --- with a real server
+
+
+@pytest.mark.e2e
+def test_an_option_reaches_sglang(server: EngineServer) -> None:
+    with DIRECT.open(f"{server.url}/server_info", timeout=60) as response:
+        assert json.load(response)["decode_log_interval"] == 7
 
 
 @pytest.mark.e2e

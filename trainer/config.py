@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 from machine.settings import setting
 from trainer.layout import Sizes, refuse_layout
@@ -157,6 +158,15 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class TrainingEngineConfig:
+    """The training engine of a role."""
+
+    options: dict[str, Any] = setting(
+        {}, "Any other field of Megatron's TransformerConfig, e.g. {attention_softmax_in_fp32: true}."
+    )
+
+
+@dataclass(frozen=True)
 class PolicyConfig:
     """The policy's training."""
 
@@ -193,6 +203,7 @@ class PolicyConfig:
         bounds="(0, inf)",
         unit="nats",
     )
+    engine: TrainingEngineConfig = field(default_factory=TrainingEngineConfig)
 
     def __post_init__(self) -> None:
         if self.correction_bounds and not (

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ class WorkerSettings:
     threads: int
     timeout_s: float
     frozen: bool = False  # only ever asked to predict: no gradients, no optimizer
+    options: Mapping[str, Any] = field(default_factory=dict)  # of Megatron's TransformerConfig, beside ours
 
 
 class MegatronWorker:
@@ -83,7 +84,7 @@ class MegatronWorker:
         check_layout(self.shape, s.layout)
         model.start_process(s.rank, s.layout, master, port, s.seed, s.timeout_s, s.threads)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.chunks: list[Any] = model.build_models(self.shape, s.layout, self._output_layer())
+        self.chunks: list[Any] = model.build_models(self.shape, s.layout, self._output_layer(), s.options)
         self._read_weights(self.chunks)
         self.run_schedule = get_forward_backward_func()
         if s.frozen:

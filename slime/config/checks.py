@@ -14,8 +14,9 @@ from typing import Any
 
 from critic.config import Baseline, Credit, Truncation
 from rollout.rendering import TEMPLATES
+from rollout.sglang.options import refused_options
 from slime.config.model import broken, unsuited
-from slime.config.nodes import crowded, layouts
+from slime.config.nodes import crowded, has_engines, layouts
 from slime.config.rows import row_problems
 from slime.config.settings import ConfigError, settings
 from slime.schema import Config, Kind
@@ -33,7 +34,7 @@ def check(config: Config) -> None:
     Reads nothing but the model's config.json and the rows of `task.train` and `task.eval`, where they exist;
     what does not exist, or not whole, is told by `missing`.
     """
-    for part in (_ranges, _names, _budgets, _training, crowded, _model, row_problems):
+    for part in (_ranges, _names, _budgets, _training, crowded, _engine_options, _model, row_problems):
         for problem in part(config):
             raise ConfigError(problem)
 
@@ -194,6 +195,14 @@ def _episode_baseline(config: Config) -> Iterator[str]:
             f"advantage.gamma={advantage.gamma:g} has no meaning with advantage.baseline={name}, which does not "
             "discount rewards: use advantage.gamma=1"
         )
+
+
+def _engine_options(config: Config) -> Iterator[str]:
+    if has_engines(config):
+        try:
+            yield from refused_options(config.rollout.engine.options, config.cluster.gpus_per_node == 0)
+        except RuntimeError as error:
+            yield str(error)
 
 
 def _model(config: Config) -> Iterator[str]:

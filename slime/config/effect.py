@@ -17,7 +17,7 @@ from trainer.config import Correction, PolicyConfig
 
 Idle = tuple[Sequence[str], str]  # keys or sections; why nothing reads them, and what would make it
 
-_TRAINED = {"layout", "optimizer"}  # what a warm start reads of the policy's settings
+_TRAINED = {"layout", "optimizer", "engine"}  # what a warm start reads of the policy's settings
 _NOT_IN_SFT = (
     *("rollout.engine", "rollout.episodes_in_flight", "buffer", "advantage", "critic", "model.start"),
     *(f"policy.{field.name}" for field in fields(PolicyConfig) if field.name not in _TRAINED),

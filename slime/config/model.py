@@ -1,21 +1,40 @@
 """The model's folder: whether it suits the settings, and whether it is whole. No weights are read, nothing is imported
-that takes seconds.
+that takes seconds, unless Megatron's own options are set.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any, get_type_hints
 
 from rollout.rendering import TEMPLATES
 from slime.config.nodes import has_engines, layouts
+from slime.config.settings import as_text
 from slime.schema import Config
+from trainer.config import LayoutConfig
 from trainer.layout import check_layout
 from trainer.megatron.models.fields import read_json
 from trainer.megatron.models.files import check_weights
-from trainer.megatron.models.shape import read_shape
+from trainer.megatron.models.shape import ModelShape, read_shape
 
 TOKENIZER = "tokenizer.json"
+# Megatron's names of what a layout sets.
+_OURS = {
+    "tensor_model_parallel_size": "tensor_parallel",
+    "sequence_parallel": "sequence_parallel",
+    "pipeline_model_parallel_size": "pipeline_parallel",
+    "virtual_pipeline_model_parallel_size": "virtual_stages",
+    "context_parallel_size": "context_parallel",
+    "expert_model_parallel_size": "expert_parallel",
+    "params_dtype": "precision",
+    "bf16": "precision",
+    "recompute_granularity": "recompute",
+    "recompute_modules": "recompute",
+}
 OTHER_TOKENIZERS = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json", "*.tiktoken")
 
 
@@ -45,6 +64,50 @@ def unsuited(config: Config, folder: Path) -> Iterator[str]:
             check_layout(shape, layout)
         except ValueError as error:
             yield f"{role}.layout: {error} ({path})"
+            continue
+        yield from _megatron_options(role, shape, layout, getattr(config, role).engine.options)
+
+
+def _megatron_options(role: str, shape: ModelShape, layout: LayoutConfig, options: Mapping[str, Any]) -> Iterator[str]:
+    """Why Megatron's TransformerConfig does not take some of the options, or why they may not be given.
+
+    Its type hints are asked, then itself with all that a run sets, for this model. Imports Megatron: takes seconds.
+    """
+    if not options:
+        return
+    from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+    from trainer.megatron.model import transformer_config
+    from trainer.megatron.models.options import config_class
+
+    told = f"Megatron {version('megatron-core')}"
+    known = get_type_hints(config_class(shape))
+    typed = True
+    for name, value in options.items():
+        key = f"{role}.engine.options.{name}={as_text(value)}"
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            cure = f"did you mean {near[0]!r}?" if near else "its transformer_config.py lists them"
+            yield f"{key}: {told} has no such setting; {cure}"
+            typed = False
+            continue
+        try:
+            strict = ConfigDict(strict=True, arbitrary_types_allowed=True)
+            TypeAdapter(known[name], config=strict).validate_python(value)
+        except ValidationError as error:
+            yield f"{key}: {told} refuses it: {error.errors()[0]['msg']}"
+            typed = False
+    if not typed:
+        return
+    try:
+        transformer_config(shape, layout, options)
+    except (TypeError, ValueError, AssertionError, NotImplementedError) as error:
+        ours = re.search(r"multiple values for keyword argument '(\w+)'", str(error))
+        if ours:
+            cure = f"use {role}.layout.{_OURS[ours[1]]}" if ours[1] in _OURS else "leave it out"
+            yield f"{role}.engine.options.{ours[1]}={as_text(options[ours[1]])}: a run sets this itself: {cure}"
+        else:
+            yield f"{role}.engine.options={dict(options)}: {told} refuses them: {error or type(error).__name__}"
 
 
 def broken(config: Config, folder: Path) -> Iterator[str]:

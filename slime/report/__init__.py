@@ -152,6 +152,7 @@ def _facts(rows: Rows, config: Mapping[str, Any]) -> str:
         ("recipe", config.get("recipe")),
         ("model", _model(config.get("model"))),
         ("task", _inside(config.get("task"), "target")),
+        ("engine options", _engine_options(config)),
     ):
         if value:
             facts.append((label, clean_text(str(value)), ""))
@@ -164,6 +165,16 @@ def _facts(rows: Rows, config: Mapping[str, Any]) -> str:
 
 def _inside(section: Any, key: str) -> Any:
     return section.get(key) if isinstance(section, dict) else None
+
+
+def _engine_options(config: Mapping[str, Any]) -> str:
+    """What was given to SGLang and Megatron beside our own settings."""
+    found = {key: _inside(_inside(config.get(key), "engine"), "options") for key in ("rollout", "policy", "critic")}
+    return ", ".join(
+        f"{key}.engine.options.{name}={value}"
+        for key, options in found.items()
+        for name, value in (options or {}).items()
+    )
 
 
 def _model(section: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -77,7 +78,10 @@ def _virtual(layout: LayoutConfig) -> int | None:
     return layout.virtual_stages if layout.virtual_stages > 1 else None
 
 
-def transformer_config(shape: ModelShape, layout: LayoutConfig) -> TransformerConfig:
+def transformer_config(
+    shape: ModelShape, layout: LayoutConfig, options: Mapping[str, Any] | None = None
+) -> TransformerConfig:
+    """Return Megatron's configuration. `options`: more of its fields. TypeError: one that is set here already."""
     dtype = DTYPES[layout.precision]
     found: TransformerConfig = config_class(shape)(
         **model_options(shape),
@@ -114,6 +118,7 @@ def transformer_config(shape: ModelShape, layout: LayoutConfig) -> TransformerCo
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
         apply_rope_fusion=False,
+        **(options or {}),
     )
     return found
 
@@ -163,12 +168,14 @@ class ScoringGPT(GPTModel):
         return scores(hidden_states[:, 0], weight, labels[0], self.real_vocab, group)
 
 
-def build_models(shape: ModelShape, layout: LayoutConfig, output_layer: Any = None) -> list[ScoringGPT]:
+def build_models(
+    shape: ModelShape, layout: LayoutConfig, output_layer: Any = None, options: Mapping[str, Any] | None = None
+) -> list[ScoringGPT]:
     """This process's chunks, one for each virtual stage, without weights.
 
-    `output_layer(config)` replaces the vocabulary projection (a value head).
+    `output_layer(config)` replaces the vocabulary projection (a value head). `options`: see `transformer_config`.
     """
-    config = transformer_config(shape, layout)
+    config = transformer_config(shape, layout, options)
     return [_build(shape, layout, config, stage, output_layer) for stage in range(layout.virtual_stages)]
 
 
