@@ -2,7 +2,8 @@
 
     lr: float = setting(1e-6, "Learning rate after the warm-up.", bounds="(0, inf)")
 
-The checks before a start and docs/configuration.md are made from these (slime/config/settings.py).
+The checks before a start, `slime train --help KEY` and docs/configuration.md are made from these
+(slime/config/settings.py).
 """
 
 from __future__ import annotations

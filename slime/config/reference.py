@@ -1,4 +1,4 @@
-"""What people read about keys: docs/configuration.md, which this writes as a program.
+"""What people read about keys: `slime train --help KEY`, and docs/configuration.md, which this writes as a program.
 
 .venv/bin/python -m slime.config.reference
 """
@@ -10,20 +10,38 @@ from enum import Enum
 from pathlib import Path
 from typing import get_args, get_origin
 
-from slime.config.keys import MAPPINGS
-from slime.config.settings import Section, Setting, as_text, sections
+from slime.config.keys import MAPPINGS, hint, mapping_of
+from slime.config.settings import Section, Setting, as_text, sections, settings
 
 PAGE = "docs/configuration.md"
 HEAD = """\
 # Configuration
 
-Every key with its default. `slime config recipe=NAME` shows the values of a run and where each comes from. Values:
-schema < recipe < model < cluster < command line, the later winning key by key.
+Every key with its default. `slime config recipe=NAME` shows the values of a run and where each comes from,
+`slime train --help KEY` explains a key or the keys of a section. Values: schema < recipe < model < cluster < command
+line, the later winning key by key.
 
 In an interval, `[` and `]` include the end, `(` and `)` do not. This page is made from the fields of the `config.py`
 files (`.venv/bin/python -m slime.config.reference`); change those.
 """
 _NAMES = {int: "integer", float: "number", str: "text", bool: "true or false"}
+
+
+def explain(key: str) -> str:
+    """Return the help of a key, or of a section with its keys. ConfigError: unknown key, with the nearest."""
+    hint(key)
+    key = mapping_of(key) or key
+    if key in settings():
+        one = settings()[key]
+        more = [f"  {(one.kind.__doc__ or '').strip()}"] if _choices(one) else []
+        return "\n".join([f"{key}: {values(one)}; default {as_text(one.default)}", f"  {one.help}", *more])
+    lines = []
+    for section in sections():
+        if f"{section.key}.".startswith(f"{key}."):
+            lines += [f"{section.key}: {section.help}"]
+            width = max((len(one.key) for one in section.settings), default=0) + 2
+            lines += [f"  {one.key:<{width}}{one.help}" for one in section.settings]
+    return "\n".join(lines)
 
 
 def values(one: Setting) -> str:
