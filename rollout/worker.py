@@ -24,11 +24,14 @@ from buffer.tasks import TaskRow
 from buffer.trace import cut
 from buffer.types import Episode, Status, SubTrace, SubTraceInfo, SubTraceKind, TurnKind
 from machine.failures import reason
-from rollout.agent import Agent, Sampled, Sampler, ScriptedSampler
-from rollout.client import EngineClient
+from rollout.agents.loop import Agent
+from rollout.agents.player import Sampled, Sampler
+from rollout.agents.script import ScriptedSampler
 from rollout.config import RolloutConfig
+from rollout.engines.client import EngineClient
 from rollout.environment import Demonstrator, Environment, Task, require_kind
-from rollout.rendering import Renderer, end_ids
+from rollout.rendering.renderer import Renderer
+from rollout.rendering.templates import end_ids
 from rollout.sandbox.interface import SandboxPool
 
 STOP_TIMEOUT_S = 10.0  # for lanes to let go of their sandboxes

@@ -18,8 +18,9 @@ from critic.worker import CriticWorker
 from launch.config import Sharing
 from launch.nodes import ProcessOptions
 from launch.supervisor import watch
-from rollout.engine import EngineServer
-from rollout.group import EngineGroup, RolloutGroup
+from rollout.engines.group import EngineGroup
+from rollout.engines.server import EngineServer
+from rollout.group import RolloutGroup
 from rollout.worker import RolloutSettings, RolloutWorker
 from slime.config.nodes import CRITIC, POLICY, REFERENCE
 from slime.observe.failures import Failures

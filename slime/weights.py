@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from rollout.client import EngineClient
 from rollout.config import PauseMode
-from rollout.delta import LOAD_FORMAT
-from rollout.group import EngineGroup
+from rollout.engines.client import EngineClient
+from rollout.engines.group import EngineGroup
+from rollout.sglang.delta import LOAD_FORMAT
 from trainer.broadcast import buckets
 from trainer.group import PolicyGroup, WorkerGroup
 

@@ -20,10 +20,13 @@ from buffer.text import clean_text
 from buffer.trace import cut
 from buffer.types import Bool, Episode, Float32, Int32, Status, TurnKind
 from recipes.coding.model import SPECIAL, build_tokenizer
-from rollout.agent import Agent, EpisodeAborted, ScriptedSampler
+from rollout.agents.loop import Agent
+from rollout.agents.player import EpisodeAborted
+from rollout.agents.script import ScriptedSampler
 from rollout.config import CompactionConfig, RolloutConfig
 from rollout.environment import Demonstrator, Environment, Step
-from rollout.rendering import TEMPLATES, Renderer, end_ids
+from rollout.rendering.renderer import Renderer
+from rollout.rendering.templates import TEMPLATES, end_ids
 
 TOKENIZER = build_tokenizer()
 TINY = Renderer(TOKENIZER, "tiny")

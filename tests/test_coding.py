@@ -19,10 +19,11 @@ from recipes.coding import CodingTask
 from recipes.coding.demonstrator import FLIPPED, Noise, Script
 from recipes.coding.model import build_tokenizer, vocabulary
 from recipes.coding.rows import FACTS_PER_FILE, NUM_FILES, VARIABLES, make_rows, program, stub_of
-from rollout.agent import Agent, ScriptedSampler
+from rollout.agents.loop import Agent
+from rollout.agents.script import ScriptedSampler
 from rollout.config import SandboxConfig
 from rollout.environment import Step
-from rollout.rendering import Renderer
+from rollout.rendering.renderer import Renderer
 from rollout.sandbox.bubblewrap import BubblewrapPool
 from rollout.sandbox.interface import RunResult, Sandbox, SandboxPool
 from slime.config import load

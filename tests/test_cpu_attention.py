@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rollout.cpu.attention import Span, attend, build_group, group_spans, spans_of_extend
+from rollout.sglang.cpu.attention import Span, attend, build_group, group_spans, spans_of_extend
 
 
 def test_spans_cover_each_new_token_once() -> None:

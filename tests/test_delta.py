@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rollout.delta import Changes, KeepUnderNaN, decode
+from rollout.sglang.delta import Changes, KeepUnderNaN, decode
 from slime.weights import different
 from trainer.broadcast import Weight, buckets
 from trainer.delta import Base, changed

@@ -23,10 +23,11 @@ from buffer.types import Episode, Status
 from critic.config import Baseline, Credit, LambdaLength, Truncation
 from launch.preflight import Machine
 from recipes.coding.model import build_tokenizer
-from rollout.agent import Agent, ScriptedSampler
+from rollout.agents.loop import Agent
+from rollout.agents.script import ScriptedSampler
 from rollout.config import RolloutConfig, SandboxConfig
 from rollout.environment import Task
-from rollout.rendering import Renderer
+from rollout.rendering.renderer import Renderer
 from rollout.sandbox.unsafe import SubprocessPool
 from slime import TaskRow, cli
 from slime.config import ConfigError, load

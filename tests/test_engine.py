@@ -24,9 +24,9 @@ import torch
 
 from buffer.types import Float32
 from machine.ports import ReservedPort
-from rollout.client import EngineClient, Generation, parse_generation
 from rollout.config import EngineConfig
-from rollout.engine import DIRECT, EngineServer, crash_in, exception_in, server_arguments, server_environment
+from rollout.engines.client import EngineClient, Generation, parse_generation
+from rollout.engines.server import DIRECT, EngineServer, crash_in, exception_in, server_arguments, server_environment
 from trainer.broadcast import broadcast, join_update_group, leave_update_group
 
 T = TypeVar("T")
@@ -34,6 +34,7 @@ VOCAB, CONTEXT = 512, 256
 CONFIG = EngineConfig(
     max_running_requests=64, start_timeout_s=300.0, request_timeout_s=120.0, options={"decode_log_interval": 7}
 )
+LEASH = "rollout.engines.leash"
 
 
 def make_model(folder: Path) -> Any:
@@ -136,7 +137,7 @@ def test_arguments_of_a_gpu_engine() -> None:
 
 def test_importing_the_platform_is_light() -> None:
     heavy = "{'torch', 'sglang', 'transformers', 'ray'}"
-    code = f"import sys, rollout, rollout.platform, rollout.engine; print({heavy} & set(sys.modules))"
+    code = f"import sys, rollout, rollout.sglang.platform, rollout.engines.server; print({heavy} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
 
 
@@ -202,7 +203,7 @@ def test_the_leash_ends_everything_with_its_asker(tmp_path: Path) -> None:
     pids = tmp_path / "pids"
     command = f"sleep 600 & echo $$ $! > {pids}.tmp; mv {pids}.tmp {pids}; wait"
     asker = (
-        "import subprocess, sys, time; p = subprocess.Popen([sys.executable, '-m', 'rollout.engine', 'sh', '-c', "
+        f"import subprocess, sys, time; p = subprocess.Popen([sys.executable, '-m', '{LEASH}', 'sh', '-c', "
         f"{command!r}], stdin=subprocess.PIPE, start_new_session=True); time.sleep(600)"
     )
     process = subprocess.Popen([sys.executable, "-c", asker])
@@ -225,7 +226,7 @@ def test_nothing_outlives_the_leash_wherever_it_went(tmp_path: Path, killed: str
         f"echo $PPID $$ $one $(cat {tmp_path}/orphan) > {pids}.tmp; mv {pids}.tmp {pids}; trap '' TERM HUP INT; wait"
     )
     asker = (
-        "import subprocess, sys, time; p = subprocess.Popen([sys.executable, '-m', 'rollout.engine', 'sh', '-c', "
+        f"import subprocess, sys, time; p = subprocess.Popen([sys.executable, '-m', '{LEASH}', 'sh', '-c', "
         f"{command!r}], stdin=subprocess.PIPE, start_new_session=True); print(p.pid, flush=True); time.sleep(600)"
     )
     with subprocess.Popen([sys.executable, "-c", asker], stdout=subprocess.PIPE, text=True) as process:
@@ -244,7 +245,7 @@ def test_nothing_outlives_the_leash_wherever_it_went(tmp_path: Path, killed: str
 
 @pytest.mark.parametrize(("command", "code"), [("exit 3", 3), ("kill -9 $$", 137), ("sleep 600 & exit 0", 0)])
 def test_the_leash_ends_as_its_command_does(command: str, code: int) -> None:
-    leash = [sys.executable, "-m", "rollout.engine", "sh", "-c", command]
+    leash = [sys.executable, "-m", LEASH, "sh", "-c", command]
     with subprocess.Popen(leash, stdin=subprocess.PIPE) as process:
         assert process.wait(30) == code
 

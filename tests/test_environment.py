@@ -13,7 +13,8 @@ from test_agent import TINY, Player, settings_of
 
 from buffer.tasks import TaskRow
 from buffer.types import Episode, Status
-from rollout.agent import Agent, ScriptedSampler
+from rollout.agents.loop import Agent
+from rollout.agents.script import ScriptedSampler
 from rollout.environment import Demonstrator, Environment, Step
 
 ROW = TaskRow("r7", "test", "")

@@ -20,8 +20,8 @@ from launch.environment import OTHER_RAY, direct, expand, forget_other_ray, temp
 from launch.nodes import LOOPBACK, NodeError, look
 from launch.preflight import problems
 from machine.ports import ReservedPort
-from rollout.client import EngineClient
-from rollout.engine import EngineServer, asks_for_key
+from rollout.engines.client import EngineClient
+from rollout.engines.server import EngineServer, asks_for_key
 
 NOWHERE = "http://127.0.0.1:9"  # a proxy that refuses every connection
 PROXIES = (

@@ -185,12 +185,12 @@ def test_settings_are_counted_through_groups() -> None:
 @pytest.mark.parametrize(
     ("path", "source", "message"),
     [
-        ("trainer/a.py", "import rollout.engine\n", "trainer imports rollout.engine"),
+        ("trainer/a.py", "import rollout.engines.server\n", "trainer imports rollout.engines.server"),
         ("rollout/a.py", "from trainer import publish\n", "rollout imports trainer.publish"),
         ("rollout/deep/a.py", "from ...slime import loop\n", "rollout imports slime.loop"),
         ("trainer/a.py", "def f():\n    from critic.head import Head\n", ":2: trainer imports critic.head.Head"),
         ("buffer/a.py", "if TYPE_CHECKING:\n    import slime.schema\n", "buffer imports slime.schema"),
-        ("buffer/a.py", "x = importlib.import_module('rollout.engine')\n", "buffer imports rollout.engine"),
+        ("buffer/a.py", "x = importlib.import_module('rollout.engines')\n", "buffer imports rollout.engines"),
         ("launch/a.py", "from slime import loop\n", "launch imports slime.loop"),
         ("launch/a.py", "import slime.config\n", "launch imports slime.config"),
         ("launch/a.py", "def f():\n    from slime.schema import Config\n", "launch imports slime.schema.Config"),
@@ -209,7 +209,7 @@ def test_settings_are_counted_through_groups() -> None:
         ("buffer/a.py", "try:\n    f()\nexcept (OSError, builtins.Exception) as e:\n    raise\n", "catches every"),
         ("buffer/a.py", "def f(:\n", ":1: invalid syntax"),
         ("buffer/a.py", "try:\n    f()\nexcept:\n    raise\n", "catches every"),
-        ("rollout/agent.py", "try:\n    f()\nexcept BaseException:\n    raise\n", "catches every"),
+        ("rollout/agents/loop.py", "try:\n    f()\nexcept BaseException:\n    raise\n", "catches every"),
     ],
 )
 def test_each_violation_is_found(tmp_path: Path, path: str, source: str, message: str) -> None:

@@ -31,7 +31,7 @@ from launch.config import ClusterConfig
 from launch.local import start_ray
 from launch.nodes import LOOPBACK, Bundles, Node, NodeError, ProcessOptions, interface_of, look, place
 from machine.ports import ReservedPort
-from rollout.engine import KEY_VARIABLE, asks_for_key
+from rollout.engines.server import KEY_VARIABLE, asks_for_key
 from slime.config import ConfigError, load
 from slime.config.nodes import bundles, placed
 from slime.start.placement import SHARE, placement
@@ -390,7 +390,7 @@ def look_at_engine(run_dir: Path) -> Seen:
         process
         for process, command in everyone
         if "--host" in command
-        and "rollout.engine" in command
+        and "rollout.engines.leash" in command
         and any(file == log for file in (os.readlink(f"/proc/{process.pid}/fd/1"),))
     ]
     command = leash.cmdline()

@@ -9,7 +9,7 @@ import pytest
 from roles import random_qwen3
 
 from rollout.config import EngineConfig
-from rollout.engine import server_arguments
+from rollout.engines.server import server_arguments
 from rollout.sglang.options import OURS, OURS_ON_CPUS, option_arguments, refused_options
 from slime.config import ConfigError, load
 from slime.report import _engine_options

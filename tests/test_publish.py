@@ -16,10 +16,10 @@ from test_engine import CONFIG, CONTEXT, VOCAB, make_model, prompts_with_shared_
 
 from buffer.types import Bool
 from machine.ports import ReservedPort
-from rollout.client import EngineClient, Generation
 from rollout.config import PauseMode
-from rollout.engine import EngineServer
-from rollout.group import EngineGroup
+from rollout.engines.client import EngineClient, Generation
+from rollout.engines.group import EngineGroup
+from rollout.engines.server import EngineServer
 from slime.weights import Weights
 from trainer.broadcast import Weight, buckets, join_update_group, leave_update_group, send
 from trainer.delta import Base

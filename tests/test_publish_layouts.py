@@ -17,10 +17,10 @@ from test_engine import CONFIG
 from test_equality import ADAM, LAYOUTS, ONE
 
 from buffer.types import Float32
-from rollout.client import Generation
 from rollout.config import EngineConfig
-from rollout.engine import EngineServer
-from rollout.group import EngineGroup
+from rollout.engines.client import Generation
+from rollout.engines.group import EngineGroup
+from rollout.engines.server import EngineServer
 from slime.weights import GROUP, Weights
 from trainer.config import PolicyConfig
 from trainer.group import PolicyGroup

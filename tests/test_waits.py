@@ -16,7 +16,8 @@ from roles import batch_of, sub_trace
 import rollout.group
 import trainer.group
 from rollout.config import EngineConfig
-from rollout.group import EngineGroup, RolloutGroup
+from rollout.engines.group import EngineGroup
+from rollout.group import RolloutGroup
 from slime.build import build_rollout
 from slime.config import load
 from slime.start.placement import placement

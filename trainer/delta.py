@@ -2,7 +2,7 @@
 
 A small optimizer step changes few weights of a model in bf16, whose numbers lie 2^-8 of their size apart. So rank 0
 keeps on the host what it has sent last, the *base*, and of each tensor sends the places where bits differ and the
-numbers that stand there now. rollout/delta.py is the engine's end. A bucket of N tensors is three broadcasts:
+numbers that stand there now. rollout/sglang/delta.py is the engine's end. A bucket of N tensors is three broadcasts:
 
     counts     int64 [N]    changed elements of each tensor; -1: the whole tensor follows, where that is shorter
     places     int32 [sum]  their flat indices, tensor after tensor (of a whole tensor none)

@@ -83,7 +83,7 @@ async def sample(client: Any, prompts: list[np.ndarray]) -> tuple[list[Any], flo
 
 async def session(options: argparse.Namespace, weights: Any, vocab: int) -> None:
     """Everything that is asked of a running engine. `weights`: the path to it from `weights.policy`."""
-    from rollout.client import EngineClient
+    from rollout.engines.client import EngineClient
 
     worker = weights.policy.worker
     rng = np.random.default_rng(0)
@@ -129,8 +129,8 @@ def main() -> None:
     from benchmarks.gpu.check import VOCAB, make_model
     from machine.ports import ReservedPort
     from rollout.config import EngineConfig
-    from rollout.engine import EngineServer
-    from rollout.group import EngineGroup
+    from rollout.engines.group import EngineGroup
+    from rollout.engines.server import EngineServer
     from slime.weights import Weights
 
     folder = make_model(Path(tempfile.mkdtemp()))

@@ -38,7 +38,7 @@ PY
 # The entry point by which SGLang finds the product's CPU platform, without installing the product.
 mkdir slime-0.1.0.dist-info
 printf 'Metadata-Version: 2.1\nName: slime\nVersion: 0.1.0\n' > slime-0.1.0.dist-info/METADATA
-printf '[sglang.srt.platforms]\nslime_cpu = rollout.platform:activate\n' > slime-0.1.0.dist-info/entry_points.txt
+printf '[sglang.srt.platforms]\nslime_cpu = rollout.sglang.platform:activate\n' > slime-0.1.0.dist-info/entry_points.txt
 cd "$work"
 tar --sort=name -cf - site | zstd -q -10 -T0 | split -b "${piece_mb}M" -d - "$folder/site.tar.zst."
 cp -L "$(command -v zstd)" "$folder/zstd"

@@ -119,8 +119,8 @@ def main() -> None:
         broadcast_rank(options)
         return
     from rollout.config import EngineConfig
-    from rollout.engine import EngineServer
-    from rollout.group import EngineGroup
+    from rollout.engines.group import EngineGroup
+    from rollout.engines.server import EngineServer
     from slime.weights import Weights
 
     print(common.machine(), flush=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from critic.config import Baseline, Credit, Truncation
-from rollout.rendering import TEMPLATES
+from rollout.rendering.templates import TEMPLATES
 from rollout.sglang.options import refused_options
 from slime.config.model import broken, unsuited
 from slime.config.nodes import crowded, has_engines, layouts

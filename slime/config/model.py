@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from rollout.rendering import TEMPLATES
+from rollout.rendering.templates import TEMPLATES
 from slime.config.nodes import has_engines, layouts
 from slime.config.settings import as_text
 from slime.schema import Config

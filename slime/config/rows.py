@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from buffer.tasks import TaskRow, read_rows
-from rollout.rendering import Renderer, find_template
+from rollout.rendering.renderer import Renderer
+from rollout.rendering.templates import find_template
 from slime.schema import Config, Kind
 
 SPLITS = ("train", "eval")

@@ -30,6 +30,6 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         """Puts GroupedAttention in the place of the backend of this name, whose settings (no graphs) it shares."""
         from sglang.srt.layers.attention.attention_registry import register_attention_backend
 
-        from rollout.cpu.backend import GroupedAttention
+        from rollout.sglang.cpu.backend import GroupedAttention
 
         register_attention_backend("torch_native")(GroupedAttention)

@@ -242,7 +242,7 @@ class EngineClient:
         `names` are those of the Hugging Face checkpoint, `dtypes` "float32", "bfloat16", ... The prefix cache still
         holds the old weights' keys and values: `flush` empties it afterwards, which works when requests were
         retracted or aborted and is refused while they are paused "in_place". `load_format`: None, or that of
-        rollout/delta.py, where other things are broadcast.
+        rollout/sglang/delta.py, where other things are broadcast.
         """
         if not len(names) == len(dtypes) == len(shapes):
             raise ValueError(

@@ -6,7 +6,7 @@ from typing import Any
 
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 
-from rollout.cpu.attention import Group, Span, attend, build_group, group_spans, spans_of_extend
+from rollout.sglang.cpu.attention import Group, Span, attend, build_group, group_spans, spans_of_extend
 
 
 class GroupedAttention(TorchNativeAttnBackend):

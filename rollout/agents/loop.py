@@ -10,40 +10,15 @@ loop:  if less than `reserve_tokens` of the window is left:
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 import numpy as np
 
 from buffer.tasks import TaskRow
-from buffer.types import Bool, Episode, Float32, Int32, Status, Turn, TurnKind
+from buffer.types import Episode, Status, Turn, TurnKind
+from rollout.agents.player import EpisodeAborted, Sampler
 from rollout.config import RolloutConfig
-from rollout.environment import Demonstrator, Environment, as_reward, as_step, as_text, awaited
-from rollout.rendering import Renderer
-
-
-class Sampled(Protocol):
-    """What a sampler returns for one turn."""
-
-    @property
-    def output_ids(self) -> Int32: ...
-    @property
-    def logprobs(self) -> Float32: ...
-    @property
-    def versions(self) -> Int32: ...
-    @property
-    def stale_mask(self) -> Bool: ...
-    @property
-    def finish_reason(self) -> str: ...
-
-
-class Sampler(Protocol):
-    """Whoever speaks for the policy."""
-
-    async def sample(self, prompt_ids: list[int], max_tokens: int, kind: TurnKind) -> Sampled: ...
-
-
-class EpisodeAborted(RuntimeError):
-    """The engine gave up a request: the episode can't go on and is not trained."""
+from rollout.environment import Environment, as_reward, as_step, as_text, awaited
+from rollout.rendering.renderer import Renderer
 
 
 @dataclass
@@ -152,30 +127,3 @@ class Agent:
                 break
             kept = kept[1:]
         state.steps = list(kept)
-
-
-@dataclass(frozen=True)
-class _Scripted:
-    output_ids: Int32
-    logprobs: Float32
-    versions: Int32
-    stale_mask: Bool
-    finish_reason: str
-
-
-class ScriptedSampler:
-    """A demonstrator that speaks where the policy would, so that both play the same loop."""
-
-    def __init__(self, demonstrator: Demonstrator, renderer: Renderer, name: str = "demonstration") -> None:
-        self._name = name  # for messages
-        self._demonstrator = demonstrator
-        self._renderer = renderer
-
-    async def sample(self, prompt_ids: list[int], max_tokens: int, kind: TurnKind) -> Sampled:
-        asked = self._demonstrator.summary if kind is TurnKind.SUMMARY else self._demonstrator.action
-        text = as_text(asked(), f"{self._name}: {type(self._demonstrator).__name__}.{asked.__name__}()")
-        ids = np.asarray(self._renderer.encode_reply(text)[:max_tokens], np.int32)
-        done = bool(len(ids)) and int(ids[-1]) == self._renderer.stop_id
-        size = len(ids)
-        zeros = np.zeros(size, np.float32), np.zeros(size, np.int32), np.zeros(size, np.bool_)
-        return _Scripted(ids, *zeros, "stop" if done else "length")

@@ -1,22 +1,10 @@
-"""One SGLang server as a child process: its command line, environment, start and end.
-
-Run as a program, this module is the server's leash:
-
-    python -m rollout.engine COMMAND ARGUMENT...
-
-runs a command that ends with the process that asked for it, however that one dies, with all that it has started. The
-asker holds the write end of the leash's standard input and never writes; when it dies, by SIGKILL too, the pipe closes
-and every descendant is killed. (The kernel's parent-death signal alone would fire when the *thread* that started a
-process ends, and servers are started from short-lived ones.)
-"""
+"""One SGLang server as a child process: its command line, environment, start and end."""
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 import runpy
-import select
 import signal
 import subprocess
 import sys
@@ -27,16 +15,15 @@ from collections.abc import Sequence
 from http import HTTPStatus
 from pathlib import Path
 
-from machine.failures import adopt_orphans, end_descendants, ending
+from machine.failures import ending
 from machine.ports import ReservedPort
 from rollout.config import EngineConfig
+from rollout.engines.leash import LEASH_INTERVAL_S
 from rollout.sglang.options import option_arguments
 
 HEALTH_INTERVAL_S = 0.2
 LOG_TAIL_LINES = 30
-LEASH_INTERVAL_S = 0.2
 STOP_TIMEOUT_S = 20.0  # for the leash to have ended everything
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # A line of a server's log that says why it ended: a child of SGLang's that crashed, an exception, a refused argument.
 CRASHED = re.compile(r"Subprocess (?P<name>\S+) \(pid=\d+\) crashed with exit code (?P<code>-?\d+)")
 RAISED = re.compile(r"^(?:\[.*?\] *)?(?P<reason>(?:[\w.]+(?:Error|Exception|Interrupt)\b|\S+: error:).*)$")
@@ -113,7 +100,7 @@ def server_environment(config: EngineConfig, cpu: bool, threads: int, key: str =
     }
     if cpu:
         # The model classes that are imported at start; one that is not there makes SGLang import all its own.
-        variables["SGLANG_EXTERNAL_MODEL_PACKAGE"] = "rollout.cpu.models"
+        variables["SGLANG_EXTERNAL_MODEL_PACKAGE"] = "rollout.sglang.cpu.models"
         if config.tensor_parallel > 1:
             # SGLang refuses more ranks than NUMA nodes unless each is told its cores. Nothing here binds to them.
             cores = sorted(os.sched_getaffinity(0))
@@ -167,11 +154,11 @@ class EngineServer:
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         arguments = server_arguments(config, model_path, context_tokens, host, port.number, cpu, seed, yields_memory)
         arguments += ["--nccl-port", str(meeting_port.number), *option_arguments(config.options)]
-        server = ["-c", "from rollout.engine import serve; serve()"] if key else ["-m", "sglang.launch_server"]
+        server = ["-c", "from rollout.engines.server import serve; serve()"] if key else ["-m", "sglang.launch_server"]
         self._log_begins = self.log_path.stat().st_size if self.log_path.exists() else 0
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "rollout.engine", sys.executable, *server, *arguments],
+                [sys.executable, "-m", "rollout.engines.leash", sys.executable, *server, *arguments],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -277,41 +264,6 @@ def exception_in(log: Sequence[str]) -> str:
     return found[-1] if found else ""
 
 
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def hold(command: list[str]) -> None:
-    """Runs `command` until it ends or standard input closes, ends all that it has started, and exits as it did.
-
-    The leash is two processes, a keeper and its child, and each ends everything when the other has died: Ray kills the
-    children of a worker that exits, and the parent of a half-started server must not be gone before the server. Both
-    adopt orphans, so that a process is found wherever it went: to a group or session of its own, or away from a parent
-    that has died.
-    """
-    adopt_orphans()
-    keeper = os.getpid()
-    follower = os.fork()
-    if follower:
-        code = os.waitstatus_to_exitcode(os.waitpid(follower, 0)[1])
-    else:
-        adopt_orphans()
-        code = _follow(command, keeper)
-    end_descendants()
-    os._exit(code if code >= 0 else 128 - code)  # as shells say it
-
-
-def _follow(command: list[str], keeper: int) -> int:
-    """Exit code of the command, negative for a signal; 0 when it was not awaited to its end."""
-    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=_die_with_parent)
-    while child.poll() is None:
-        readable, _, _ = select.select([sys.stdin], [], [], LEASH_INTERVAL_S)
-        if os.getppid() != keeper or (readable and not os.read(sys.stdin.fileno(), 1)):
-            return 0
-    print(f"the server {ending(child.returncode)}", file=sys.stderr, flush=True)
-    return child.returncode
-
-
 def serve() -> None:
     """SGLang's server, for those who know the key that stands in the environment.
 
@@ -325,7 +277,3 @@ def serve() -> None:
     # The check lets websockets pass; the engine needs none.
     app.router.routes[:] = [route for route in app.router.routes if not isinstance(route, WebSocketRoute)]
     runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)
-
-
-if __name__ == "__main__":
-    hold(sys.argv[1:])

@@ -2,7 +2,7 @@
 
 The entry point `sglang.srt.platforms: slime_cpu` names `activate`; SGLang calls it inside `import sglang`, in every
 process of an engine, on machines with a GPU, too. Nothing heavy is imported here: the platform's class lives in
-rollout/cpu/platform.py.
+rollout/sglang/cpu/platform.py.
 """
 
 from __future__ import annotations
@@ -85,9 +85,9 @@ def activate() -> str | None:
 
     install_stubs()
     if os.environ.get("SLIME_ENGINE_DELTA"):
-        from rollout import delta
+        from rollout.sglang import delta
 
         delta.install()
     if torch.cuda.is_available():
         return None
-    return "rollout.cpu.platform.CpuPlatform"
+    return "rollout.sglang.cpu.platform.CpuPlatform"

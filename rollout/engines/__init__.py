@@ -1,0 +1,7 @@
+"""SGLang servers.
+
+server.py   one server as a child process
+leash.py    ends a server with the process that asked for it
+client.py   one server over HTTP
+group.py    all servers
+"""

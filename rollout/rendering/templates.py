@@ -1,0 +1,59 @@
+"""The built-in templates: the text around each message of a context."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Template:
+    """Text around each part of a context. `reply` opens the policy's turn, `stop` closes it."""
+
+    user: tuple[str, str]
+    tool: tuple[str, str]
+    summary: tuple[str, str]
+    compact: str
+    reply: str
+    stop: str
+
+
+TEMPLATES = {
+    "tiny": Template(user=("<u>", "$"), tool=("<t>", "$"), summary=("<s>", "$"), compact="<c>", reply="", stop="$"),
+    "chatml": Template(
+        user=("<|im_start|>user\n", "<|im_end|>\n"),
+        tool=("\n<|im_start|>user\n<tool_response>\n", "\n</tool_response><|im_end|>\n"),
+        summary=("<|im_start|>user\nYour summary of the work so far:\n", "<|im_end|>\n"),
+        compact=(
+            "\n<|im_start|>user\nThe context window is almost full. Write a summary of everything that is needed "
+            "to go on: the goal, what was found out, what was changed, what is left to do. Only the task and this "
+            "summary will remain.<|im_end|>\n"
+        ),
+        reply="<|im_start|>assistant\n",
+        stop="<|im_end|>",
+    ),
+}
+
+
+def find_template(name: str) -> Template:
+    """A template by its name. ValueError: there is none of that name."""
+    if name not in TEMPLATES:
+        raise ValueError(f"model.template={name!r}: known templates are {', '.join(TEMPLATES)}")
+    return TEMPLATES[name]
+
+
+def end_ids(model_folder: Path) -> list[int]:
+    """The ids at which an engine ends a turn of the model by itself: what its configuration calls end of sequence.
+
+    ValueError: an `eos_token_id` that is neither an id nor a list of ids.
+    """
+    found: set[int] = set()
+    for name in ("config.json", "generation_config.json"):
+        path = model_folder / name
+        given = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+        ids = given if isinstance(given, list) else [] if given is None else [given]
+        if not all(isinstance(i, int) for i in ids):
+            raise ValueError(f"{path}: eos_token_id={given!r}: must be an id, or a list of ids")
+        found.update(ids)
+    return sorted(found)
