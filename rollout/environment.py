@@ -1,23 +1,19 @@
-"""What a user writes: a task (rows and environments) and an environment (one episode's world)."""
+"""What a user writes for one episode: its environment, and a script that plays it."""
 
 from __future__ import annotations
 
 import inspect
 import math
 import numbers
-import random
 import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from buffer.tasks import TaskRow
 from buffer.text import clean_text
-from rollout.sandbox.interface import Sandbox
 
 _LARGEST = float(np.finfo(np.float32).max)
 
@@ -57,30 +53,6 @@ class Demonstrator(ABC):
     @abstractmethod
     def summary(self) -> str:
         """What to carry over a compaction."""
-
-
-class Task(ABC):
-    """Prompts, environment and reward of a recipe, constructed with `task.options`."""
-
-    def __init__(self, **options: Any) -> None:
-        if options:
-            raise ValueError(f"task.options.{next(iter(options))}: {type(self).__name__} takes no options")
-
-    @abstractmethod
-    def environment(self, row: TaskRow, sandbox: Sandbox) -> Environment:
-        """A fresh world for one attempt at a row."""
-
-    def make_rows(self, split: str, count: int, seed: int) -> list[TaskRow]:
-        """Rows for tasks that make their own. `split` is "train" or "eval"; the two never share a row."""
-        raise ValueError(f"{type(self).__name__} makes no rows: set task.{split} to a JSONL file")
-
-    def make_model(self, folder: Path, seed: int) -> None:
-        """Writes a small untrained Hugging Face folder (model and tokenizer) for tasks that ship one."""
-        raise ValueError(f"{type(self).__name__} has no model of its own: set model.path")
-
-    def demonstrate(self, row: TaskRow, rng: random.Random, progress: float = 1.0) -> Demonstrator:
-        """A script that plays the row, for recipes of kind sft. `progress` in [0, 1]: how far the run has come."""
-        raise ValueError(f"{type(self).__name__} has no demonstrations")
 
 
 # What user code answers, checked where it comes in. `what` begins the sentence of the ValueError.

@@ -24,15 +24,15 @@ from buffer.tasks import TaskRow
 from buffer.trace import cut
 from buffer.types import Episode, Status, SubTrace, SubTraceInfo, SubTraceKind, TurnKind
 from machine.failures import reason
-from rollout.agents.loop import Agent
-from rollout.agents.player import Sampled, Sampler
+from rollout.agents.player import Attempt, Sampled, Sampler
 from rollout.agents.script import ScriptedSampler
 from rollout.config import RolloutConfig
 from rollout.engines.client import EngineClient
-from rollout.environment import Demonstrator, Environment, Task, require_kind
+from rollout.environment import Demonstrator, Environment, require_kind
 from rollout.rendering.renderer import Renderer
 from rollout.rendering.templates import end_ids
 from rollout.sandbox.interface import SandboxPool
+from rollout.task import Task
 
 STOP_TIMEOUT_S = 10.0  # for lanes to let go of their sandboxes
 EVAL_ATTEMPTS = 3  # an evaluation episode that fails for infrastructure is played again
@@ -106,7 +106,10 @@ class RolloutWorker:
         self._ended = 0  # attempts at an episode, failed ones included
 
     async def start(self) -> None:
-        """Loads the tokenizer, opens the engines' clients and the sandboxes."""
+        """Load the tokenizer, make the player, open the engines' clients and the sandboxes.
+
+        ValueError: the player can't play with these settings.
+        """
         from transformers import AutoTokenizer  # takes seconds to import
 
         from rollout.sandbox.factory import make_pool
@@ -115,6 +118,7 @@ class RolloutWorker:
         tokenizer = AutoTokenizer.from_pretrained(s.model_folder)
         known = range(s.vocab_size)  # of what a configuration names
         self._renderer = Renderer(tokenizer, s.template, [i for i in end_ids(Path(s.model_folder)) if i in known])
+        self._player = s.task.player(self._renderer, s.config)
         context = s.config.compaction.context_tokens
         engine = s.config.engine
         self._clients = [
@@ -137,7 +141,7 @@ class RolloutWorker:
         try:
             environment = self.settings.task.environment(row, sandbox)
             require_kind(environment, Environment, f"row {row.id!r}: its environment")
-            episode = await Agent(sampler, self._renderer, self.settings.config).run(row, index, environment, name)
+            episode = await self._player.play(Attempt(name, row, index, environment, sampler))
         finally:
             self._ended += 1
             await self._pool.release(sandbox)

@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import Any
 
 _EXPORTS = {
-    "Task": "rollout.environment",
+    "Task": "rollout.task",
     "Demonstrator": "rollout.environment",
     "Environment": "rollout.environment",
     "Step": "rollout.environment",

@@ -20,8 +20,8 @@ from buffer.text import clean_text
 from buffer.trace import cut
 from buffer.types import Bool, Episode, Float32, Int32, Status, TurnKind
 from recipes.coding.model import SPECIAL, build_tokenizer
-from rollout.agents.loop import Agent
-from rollout.agents.player import EpisodeAborted
+from rollout.agents.loop import ToolLoop
+from rollout.agents.player import Attempt, EpisodeAborted
 from rollout.agents.script import ScriptedSampler
 from rollout.config import CompactionConfig, RolloutConfig
 from rollout.environment import Demonstrator, Environment, Step
@@ -90,7 +90,7 @@ class World(Environment):
 
 
 def play(player: Any, world: World, config: RolloutConfig, row: TaskRow = ROW, renderer: Renderer = TINY) -> Episode:
-    return asyncio.run(Agent(player, renderer, config).run(row, 3, world, "e"))
+    return asyncio.run(ToolLoop(renderer, config).play(Attempt("e", row, 3, world, player)))
 
 
 class Paying(World):
@@ -223,8 +223,8 @@ def test_long_answers_lose_their_middle_and_leave_room_for_the_summary() -> None
 def test_a_reserve_without_room_for_a_turn_is_refused() -> None:
     """2 for an empty answer, 1 for the request and 6 for the summary."""
     with pytest.raises(ValueError, match=r"reserve_tokens=9 .* take 9; use at least 10"):
-        Agent(Player(), TINY, settings_of(reserve_tokens=9))
-    Agent(Player(), TINY, settings_of(reserve_tokens=10))
+        ToolLoop(TINY, settings_of(reserve_tokens=9))
+    ToolLoop(TINY, settings_of(reserve_tokens=10))
 
 
 class Wild:
@@ -370,7 +370,7 @@ def test_turns_that_end_otherwise_stay_in_the_window() -> None:
     """The token that closes them has its room, down to the smallest reserve."""
     renderer = Renderer(TOKENIZER, "tiny", [ids("z")[0]])
     with pytest.raises(ValueError, match="use at least 11"):
-        Agent(Player(), renderer, settings_of(reserve_tokens=10))
+        ToolLoop(renderer, settings_of(reserve_tokens=10))
     player = Ender(*[ids("z")[0]] * 99)
     config = settings_of(reserve_tokens=11, keep_steps=1, max_compactions=9, max_turns=9)
     episode = play(player, World("u", *["k" * 80] * 8), config, renderer=renderer)

@@ -19,7 +19,8 @@ from recipes.coding import CodingTask
 from recipes.coding.demonstrator import FLIPPED, Noise, Script
 from recipes.coding.model import build_tokenizer, vocabulary
 from recipes.coding.rows import FACTS_PER_FILE, NUM_FILES, VARIABLES, make_rows, program, stub_of
-from rollout.agents.loop import Agent
+from rollout.agents.loop import ToolLoop
+from rollout.agents.player import Attempt
 from rollout.agents.script import ScriptedSampler
 from rollout.config import SandboxConfig
 from rollout.environment import Step
@@ -278,8 +279,8 @@ def demonstrations(rows: Sequence[TaskRow], noise: float) -> list[Episode]:
         sandbox = await pool.acquire()
         try:
             sampler = ScriptedSampler(task.demonstrate(row, random.Random(row.id)), renderer)
-            agent = Agent(sampler, renderer, RECIPE.rollout)
-            return await agent.run(row, index, task.environment(row, sandbox), row.id)
+            attempt = Attempt(row.id, row, index, task.environment(row, sandbox), sampler)
+            return await ToolLoop(renderer, RECIPE.rollout).play(attempt)
         finally:
             await pool.release(sandbox)
 

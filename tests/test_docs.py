@@ -23,12 +23,13 @@ from buffer.types import Episode, Status
 from critic.config import Baseline, Credit, LambdaLength, Truncation
 from launch.preflight import Machine
 from recipes.coding.model import build_tokenizer
-from rollout.agents.loop import Agent
+from rollout.agents.loop import ToolLoop
+from rollout.agents.player import Attempt
 from rollout.agents.script import ScriptedSampler
 from rollout.config import RolloutConfig, SandboxConfig
-from rollout.environment import Task
 from rollout.rendering.renderer import Renderer
 from rollout.sandbox.unsafe import SubprocessPool
+from rollout.task import Task
 from slime import TaskRow, cli
 from slime.config import ConfigError, load
 from slime.schema import Config
@@ -71,7 +72,8 @@ def play(task: Task, row: TaskRow, config: RolloutConfig, seed: int) -> Episode:
         sandbox = await pool.acquire()
         try:
             sampler = ScriptedSampler(task.demonstrate(row, random.Random(seed), 0.5), renderer)
-            return await Agent(sampler, renderer, config).run(row, 0, task.environment(row, sandbox), "e")
+            attempt = Attempt("e", row, 0, task.environment(row, sandbox), sampler)
+            return await ToolLoop(renderer, config).play(attempt)
         finally:
             await pool.close()
 

@@ -13,7 +13,8 @@ from test_agent import TINY, Player, settings_of
 
 from buffer.tasks import TaskRow
 from buffer.types import Episode, Status
-from rollout.agents.loop import Agent
+from rollout.agents.loop import ToolLoop
+from rollout.agents.player import Attempt
 from rollout.agents.script import ScriptedSampler
 from rollout.environment import Demonstrator, Environment, Step
 
@@ -44,8 +45,8 @@ class Sync(World):
 
 
 def play(world: Environment, player: Any = None) -> Episode:
-    agent = Agent(player or Player("x", "y"), TINY, settings_of(max_turns=2))
-    return asyncio.run(agent.run(ROW, 3, world, "5.0"))
+    attempt = Attempt("5.0", ROW, 3, world, player or Player("x", "y"))
+    return asyncio.run(ToolLoop(TINY, settings_of(max_turns=2)).play(attempt))
 
 
 @pytest.mark.parametrize(

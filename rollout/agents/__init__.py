@@ -1,6 +1,7 @@
 """Who plays an episode.
 
-player.py   Sampler, which generates the policy's turns
-loop.py     the tool-calling loop
-script.py   a script in the place of the policy
+player.py       Player, the seam; Sampler, which generates the policy's turns
+loop.py         the tool-calling loop
+compaction.py   what an episode goes on from when its window is full
+script.py       a script in the place of the policy
 """

@@ -1,9 +1,8 @@
-"""The agent loop: one episode from prompt to reward, with compaction by the policy itself.
+"""The tool-calling loop: one episode from prompt to reward.
 
 context = task
 loop:  if less than `reserve_tokens` of the window is left:
-           the policy writes a summary (a turn like any other: it is trained)
-           context = task + summary + the last `keep_steps` steps
+           the context is compacted, after a summary by the policy when the compaction asks for one
        the policy acts; the environment answers; both are appended to the context
 """
 
@@ -13,11 +12,11 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from buffer.tasks import TaskRow
 from buffer.types import Episode, Status, Turn, TurnKind
-from rollout.agents.player import EpisodeAborted, Sampler
+from rollout.agents.compaction import Compaction, PolicySummary
+from rollout.agents.player import Attempt, EpisodeAborted
 from rollout.config import RolloutConfig
-from rollout.environment import Environment, as_reward, as_step, as_text, awaited
+from rollout.environment import as_reward, as_step, as_text, awaited
 from rollout.rendering.renderer import Renderer
 
 
@@ -25,51 +24,55 @@ from rollout.rendering.renderer import Renderer
 class _State:
     """Where an episode stands."""
 
-    name: str  # of episode and row, for messages
+    attempt: Attempt
     task: str
     context: list[int]
     turns: list[Turn] = field(default_factory=list)
-    steps: list[list[int]] = field(default_factory=list)  # ids of each (action, observation) in this context
+    exchanges: list[list[int]] = field(default_factory=list)  # ids of each (action, observation) in this context
     num_actions: int = 0
     num_compactions: int = 0
 
 
-class Agent:
-    """Plays episodes of one policy."""
+class ToolLoop:
+    """The player that acts and observes in turn: an action is one turn, its answer is appended to the context."""
 
-    def __init__(self, sampler: Sampler, renderer: Renderer, config: RolloutConfig) -> None:
-        self.sampler = sampler
+    def __init__(self, renderer: Renderer, config: RolloutConfig, compaction: Compaction | None = None) -> None:
+        """`compaction`: None for a summary by the policy."""
         self.renderer = renderer
         self.config = config
+        self.compaction = compaction or PolicySummary(renderer, config.compaction)
         limits = config.compaction
-        # Held back from every turn: room for a tool's empty answer, and for the request to summarise with its summary.
-        self._compaction_tokens = len(renderer.compact_ids) + limits.summary_tokens
+        # Held back from every turn: room for a tool's empty answer, and for the request to summarize with its summary.
+        self._compaction_tokens = len(self.compaction.request_ids) + self.compaction.summary_tokens
         self._held_back = renderer.num_closing + len(renderer.observation("", 0)) + self._compaction_tokens
         if limits.reserve_tokens <= self._held_back:
             raise ValueError(
                 f"rollout.compaction.reserve_tokens={limits.reserve_tokens} leaves no room for a turn: summary_tokens="
-                f"{limits.summary_tokens} and the template take {self._held_back}; use at least {self._held_back + 1}"
+                f"{self.compaction.summary_tokens} and the template take {self._held_back}; use at least "
+                f"{self._held_back + 1}"
             )
 
-    async def run(self, row: TaskRow, row_index: int, environment: Environment, episode_id: str) -> Episode:
-        """One attempt. Exceptions of engine or sandbox pass through: the caller records a failed episode.
+    async def play(self, attempt: Attempt) -> Episode:
+        """Play one attempt.
 
         ValueError: the environment answered what can't be played or trained; the message names episode and row.
         """
-        name = f"episode {episode_id}, row {row.id!r}"
+        name, row, environment = attempt.name, attempt.row, attempt.environment
         task = as_text(await awaited(environment.start(), f"{name}: the prompt"), f"{name}: the prompt")
-        state = _State(name, task, self.renderer.prompt(task))
+        state = _State(attempt, task, self.renderer.prompt(task))
         prompt_tokens = len(state.context)
-        status = await self._play(state, environment, row.budgets.get("max_turns", self.config.max_turns))
+        status = await self._play(state, row.budgets.get("max_turns", self.config.max_turns))
         reward = as_reward(await awaited(environment.reward(), f"{name}: reward"), f"{name}: reward")
-        return Episode(episode_id, row_index, tuple(state.turns), reward, status, prompt_tokens=prompt_tokens)
+        return Episode(
+            attempt.episode_id, attempt.row_index, tuple(state.turns), reward, status, prompt_tokens=prompt_tokens
+        )
 
-    async def _play(self, state: _State, environment: Environment, max_turns: int) -> Status:
+    async def _play(self, state: _State, max_turns: int) -> Status:
         limits = self.config.compaction
         while True:
             if limits.context_tokens - len(state.context) < limits.reserve_tokens:
                 if state.num_compactions == limits.max_compactions or not state.turns:
-                    return Status.TRUNCATED  # without turns there is nothing to summarise: the task fills the window
+                    return Status.TRUNCATED  # without turns there is nothing to compact: the task fills the window
                 await self._compact(state)
                 if limits.context_tokens - len(state.context) < limits.reserve_tokens:
                     return Status.TRUNCATED  # task and summary alone fill the window
@@ -78,8 +81,8 @@ class Agent:
             if turn.finish_reason == "length":
                 return Status.TRUNCATED
             state.num_actions += 1
-            what = f"{state.name}, turn {len(state.turns) - 1}"
-            step = environment.step(self.renderer.sampled_text(turn.output_ids))
+            what = f"{state.attempt.name}, turn {len(state.turns) - 1}"
+            step = state.attempt.environment.step(self.renderer.sampled_text(turn.output_ids))
             answer = as_step(await awaited(step, f"{what}: the step"), what)
             state.turns[-1] = replace(turn, observation=answer.observation, reward=answer.reward)
             if answer.done:
@@ -90,7 +93,7 @@ class Agent:
 
     async def _turn(self, state: _State, kind: TurnKind, max_tokens: int) -> Turn:
         prompt_ids = list(state.context)
-        sampled = await self.sampler.sample(prompt_ids, max_tokens, kind)
+        sampled = await state.attempt.sampler.sample(prompt_ids, max_tokens, kind)
         if sampled.finish_reason == "abort":
             raise EpisodeAborted(f"the engine aborted turn {len(state.turns)}")
         turn = Turn(
@@ -111,19 +114,13 @@ class Agent:
         room = self.config.compaction.context_tokens - len(state.context) - len(closing) - self._compaction_tokens
         ids = [*closing, *self.renderer.observation(observation, room)]
         state.context += ids
-        state.steps.append([*turn.output_ids.tolist(), *ids])
+        state.exchanges.append([*turn.output_ids.tolist(), *ids])
 
     async def _compact(self, state: _State) -> None:
-        limits = self.config.compaction
-        state.context += self.renderer.compact_ids
-        turn = await self._turn(state, TurnKind.SUMMARY, limits.summary_tokens)
-        summary = self.renderer.said(turn.output_ids)
+        summary: list[int] = []
+        if self.compaction.request_ids:
+            state.context += self.compaction.request_ids
+            turn = await self._turn(state, TurnKind.SUMMARY, self.compaction.summary_tokens)
+            summary = self.renderer.said(turn.output_ids)
         state.num_compactions += 1
-        kept = state.steps[-limits.keep_steps :] if limits.keep_steps else []
-        while True:
-            flat = [i for step in kept for i in step]
-            state.context = self.renderer.after_compaction(state.task, summary, flat)
-            if not kept or limits.context_tokens - len(state.context) >= limits.reserve_tokens:
-                break
-            kept = kept[1:]
-        state.steps = list(kept)
+        state.context, state.exchanges = self.compaction.compact(state.task, summary, state.exchanges)

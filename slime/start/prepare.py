@@ -17,7 +17,7 @@ from typing import Any
 
 from buffer.tasks import TaskRow, read_rows, write_rows
 from launch.lock import made_once
-from rollout.environment import Task
+from rollout.task import Task
 from slime.config import ConfigError, check_model, missing
 from slime.config.rows import overlong, split_problems
 from slime.schema import Config, Kind

@@ -1,0 +1,91 @@
+"""Compactions: what goes on, in ids, and what a task's own choice of player changes."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from test_agent import CONTEXT, RESERVE, ROW, STOP, SUMMARY, TINY, TOOL, USER, Player, World, ids, settings_of
+
+from buffer.tasks import TaskRow
+from buffer.trace import cut
+from buffer.types import TurnKind
+from rollout.agents import player as seam
+from rollout.agents.compaction import LastExchanges, PolicySummary, keep_last
+from rollout.agents.loop import ToolLoop
+from rollout.agents.player import Attempt
+from rollout.config import RolloutConfig
+from rollout.environment import Environment
+from rollout.rendering.renderer import Renderer
+from rollout.sandbox.interface import Sandbox
+from rollout.task import Task
+
+EXCHANGES = [[1, 1, 1], [2, 2], [3, 3, 3, 3]]
+
+
+@pytest.mark.parametrize(
+    ("count", "max_tokens", "kept"),
+    [(3, 10, [0, 1, 2]), (9, 99, [0, 1, 2]), (3, 9, [1, 2]), (2, 10, [1, 2]), (3, 5, [2]), (3, 4, []), (0, 99, [])],
+)
+def test_the_last_exchanges_that_fit_are_kept(count: int, max_tokens: int, kept: list[int]) -> None:
+    """One token around 3 + 2 + 4."""
+    chosen = [EXCHANGES[i] for i in kept]
+    context = [9, *(i for exchange in chosen for i in exchange)]
+    assert keep_last(lambda flat: [9, *flat], EXCHANGES, count, max_tokens) == (context, chosen)
+
+
+def test_a_context_too_long_for_any_exchange_holds_none() -> None:
+    assert keep_last(lambda flat: [9] * 20 + flat, EXCHANGES, 3, 10) == ([9] * 20, [])
+
+
+def test_compactions_change_nothing_that_they_are_given() -> None:
+    limits, exchanges = settings_of(keep_steps=2).compaction, [ids("xk"), ids("yl"), ids("zm")]
+    before = [list(exchange) for exchange in exchanges]
+    task, tail = [USER, *ids("u"), STOP], [*exchanges[1], *exchanges[2]]
+    expected = ([*task, SUMMARY, *ids("s"), STOP, *tail], exchanges[1:])
+    assert PolicySummary(TINY, limits).compact("u", ids("s"), exchanges) == expected
+    assert LastExchanges(TINY, limits).compact("u", [], exchanges) == ([*task, *tail], exchanges[1:])
+    assert exchanges == before
+    assert LastExchanges.request_ids == []
+
+
+class Forgetful(Task):
+    """Chooses its player."""
+
+    def environment(self, row: TaskRow, sandbox: Sandbox) -> Environment:
+        raise NotImplementedError
+
+    def player(self, renderer: Renderer, config: RolloutConfig) -> seam.Player:
+        return ToolLoop(renderer, config, LastExchanges(renderer, config.compaction))
+
+
+def test_a_task_chooses_a_player_that_compacts_without_a_summary() -> None:
+    """Both exchanges fill the window but for less than the reserve: the second alone goes on."""
+    config = settings_of(keep_steps=1)
+    sampler, world = Player("x", "y", "z"), World("u", "k" * (CONTEXT - RESERVE - 10), "l")
+    episode = asyncio.run(Forgetful().player(TINY, config).play(Attempt("e", ROW, 0, world, sampler)))
+    assert [turn.kind for turn in episode.turns] == [TurnKind.ACT] * 3  # nobody was asked for a summary
+    y = [*ids("y"), STOP, TOOL, *ids("l"), STOP]
+    assert episode.turns[2].prompt_ids.tolist() == [USER, *ids("u"), STOP, *y]
+    first, second = cut(episode)
+    assert first.tokens[first.action_mask].tolist() == [*ids("x"), STOP, *ids("y"), STOP]
+    assert second.tokens[second.action_mask].tolist() == [*ids("z"), STOP]
+    assert first.successor == (1, 0)
+
+
+def test_a_task_that_chooses_nothing_is_played_by_the_loop_with_summaries() -> None:
+    class Plain(Forgetful):
+        player: Any = Task.player
+
+    made = Plain().player(TINY, settings_of())
+    assert isinstance(made, ToolLoop)
+    assert isinstance(made.compaction, PolicySummary)
+
+
+def test_without_a_summary_the_reserve_may_be_smaller() -> None:
+    """2 for an empty answer, and nothing for a request or a summary."""
+    config = settings_of(reserve_tokens=3, summary_tokens=2)
+    Forgetful().player(TINY, config)
+    with pytest.raises(ValueError, match="use at least 6"):
+        ToolLoop(TINY, config)
