@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import ray
 
-from buffer.types import Batch, Status, SubTrace, SubTraceInfo, SubTraceKind
+from buffer.types import Batch, EpisodeStats, Status, SubTrace, SubTraceInfo, SubTraceKind
 from launch.local import start_ray, stop_ray
 from slime import loop
 from slime.build import build_estimator, build_policy
@@ -39,7 +39,6 @@ from trainer.group import NoReference
 
 WINDOW = 104  # tokens of the demo's context
 PARTS = 3  # sub-traces an episode
-STATS = ("reward", "seconds", "engine_seconds", "tokens_generated", "compactions", "compacted", "turns", "truncated")
 
 
 def write_model(folder: Path) -> int:
@@ -166,7 +165,7 @@ class Bench:
             SubTraceInfo(ray.put(t), t.episode_id, len(t.tokens), int(t.action_mask.sum()), 0) for t in self.traces
         ]
         ids = tuple(f"e{episode}" for episode in range(episodes))
-        self.batch = Batch(1, tuple(infos), tuple({name: 1.0 for name in STATS} for _ in ids), ids)
+        self.batch = Batch(1, tuple(infos), tuple(EpisodeStats(1.0, num_sampled=1, duration_s=1.0) for _ in ids), ids)
         self.policy = build_policy(config, folder, placement(config))
         self.estimator = build_estimator(config, folder, placement(config))
         self.groups = [self.policy, *self.estimator.roles]

@@ -16,7 +16,7 @@ from typing import Any
 from buffer.config import BufferConfig
 from buffer.store import Counts, Store, Ticket
 from buffer.throughput import Throughput
-from buffer.types import Batch, SubTraceInfo
+from buffer.types import Batch, EpisodeStats, SubTraceInfo
 
 _POLL_S = 1.0  # while somebody waits, overdue tickets are noticed at least this often
 
@@ -52,7 +52,7 @@ class BufferActor:
             await self._wait(deadline_s)
         return None
 
-    async def add(self, ticket: Ticket, infos: Sequence[SubTraceInfo], stats: dict[str, float]) -> bool:
+    async def add(self, ticket: Ticket, infos: Sequence[SubTraceInfo], stats: EpisodeStats) -> bool:
         """A finished episode; False when its ticket was issued again meanwhile, and the episode is dropped."""
         kept = self._store.add(ticket, infos, stats)
         if kept:

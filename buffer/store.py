@@ -34,14 +34,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from buffer.config import BufferConfig
-from buffer.types import Batch, SubTraceInfo
+from buffer.types import Batch, EpisodeStats, SubTraceInfo
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,13 @@ class _Open:
     claimed_s: float = 0.0
     failures: int = 0
     infos: tuple[SubTraceInfo, ...] | None = None  # not None: finished
-    stats: dict[str, float] = field(default_factory=dict)
+    stats: EpisodeStats | None = None  # of a finished one
     step: int | None = None  # not None: taken by this step
+
+    @property
+    def measured(self) -> EpisodeStats:
+        assert self.stats is not None, f"ticket {self.ticket.number} is not finished"
+        return self.stats
 
 
 class Store:
@@ -121,7 +126,7 @@ class Store:
         state.claimed_s = now_s
         return state.ticket
 
-    def add(self, ticket: Ticket, infos: Sequence[SubTraceInfo], stats: dict[str, float]) -> bool:
+    def add(self, ticket: Ticket, infos: Sequence[SubTraceInfo], stats: EpisodeStats) -> bool:
         """A finished episode with the numbers measured on it; no `infos` when nothing was sampled.
 
         False, and nothing kept, when the ticket was issued again in the meantime or is already answered.
@@ -136,7 +141,7 @@ class Store:
                 f"ticket {ticket.number}: sub-traces of {', '.join(others)}: must be of its episode {ticket.episode_id}"
             )
         state.infos = tuple(infos)
-        state.stats = dict(stats)
+        state.stats = stats
         return True
 
     def fail(self, ticket: Ticket, reason: str, trace: str = "") -> bool:
@@ -179,7 +184,7 @@ class Store:
         batch = Batch(
             step=self._step,
             items=tuple(info for state in chosen for info in state.infos or ()),
-            episodes=tuple(state.stats for state in chosen),
+            episodes=tuple(state.measured for state in chosen),
             episode_ids=tuple(state.ticket.episode_id for state in chosen),
             groups=tuple(state.ticket.number // self._config.episodes_per_prompt for state in chosen),
         )

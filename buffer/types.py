@@ -1,10 +1,11 @@
 """The vocabulary: what flows between rollout, buffer, critic and policy.
 
-    Turn      one call of the engine                 (rollout writes it)
-    Episode   one attempt at one prompt: its turns   (rollout writes it)
-    SubTrace  tokens trained in one forward pass     (buffer.trace cuts an Episode into them)
-    Batch     the sub-traces of one training step    (buffer hands it out)
-    Targets   advantages and returns of a sub-trace  (critic.advantages writes it)
+    Turn          one call of the engine                 (rollout writes it)
+    Episode       one attempt at one prompt: its turns   (rollout writes it)
+    EpisodeStats  the numbers measured on an Episode     (rollout writes it)
+    SubTrace      tokens trained in one forward pass     (buffer.trace cuts an Episode into them)
+    Batch         the sub-traces of one training step    (buffer hands it out)
+    Targets       advantages and returns of a sub-trace  (critic.advantages writes it)
 
 Every record is frozen. Shapes: T tokens of a sub-trace, P prompt tokens and N sampled
 tokens of a turn. Log-probabilities are natural logarithms at temperature 1.
@@ -82,6 +83,23 @@ class Episode:
     guard_events: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class EpisodeStats:
+    """The numbers of one episode that metrics are made of."""
+
+    reward: float  # the terminal reward
+    row: int = 0  # as in Episode
+    truncated: bool = False  # a budget ran out
+    num_turns: int = 0  # summaries included
+    num_compactions: int = 0  # turns that wrote a summary
+    num_sub_traces: int = 0
+    compacted: bool = False  # a sub-trace ends with a compaction
+    num_sampled: int = 0  # tokens that the policy sampled
+    prompt_tokens: int = 0  # as in Episode
+    duration_s: float = 0.0  # from the sandbox to the reward
+    engine_s: float = 0.0  # of these, in which the episode waited for the engine
+
+
 class Successor(NamedTuple):
     """The action whose state follows a sub-trace's last action."""
 
@@ -150,7 +168,7 @@ class Batch:
 
     step: int
     items: tuple[SubTraceInfo, ...]
-    episodes: tuple[dict[str, float], ...]  # the numbers that rollout measured
+    episodes: tuple[EpisodeStats, ...]
     episode_ids: tuple[str, ...] = ()  # as in SubTraceInfo.episode_id
     groups: tuple[int, ...] = ()  # number of the group: equal for the attempts at one prompt, unique in a run
     tokens_per_s: float | None = None  # sampled since the batch before, while episodes ran; None: not measured

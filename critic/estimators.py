@@ -90,7 +90,7 @@ class EpisodeEstimator:
         return Ready({})
 
     def targets(self, batch: Batch, sub_traces: Sequence[SubTrace], asked: Mapping[int, Float32]) -> Judged:
-        terminal = np.array([stats["reward"] for stats in batch.episodes])
+        terminal = np.array([stats.reward for stats in batch.episodes])
         returns = episode_returns(sub_traces, batch.episode_ids, terminal.tolist())
         groups = np.asarray(batch.groups, np.int64)
         counts = action_counts(sub_traces, batch.episode_ids)

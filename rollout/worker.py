@@ -22,7 +22,7 @@ import ray
 
 from buffer.tasks import TaskRow
 from buffer.trace import cut
-from buffer.types import Episode, Status, SubTrace, SubTraceInfo, SubTraceKind, TurnKind
+from buffer.types import Episode, EpisodeStats, Status, SubTrace, SubTraceInfo, SubTraceKind, TurnKind
 from machine.failures import reason
 from rollout.agents.player import Attempt, Sampled, Sampler
 from rollout.agents.script import ScriptedSampler
@@ -58,7 +58,7 @@ class Played:
     """An episode as its caller sees it."""
 
     row: int
-    stats: dict[str, float]
+    stats: EpisodeStats
     sub_traces: tuple[SubTrace, ...] = field(repr=False, default=())
 
 
@@ -77,19 +77,21 @@ class EngineSampler:
         return sampled
 
 
-def stats_of(episode: Episode, sub_traces: Sequence[SubTrace]) -> dict[str, float]:
-    """The numbers of one episode that metrics are made of."""
-    return {
-        "reward": episode.reward,
-        "truncated": float(episode.status is Status.TRUNCATED),
-        "turns": float(len(episode.turns)),
-        "compactions": float(sum(turn.kind is TurnKind.SUMMARY for turn in episode.turns)),
-        "sub_traces": float(len(sub_traces)),
-        "compacted": float(any(s.kind is SubTraceKind.COMPACTED for s in sub_traces)),
-        "tokens_generated": float(sum(s.num_actions for s in sub_traces)),
-        "row": float(episode.row),
-        "prompt_tokens": float(episode.prompt_tokens),
-    }
+def stats_of(episode: Episode, sub_traces: Sequence[SubTrace], duration_s: float, engine_s: float) -> EpisodeStats:
+    """Return the numbers of one episode that metrics are made of."""
+    return EpisodeStats(
+        reward=episode.reward,
+        row=episode.row,
+        truncated=episode.status is Status.TRUNCATED,
+        num_turns=len(episode.turns),
+        num_compactions=sum(turn.kind is TurnKind.SUMMARY for turn in episode.turns),
+        num_sub_traces=len(sub_traces),
+        compacted=any(s.kind is SubTraceKind.COMPACTED for s in sub_traces),
+        num_sampled=sum(s.num_actions for s in sub_traces),
+        prompt_tokens=episode.prompt_tokens,
+        duration_s=duration_s,
+        engine_s=engine_s,
+    )
 
 
 class RolloutWorker:
@@ -146,10 +148,8 @@ class RolloutWorker:
             self._ended += 1
             await self._pool.release(sandbox)
         sub_traces = cut(episode)
-        stats = stats_of(episode, sub_traces)
-        stats["seconds"] = time.monotonic() - began
-        stats["engine_seconds"] = sampler.waited_s if isinstance(sampler, EngineSampler) else 0.0
-        return Played(index, stats, sub_traces)
+        engine_s = sampler.waited_s if isinstance(sampler, EngineSampler) else 0.0
+        return Played(index, stats_of(episode, sub_traces, time.monotonic() - began, engine_s), sub_traces)
 
     async def progress(self) -> int:
         """A number that grows with every answer of an engine and every end of an episode."""

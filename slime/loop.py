@@ -161,7 +161,7 @@ def penalised(
 def evaluate(config: Config, parts: Parts, watch: Watch, step: int) -> dict[str, float]:
     """Held-out pass rate over the episodes with a turn, sampled with the settings of training; none without any."""
     played = parts.rollout.evaluate(range(config.eval.num_tasks), config.tracking.sample_episodes)
-    rewards = np.array([one.stats["reward"] for one in played if one.stats["tokens_generated"]])
+    rewards = np.array([one.stats.reward for one in played if one.stats.num_sampled])
     watch.sample_played(step, "eval", [one for one in played if one.sub_traces])
     found = {"eval/num_tasks": float(len(rewards)), "eval/num_without_turn": float(len(played) - len(rewards))}
     if not len(rewards):

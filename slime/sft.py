@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import ray
 
-from buffer.types import Batch, SubTraceInfo
+from buffer.types import Batch, EpisodeStats, SubTraceInfo
 from launch.supervisor import forget
 from rollout.group import RolloutGroup
 from slime.build import build_policy, build_rollout
@@ -29,7 +29,7 @@ class Drawn(NamedTuple):
     """Of one optimizer step."""
 
     items: list[SubTraceInfo]  # each with an action
-    without_turn: list[dict[str, float]]  # numbers of the demonstrations without a turn that were played for it
+    without_turn: list[EpisodeStats]  # of the demonstrations without a turn that were played for it
 
 
 def demonstrations(config: Config, inputs: Prepared, rollout: RolloutGroup) -> Iterator[Drawn]:
@@ -51,7 +51,7 @@ def demonstrations(config: Config, inputs: Prepared, rollout: RolloutGroup) -> I
 
     coming = ask()
     while True:
-        without_turn: list[dict[str, float]] = []
+        without_turn: list[EpisodeStats] = []
         while len(pool) < 4 * config.sft.batch_sub_traces:
             ready, coming = rollout.played(coming, "demonstrations"), ask()
             for played in ready:

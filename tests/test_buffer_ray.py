@@ -14,7 +14,7 @@ import pytest
 from buffer.actor import BufferActor
 from buffer.config import BufferConfig
 from buffer.store import Ticket
-from buffer.types import Status, SubTrace, SubTraceInfo, SubTraceKind, Successor
+from buffer.types import EpisodeStats, Status, SubTrace, SubTraceInfo, SubTraceKind, Successor
 from machine.failures import reason
 
 pytestmark = pytest.mark.e2e
@@ -57,7 +57,7 @@ class Player:
 
         traces = [sub_trace(ticket, position) for position in (0, 1)]
         infos = [SubTraceInfo(ray.put(t), t.episode_id, len(t.tokens), t.num_actions, t.oldest_version) for t in traces]
-        return await self.buffer.add.remote(ticket, infos, {"reward": float(ticket.number)})
+        return await self.buffer.add.remote(ticket, infos, EpisodeStats(float(ticket.number)))
 
 
 class Stage:
@@ -96,7 +96,7 @@ def test_episodes_travel_by_reference(stage: Stage) -> None:
     batch = stage.get(taking)
     assert [item.episode_id for item in batch.items] == ["0.0", "0.0", "1.0", "1.0"]  # ticket order
     assert all(isinstance(item.ref, stage.ray.ObjectRef) for item in batch.items)
-    assert batch.episodes == ({"reward": 0.0}, {"reward": 1.0})
+    assert batch.episodes == (EpisodeStats(0.0), EpisodeStats(1.0))
     assert (batch.episode_ids, batch.groups) == (("0.0", "1.0"), (0, 1))
     traces = stage.get([item.ref for item in batch.items])
     for trace, ticket, position in zip(traces, (first, first, second, second), (0, 1, 0, 1), strict=True):

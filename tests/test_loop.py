@@ -9,12 +9,10 @@ import numpy as np
 import pytest
 from roles import batch_of, sub_trace
 
-from buffer.types import Targets
+from buffer.types import EpisodeStats, Targets
 from critic.estimators import Judged
 from slime import loop
 from slime.config import load
-
-STATS = ("reward", "seconds", "engine_seconds", "tokens_generated", "compactions", "compacted", "turns", "truncated")
 
 
 class Role:
@@ -44,7 +42,7 @@ def test_roles_work_side_by_side_and_weights_are_published_after_both(monkeypatc
     rng = np.random.default_rng(0)
     traces = [sub_trace(rng, 20, episode) for episode in range(4)]
     batch = batch_of(traces)
-    object.__setattr__(batch, "episodes", tuple({name: 1.0 for name in STATS} for _ in traces))
+    object.__setattr__(batch, "episodes", tuple(EpisodeStats(1.0, num_sampled=1, duration_s=1.0) for _ in traces))
     scores = {i: trace.logprobs for i, trace in enumerate(traces)}
     targets = [Targets(*(np.zeros(20, np.float32) for _ in range(3))) for _ in traces]
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from buffer.types import Batch, Status, SubTrace, SubTraceInfo, SubTraceKind, Targets
+from buffer.types import Batch, EpisodeStats, Status, SubTrace, SubTraceInfo, SubTraceKind, Targets
 from critic.diagnostics import critic_metrics
 from slime.observe.metrics import (
     advantage_metrics,
@@ -57,12 +57,11 @@ def trace(
     )
 
 
-def stats(reward: float, seconds: float, tokens: float, **other: float) -> dict[str, float]:
-    told = {"compactions": 0.0, "compacted": 0.0, "turns": 1.0, "truncated": 0.0, "engine_seconds": 0.0}
-    return {"reward": reward, "seconds": seconds, "tokens_generated": tokens, **told, **other}
+def stats(reward: float, seconds: float, tokens: int, turns: int = 1, **other: Any) -> EpisodeStats:
+    return EpisodeStats(reward, duration_s=seconds, num_sampled=tokens, num_turns=turns, **other)
 
 
-def batch(episodes: list[dict[str, float]], sub_traces: int = 1) -> Batch:
+def batch(episodes: list[EpisodeStats], sub_traces: int = 1) -> Batch:
     items = tuple(SubTraceInfo(None, "e", 10, 5, 0) for _ in range(sub_traces))
     return Batch(step=3, items=items, episodes=tuple(episodes))
 
@@ -195,10 +194,10 @@ def test_arrays_of_another_length_and_steps_without_actions_are_refused() -> Non
 
 def test_rollout_by_hand() -> None:
     episodes = [
-        stats(1, seconds=2, tokens=10, compactions=2, compacted=1, turns=5, engine_seconds=1),
-        stats(0, seconds=4, tokens=20, turns=3, truncated=1, engine_seconds=3),
-        stats(0, seconds=12, tokens=30, turns=4, engine_seconds=5),
-        stats(0, seconds=6, tokens=40, turns=4, engine_seconds=3),
+        stats(1, seconds=2, tokens=10, num_compactions=2, compacted=True, turns=5, engine_s=1),
+        stats(0, seconds=4, tokens=20, turns=3, truncated=True, engine_s=3),
+        stats(0, seconds=12, tokens=30, turns=4, engine_s=5),
+        stats(0, seconds=6, tokens=40, turns=4, engine_s=3),
     ]
     found = rollout_metrics(batch(episodes, sub_traces=6))
     assert found == pytest.approx(
@@ -226,8 +225,10 @@ def test_rollout_by_hand() -> None:
 
 def test_episodes_without_a_turn_are_in_no_mean() -> None:
     """Whatever was measured on them: the means are those of the others; without others there are none."""
-    played = [stats(1, seconds=2, tokens=10), stats(0, seconds=4, tokens=20, truncated=1)]
-    silent = [stats(1, seconds=90, tokens=0, turns=0, truncated=1, compactions=9, compacted=1, engine_seconds=80)] * 3
+    played = [stats(1, seconds=2, tokens=10), stats(0, seconds=4, tokens=20, truncated=True)]
+    silent = [
+        stats(1, seconds=90, tokens=0, turns=0, truncated=True, num_compactions=9, compacted=True, engine_s=80)
+    ] * 3
     alone, among = rollout_metrics(batch(played)), rollout_metrics(batch([silent[0], *played, *silent[1:]]))
     assert (among.pop("rollout/num_episodes"), among.pop("rollout/num_without_turn")) == (5, 3)
     assert (alone.pop("rollout/num_episodes"), alone.pop("rollout/num_without_turn")) == (2, 0)

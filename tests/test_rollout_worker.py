@@ -8,10 +8,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from test_agent import Player, World, settings_of
+from test_agent import play as play_alone
 
 from buffer.store import Ticket
+from buffer.trace import cut
+from buffer.types import EpisodeStats
 from rollout.environment import Demonstrator
-from rollout.worker import EVAL_ATTEMPTS, RolloutWorker
+from rollout.worker import EVAL_ATTEMPTS, RolloutWorker, stats_of
 
 LIMIT_S = 60.0
 
@@ -130,3 +134,22 @@ def test_stopping_ends_episodes_before_what_they_stand_on() -> None:
 
     assert asyncio.run(main()) == []
     assert events == ["episode", "pool"]
+
+
+def test_the_numbers_of_an_episode_by_hand() -> None:
+    """Two actions, a summary and a last action, of two tokens each, after a task of five."""
+    world = World("uuu", "k" * 5, "k" * 25)
+    episode = play_alone(Player("x", "y", "s", "z"), world, settings_of(keep_steps=0))
+    assert stats_of(episode, cut(episode), duration_s=2.0, engine_s=0.5) == EpisodeStats(
+        reward=0.5,
+        row=3,
+        truncated=False,
+        num_turns=4,
+        num_compactions=1,
+        num_sub_traces=2,
+        compacted=True,
+        num_sampled=8,
+        prompt_tokens=5,
+        duration_s=2.0,
+        engine_s=0.5,
+    )

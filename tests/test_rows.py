@@ -14,7 +14,7 @@ import pytest
 from roles import batch_of, seven_sub_traces
 
 from buffer.tasks import TaskRow
-from buffer.types import Batch
+from buffer.types import Batch, EpisodeStats
 from recipes.coding.model import build_model
 from rollout.worker import Played
 from slime import Environment, Sandbox, Task, cli, loop
@@ -189,8 +189,8 @@ def test_slime_config_shows_them(
 # Episodes without a turn --------------------------------------------------------------------------------------------
 
 
-def stats(reward: float = 1.0, tokens: int = 5, prompt: int = 9) -> dict[str, float]:
-    return {"reward": reward, "tokens_generated": float(tokens), "prompt_tokens": float(prompt)}
+def stats(reward: float = 1.0, tokens: int = 5, prompt: int = 9) -> EpisodeStats:
+    return EpisodeStats(reward, num_sampled=tokens, prompt_tokens=prompt)
 
 
 SILENT = stats(tokens=0, prompt=301)
@@ -208,7 +208,7 @@ def config_of(*overrides: str) -> Config:
     return load([PPO, *WINDOW, *overrides]).config
 
 
-def evaluated(*of: dict[str, float]) -> tuple[dict[str, float], list[str]]:
+def evaluated(*of: EpisodeStats) -> tuple[dict[str, float], list[str]]:
     watch, played = Notes(), [Played(k, one) for k, one in enumerate(of)]
     parts: Any = SimpleNamespace(rollout=SimpleNamespace(evaluate=lambda indices, keep: played))
     return loop.evaluate(config_of(), parts, watch, 3), watch.lines  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from buffer.actor import BufferActor
 from buffer.config import BufferConfig
 from buffer.store import Store, Ticket
-from buffer.types import SubTraceInfo
+from buffer.types import EpisodeStats, SubTraceInfo
 
 
 def info(ticket: Ticket, num_tokens: int = 10, version: int = 0) -> SubTraceInfo:
@@ -42,13 +42,13 @@ class Run:
             self.running[ticket] = self.version
 
     def finish(self, ticket: Ticket) -> None:
-        assert self.store.add(ticket, [info(ticket, version=self.running.pop(ticket))], {"number": ticket.number})
+        assert self.store.add(ticket, [info(ticket, version=self.running.pop(ticket))], EpisodeStats(ticket.number))
 
     def train(self) -> bool:
         batch = self.store.take()
         if batch is None:
             return False
-        numbers = [int(stats["number"]) for stats in batch.episodes]
+        numbers = [int(stats.reward) for stats in batch.episodes]
         assert batch.step == self.version
         assert numbers == sorted(numbers)
         assert [item.episode_id for item in batch.items] == list(batch.episode_ids)
@@ -80,17 +80,17 @@ def test_life_of_a_ticket() -> None:
     assert (first.number, second.number, first.attempt) == (0, 1, 0)
     assert store.claim(0.0, "a") is None  # both slots are taken
     assert store.take() is None
-    assert store.add(second, [info(second)], {"reward": 1.0})
-    assert not store.add(second, [info(second)], {})  # answered already
+    assert store.add(second, [info(second)], EpisodeStats(1.0))
+    assert not store.add(second, [info(second)], EpisodeStats(0.0))  # answered already
     batch = store.take()
     assert batch is not None
-    assert (batch.step, batch.num_tokens, batch.episodes) == (0, 10, ({"reward": 1.0},))
+    assert (batch.step, batch.num_tokens, batch.episodes) == (0, 10, (EpisodeStats(1.0),))
     assert store.claim(0.0, "a") is None  # taken is not released
     assert store.take() is None
     assert store.release(0) == 1
     with pytest.raises(ValueError, match="step 0: it is not out"):
         store.release(0)
-    assert not store.add(second, [info(second)], {})  # long gone
+    assert not store.add(second, [info(second)], EpisodeStats(0.0))  # long gone
     third = store.claim(0.0, "a")
     assert third is not None
     assert third.number == 2
@@ -100,10 +100,10 @@ def test_an_episode_without_sub_traces_counts() -> None:
     store = Store(config(1), 1, seed=0)
     ticket = store.claim(0.0, "a")
     assert ticket is not None
-    assert store.add(ticket, [], {"turns": 0.0})
+    assert store.add(ticket, [], EpisodeStats(0.25))
     batch = store.take()
     assert batch is not None
-    assert (batch.items, batch.episodes) == ((), ({"turns": 0.0},))
+    assert (batch.items, batch.episodes) == ((), (EpisodeStats(0.25),))
     assert (batch.episode_ids, batch.groups) == (("0.0",), (0,))
     assert store.release(0) == 1
 
@@ -113,7 +113,7 @@ def test_sub_traces_of_another_episode_are_refused() -> None:
     ticket = store.claim(0.0, "a")
     assert ticket is not None
     with pytest.raises(ValueError, match=r"ticket 0: sub-traces of 0\.1, 5\.0: must be of its episode 0\.0"):
-        store.add(ticket, [info(ticket), info(Ticket(5, 0, 0)), info(Ticket(0, 0, 1))], {})
+        store.add(ticket, [info(ticket), info(Ticket(5, 0, 0)), info(Ticket(0, 0, 1))], EpisodeStats(0.0))
 
 
 def test_failed_tickets_come_first_and_run_out() -> None:
@@ -123,7 +123,7 @@ def test_failed_tickets_come_first_and_run_out() -> None:
     for attempt in (1, 2):
         assert store.fail(ticket, "engine died")
         assert not store.fail(ticket, "engine died")  # late
-        assert not store.add(ticket, [info(ticket)], {})  # late
+        assert not store.add(ticket, [info(ticket)], EpisodeStats(0.0))  # late
         again = store.claim(0.0, "b")
         assert again is not None
         assert (again.number, again.row, again.attempt) == (0, ticket.row, attempt)
@@ -188,7 +188,7 @@ def test_lag_order_and_rows_hold_under_stragglers_failures_and_resumes(
         superseded += run.store.expire(now_s)
         for late in superseded:
             run.running.pop(late, None)
-            assert not run.store.add(late, [info(late)], {})
+            assert not run.store.add(late, [info(late)], EpisodeStats(0.0))
         superseded = superseded[-3:]
         while rng.random() < 0.7 and run.train():
             pass
@@ -264,20 +264,20 @@ def test_a_group_is_trained_when_its_last_episode_is_there() -> None:
     assert rows[0] != rows[2]
     for number in (0, 2):
         assert (ticket := tickets[number]) is not None
-        assert store.add(ticket, [info(ticket)], {})
+        assert store.add(ticket, [info(ticket)], EpisodeStats(0.0))
         assert store.take() is None  # two finished episodes, no whole group
     assert store.counts()[:3] == (2, 0, 2)  # finished, takeable, wanted
     assert tickets[1] is not None
     assert tickets[3] is not None
     assert store.fail(tickets[1], "broken")
-    assert store.add(tickets[3], [], {})
+    assert store.add(tickets[3], [], EpisodeStats(0.0))
     batch = store.take()
     assert batch is not None
     assert (batch.episode_ids, batch.groups) == (("2.0", "3.0"), (1, 1))
     assert [item.episode_id for item in batch.items] == ["2.0"]
     again = store.claim(0.0, "a")
     assert again == Ticket(1, rows[0], attempt=1)
-    assert store.add(again, [info(again)], {})
+    assert store.add(again, [info(again)], EpisodeStats(0.0))
     batch = store.take()
     assert batch is not None
     assert (batch.episode_ids, batch.groups) == (("0.0", "1.1"), (0, 0))
@@ -288,7 +288,7 @@ def test_a_resume_in_the_middle_of_a_group_keeps_it_whole() -> None:
     store = Store(settings_, num_rows=6, seed=1)
     tickets = [store.claim(0.0, "a") for _ in range(3)]
     assert tickets[0] is not None
-    assert store.add(tickets[0], [info(tickets[0])], {})
+    assert store.add(tickets[0], [info(tickets[0])], EpisodeStats(0.0))
     resumed = Store(settings_, num_rows=6, seed=1)
     resumed.load_state_dict(pickle.loads(pickle.dumps(store.state_dict())))
     claims = [resumed.claim(0.0, "new") for _ in range(5)]
@@ -324,10 +324,10 @@ def test_resume_issues_open_tickets_again_and_trained_ones_never() -> None:
     resumed.load_state_dict(pickle.loads(pickle.dumps(run.store.state_dict())))
     claims = [resumed.claim(0.0, "new") for _ in range(6)]
     assert [(ticket.number, ticket.attempt) for ticket in claims if ticket] == [(1, 1), (3, 1), (4, 1), (5, 0), (6, 0)]
-    assert not resumed.add(tickets[1], [info(tickets[1])], {})
+    assert not resumed.add(tickets[1], [info(tickets[1])], EpisodeStats(0.0))
     for ticket in claims[:2]:
         assert ticket is not None
-        assert resumed.add(ticket, [info(ticket)], {})
+        assert resumed.add(ticket, [info(ticket)], EpisodeStats(0.0))
     batch = resumed.take()
     assert batch is not None
     assert batch.step == 1
@@ -344,9 +344,9 @@ def test_actor_claim_waits_for_a_slot_and_take_for_episodes() -> None:
         first = await actor.claim("a")
         assert first is not None
         claiming = asyncio.create_task(actor.claim("a"))
-        assert await actor.add(first, [info(first)], {"reward": 0.5})
+        assert await actor.add(first, [info(first)], EpisodeStats(0.5))
         batch = await asyncio.wait_for(taking, 10)
-        assert batch.episodes == ({"reward": 0.5},)
+        assert batch.episodes == (EpisodeStats(0.5),)
         assert (await actor.status())[:6] == (0, 0, 1, 0, 0, 0)
         assert not claiming.done()
         await actor.release(batch.step)
@@ -365,7 +365,7 @@ def test_actor_take_names_who_is_waited_for() -> None:
         actor = BufferActor(config(4, take_timeout_s=0.05), num_rows=9, seed=0)
         tickets = [await actor.claim(worker) for worker in ("a", "a", "b")]
         assert tickets[0] is not None
-        await actor.add(tickets[0], [], {})
+        await actor.add(tickets[0], [], EpisodeStats(0.0))
         with pytest.raises(
             TimeoutError, match=r"3 of 4 episodes are missing .*a holds 1 \(oldest ticket 1\), b holds 1"
         ):
@@ -388,7 +388,7 @@ def test_actor_reissues_overdue_tickets_while_training_waits() -> None:
         assert late is not None
         assert again is not None
         assert (again.number, again.attempt) == (late.number, 1)
-        assert not await actor.add(late, [info(late)], {})
+        assert not await actor.add(late, [info(late)], EpisodeStats(0.0))
 
     asyncio.run(main())
 

@@ -10,7 +10,7 @@ from buffer.actor import BufferActor
 from buffer.config import BufferConfig
 from buffer.store import Ticket
 from buffer.throughput import Throughput
-from buffer.types import SubTraceInfo
+from buffer.types import EpisodeStats, SubTraceInfo
 
 
 class Clock:
@@ -50,7 +50,7 @@ def test_a_step_whose_episodes_ran_before_it_began_has_the_rate_of_that_time() -
             clock.now_s += seconds
             for ticket in tickets:
                 assert isinstance(ticket, Ticket)
-                await actor.add(ticket, [SubTraceInfo(None, ticket.episode_id, 90, num_actions, 0)], {})
+                await actor.add(ticket, [SubTraceInfo(None, ticket.episode_id, 90, num_actions, 0)], EpisodeStats(0.0))
 
         await play(seconds=20.0, num_actions=50)
         clock.now_s += 30.0  # the evaluation goes on
@@ -73,11 +73,11 @@ def test_episodes_that_run_beside_the_training_count_that_time() -> None:
         assert one is not None
         assert two is not None
         clock.now_s += 5.0
-        await actor.add(one, [SubTraceInfo(None, one.episode_id, 9, 9, 0)], {})
+        await actor.add(one, [SubTraceInfo(None, one.episode_id, 9, 9, 0)], EpisodeStats(0.0))
         batch = await actor.take()
         clock.now_s += 5.0
         await actor.release(batch.step)
-        await actor.add(two, [SubTraceInfo(None, two.episode_id, 9, 7, 0)], {})
+        await actor.add(two, [SubTraceInfo(None, two.episode_id, 9, 7, 0)], EpisodeStats(0.0))
         assert batch.tokens_per_s == pytest.approx(9 / 5)
         assert (await actor.take()).tokens_per_s == pytest.approx(7 / 5)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from buffer.tasks import TaskRow, read_rows
+from buffer.types import EpisodeStats
 from rollout.rendering.renderer import Renderer
 from rollout.rendering.templates import find_template
 from slime.schema import Config, Kind
@@ -90,11 +91,11 @@ def overlong(config: Config, split: str, rows: Sequence[TaskRow], model_folder: 
     return Overlong(message, len(found) == len(rows))
 
 
-def no_turn(config: Config, stats: Sequence[Mapping[str, float]]) -> str:
+def no_turn(config: Config, stats: Sequence[EpisodeStats]) -> str:
     """Why nothing was sampled in these episodes."""
-    shortest = min(one["prompt_tokens"] for one in stats)
+    shortest = min(one.prompt_tokens for one in stats)
     return (
-        f"the prompts of {len(stats)} episodes leave no room for a turn: the shortest has {shortest:.0f} tokens, "
+        f"the prompts of {len(stats)} episodes leave no room for a turn: the shortest has {shortest} tokens, "
         f"{_limit(config)}"
     )
 

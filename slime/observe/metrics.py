@@ -15,7 +15,7 @@ left out: a key that is there is a finite number.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,7 +41,7 @@ def rollout_metrics(batch: Batch) -> dict[str, float]:
     if not batch.episodes:
         raise ValueError(f"step {batch.step}: the batch has no episode: at least 1 is needed")
 
-    played = [stats for stats in batch.episodes if stats["tokens_generated"]]
+    played = [stats for stats in batch.episodes if stats.num_sampled]
     counts = {
         "rollout/num_episodes": len(batch.episodes),
         "rollout/num_without_turn": len(batch.episodes) - len(played),
@@ -51,18 +51,20 @@ def rollout_metrics(batch: Batch) -> dict[str, float]:
     if not played:
         return _finite(counts)
 
-    def of(name: str) -> Float64:
-        return np.array([stats[name] for stats in played], np.float64)
+    def column(numbers: Iterable[float]) -> Float64:
+        return np.array(list(numbers), np.float64)
 
-    seconds, tokens, reward = of("seconds"), of("tokens_generated"), of("reward")
+    seconds = column(stats.duration_s for stats in played)
+    tokens = column(stats.num_sampled for stats in played)
+    reward = column(stats.reward for stats in played)
     found = {
         **counts,
         "rollout/reward_mean": reward.mean(),
         "rollout/reward_std": reward.std(),
-        "rollout/compactions_per_episode": of("compactions").mean(),
-        "rollout/compacted_fraction": of("compacted").mean(),
-        "rollout/turns_per_episode": of("turns").mean(),
-        "rollout/truncated_fraction": of("truncated").mean(),
+        "rollout/compactions_per_episode": column(stats.num_compactions for stats in played).mean(),
+        "rollout/compacted_fraction": column(stats.compacted for stats in played).mean(),
+        "rollout/turns_per_episode": column(stats.num_turns for stats in played).mean(),
+        "rollout/truncated_fraction": column(stats.truncated for stats in played).mean(),
         "rollout/tokens_generated": tokens.sum(),
         "rollout/tokens_p95": np.percentile(tokens, 95),
         "rollout/seconds_mean": seconds.mean(),
@@ -72,7 +74,7 @@ def rollout_metrics(batch: Batch) -> dict[str, float]:
     if batch.tokens_per_s is not None:
         found["rollout/tokens_per_s"] = batch.tokens_per_s
     if seconds.mean() > 0:
-        found["rollout/engine_time_fraction"] = of("engine_seconds").mean() / seconds.mean()
+        found["rollout/engine_time_fraction"] = column(stats.engine_s for stats in played).mean() / seconds.mean()
         found["rollout/straggler_ratio"] = seconds.max() / seconds.mean()
     return _finite(found)
 

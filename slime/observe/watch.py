@@ -7,7 +7,7 @@ from typing import Any
 
 from buffer.store import Counts
 from buffer.tasks import TaskRow
-from buffer.types import Batch, SubTrace, Targets
+from buffer.types import Batch, EpisodeStats, SubTrace, Targets
 from rollout.worker import Played
 from slime.observe.tracking import Tracker
 from slime.observe.view import View
@@ -15,7 +15,7 @@ from slime.observe.view import View
 
 def record(
     prompt: str,
-    stats: Mapping[str, float],
+    stats: EpisodeStats,
     sub_traces: Sequence[SubTrace],
     targets: Sequence[Targets] | None,
     names: Any,
@@ -41,9 +41,9 @@ def record(
         cards.append({"kind": trace.kind.value, "tokens": tokens})
     return {
         "episode_id": sub_traces[0].episode_id,
-        "row": int(stats["row"]),
+        "row": stats.row,
         "prompt": prompt,
-        "reward": stats["reward"],
+        "reward": stats.reward,
         "status": sub_traces[0].status.value,
         "sub_traces": cards,
         "guard_events": [],
@@ -98,10 +98,10 @@ class Watch:
         places: dict[str, list[int]] = {}
         for place, trace in enumerate(sub_traces):
             places.setdefault(trace.episode_id, []).append(place)
-        stats = {str(i): s for i, s in enumerate(s for s in batch.episodes if s["sub_traces"])}
+        stats = {str(i): s for i, s in enumerate(s for s in batch.episodes if s.num_sub_traces)}
         records = []
         for (_, mine), one in list(zip(places.items(), stats.values(), strict=True))[: self._count]:
-            prompt = self._rows[split][int(one["row"])].prompt
+            prompt = self._rows[split][one.row].prompt
             chosen = [sub_traces[i] for i in mine], [targets[i] for i in mine]
             records.append(record(prompt, one, *chosen, self._token_texts))
         self.tracker.episodes(step, split, records)
