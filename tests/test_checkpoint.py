@@ -283,9 +283,9 @@ def write_policy(source: Path, folder: Path, change: Callable[[dict[str, Any]], 
     from safetensors.torch import load_file
     from torch.distributed import checkpoint as torch_checkpoint
 
-    from trainer.megatron.models.entries import entries
-    from trainer.megatron.models.mapping import merge
-    from trainer.megatron.models.shape import read_shape
+    from trainer.models.entries import entries
+    from trainer.models.mapping import merge
+    from trainer.models.shape import read_shape
 
     shape, theirs = read_shape(source), load_file(source / "model.safetensors")
     tensors = {f"model.{e.ours}": merge([theirs[n] for n in e.theirs], e, shape, 2) for e in entries(shape)}

@@ -10,7 +10,7 @@ import torch
 from critic.head import ValueHead, bounded
 from trainer.config import LayoutConfig, Precision
 from trainer.megatron.model import transformer_config
-from trainer.megatron.models.shape import ModelShape
+from trainer.models.shape import ModelShape
 
 SHAPE = ModelShape(
     num_layers=1,

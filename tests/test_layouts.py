@@ -18,10 +18,10 @@ from trainer.batching import MicroBatch, length_multiples, micro_batch, per_sub_
 from trainer.config import LayoutConfig, Loss, PolicyConfig
 from trainer.layout import check_layout, chunks_of, pipeline_rank_of
 from trainer.megatron.hf import _own_part
-from trainer.megatron.models.entries import Entry, Merge, Split, entries, padded_vocab
-from trainer.megatron.models.mapping import merge, shard
-from trainer.megatron.models.shape import ModelShape, MoeShape
 from trainer.megatron.modules import Packing
+from trainer.models.entries import Entry, Merge, Split, entries, padded_vocab
+from trainer.models.mapping import merge, shard
+from trainer.models.shape import ModelShape, MoeShape
 
 CPU = torch.device("cpu")
 DENSE = ModelShape(36, 4096, 32, 8, 128, 12288, 151936, 1e-6, 1e6, tied=False, qk_norm=True, max_positions=40960)

@@ -24,11 +24,11 @@ from trainer.config import LayoutConfig, OptimizerConfig, PolicyConfig, Precisio
 from trainer.group import PolicyGroup
 from trainer.megatron import checkpoint, hf, stored
 from trainer.megatron.model import build_models
-from trainer.megatron.models.entries import entries, strays, weight_shapes
-from trainer.megatron.models.mapping import unmerge
-from trainer.megatron.models.rope import inverse_frequencies
-from trainer.megatron.models.shape import ModelShape, read_shape
 from trainer.megatron.modules import Packing
+from trainer.models.entries import entries, strays, weight_shapes
+from trainer.models.mapping import unmerge
+from trainer.models.rope import inverse_frequencies
+from trainer.models.shape import ModelShape, read_shape
 from trainer.policy import PolicyWorker
 
 LENGTHS = [11, 1, 33, 7]  # of the packed sequences

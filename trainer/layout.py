@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from trainer.megatron.models.shape import ModelShape
+from trainer.models.shape import ModelShape
 
 MOST_STAGES = 64  # virtual ones, of a layout that is proposed
 

@@ -19,7 +19,7 @@ from trainer.delta import Base
 from trainer.fields import PARTS
 from trainer.losses import TokenLoss
 from trainer.megatron import hf
-from trainer.megatron.models.entries import weight_shapes
+from trainer.models.entries import weight_shapes
 from trainer.offload import Part, needs
 from trainer.worker import Fields, MegatronWorker, WorkerSettings
 

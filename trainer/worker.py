@@ -35,8 +35,8 @@ from megatron.core.distributed import finalize_model_grads  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 
 from trainer.megatron import checkpoint, hf, model, optimizer  # noqa: E402
-from trainer.megatron.models.entries import entries  # noqa: E402
-from trainer.megatron.models.shape import read_shape  # noqa: E402
+from trainer.models.entries import entries  # noqa: E402
+from trainer.models.shape import read_shape  # noqa: E402
 
 Fields = dict[str, dict[int, Float32]]
 # output of the model (log-probabilities and entropies [2, P], or values [1, P]) and its micro-batch -> summed loss,

@@ -56,8 +56,8 @@ def check_attention(heads: int = 16, kv_heads: int = 8, d: int = 128) -> list[li
     from megatron.core.transformer.enums import AttnMaskType
 
     from trainer.megatron.model import transformer_config
-    from trainer.megatron.models.shape import read_shape
     from trainer.megatron.modules import PackedAttention, Packing
+    from trainer.models.shape import read_shape
 
     lengths = [700, 1, 129, 1218]
     torch.manual_seed(1)

@@ -17,9 +17,9 @@ from slime.config.settings import as_text
 from slime.schema import Config
 from trainer.config import LayoutConfig
 from trainer.layout import check_layout
-from trainer.megatron.models.fields import read_json
-from trainer.megatron.models.files import check_weights
-from trainer.megatron.models.shape import ModelShape, read_shape
+from trainer.models.files import check_weights
+from trainer.models.reading import read_json
+from trainer.models.shape import ModelShape, read_shape
 
 TOKENIZER = "tokenizer.json"
 # Megatron's names of what a layout sets.

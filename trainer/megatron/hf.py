@@ -1,8 +1,8 @@
 """Weights between a Hugging Face folder and this process's Megatron chunks, both ways, bit for bit.
 
-Which tensor is which stands in models/entries.py, which file holds it in models/files.py. No process ever holds a
-whole model: loading reads from the files only what a process keeps, exporting passes one whole tensor at a time to the
-role's rank 0.
+trainer/models/entries.py says which tensor is which, trainer/models/files.py which file holds it. No process ever holds
+a whole model: loading reads from the files only what a process keeps, exporting passes one whole tensor at a time to
+the role's rank 0.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ cpu.enable()
 
 from megatron.core import parallel_state  # noqa: E402
 
-from trainer.megatron.models.entries import Entry, Merge, Split, entries, is_kept, padded_vocab  # noqa: E402
-from trainer.megatron.models.files import check_headers, headers  # noqa: E402
-from trainer.megatron.models.mapping import merge, tensors, unmerge  # noqa: E402
-from trainer.megatron.models.shape import ModelShape, read_shape  # noqa: E402
+from trainer.models.entries import Entry, Merge, Split, entries, is_kept, padded_vocab  # noqa: E402
+from trainer.models.files import check_headers, headers  # noqa: E402
+from trainer.models.mapping import merge, tensors, unmerge  # noqa: E402
+from trainer.models.shape import ModelShape, read_shape  # noqa: E402
 
 FILE_BYTES = 4 << 30  # of an exported file, at most, where no single tensor is larger
 

@@ -26,11 +26,11 @@ from megatron.core.tensor_parallel.mappings import (  # noqa: E402
 )
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
-from trainer.megatron.models.entries import padded_vocab  # noqa: E402
 from trainer.megatron.models.options import config_class, finish, model_options  # noqa: E402
-from trainer.megatron.models.shape import ModelShape  # noqa: E402
 from trainer.megatron.models.spec import block_spec  # noqa: E402
 from trainer.megatron.scores import scores  # noqa: E402
+from trainer.models.entries import padded_vocab  # noqa: E402
+from trainer.models.shape import ModelShape  # noqa: E402
 
 _RECOMPUTE: dict[Recompute, dict[str, Any]] = {
     Recompute.none: {},

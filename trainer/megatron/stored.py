@@ -18,9 +18,9 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from trainer.megatron import hf
-from trainer.megatron.models.entries import Entry, Merge, entries
-from trainer.megatron.models.mapping import unmerge
-from trainer.megatron.models.shape import ModelShape, read_shape
+from trainer.models.entries import Entry, Merge, entries
+from trainer.models.mapping import unmerge
+from trainer.models.shape import ModelShape, read_shape
 
 
 def read_index(folder: Path) -> Any:

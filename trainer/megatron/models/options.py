@@ -11,8 +11,8 @@ cpu.enable()
 from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig  # noqa: E402
 
-from trainer.megatron.models.rope import inverse_frequencies  # noqa: E402
-from trainer.megatron.models.shape import MlaShape, ModelShape, MoeShape  # noqa: E402
+from trainer.models.rope import inverse_frequencies  # noqa: E402
+from trainer.models.shape import MlaShape, ModelShape, MoeShape  # noqa: E402
 
 
 def config_class(shape: ModelShape) -> type[TransformerConfig]:

@@ -22,8 +22,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from trainer.megatron.models.experts import GroupedExperts  # noqa: E402
 from trainer.megatron.models.parts import LatentAttention, LatentDown, LatentNorm, RowThenNorm  # noqa: E402
-from trainer.megatron.models.shape import ModelShape  # noqa: E402
 from trainer.megatron.modules import PackedAttention, RMSNorm  # noqa: E402
+from trainer.models.shape import ModelShape  # noqa: E402
 
 
 class _Backend(LocalSpecProvider):

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from buffer.text import unique_keys
-from trainer.megatron.models.entries import Entry, entries, strays
-from trainer.megatron.models.fields import read_json, refuse_pointer
-from trainer.megatron.models.shape import ModelShape
+from trainer.models.entries import Entry, entries, strays
+from trainer.models.reading import read_json, refuse_pointer
+from trainer.models.shape import ModelShape
 
 INDEX = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.megatron.models.fields import Fields
+from trainer.models.reading import JsonObject
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class ModelShape:
         return self.moe is not None and self.moe.layers[layer]
 
 
-def _rope(f: Fields) -> dict[str, Any]:
+def _rope(f: JsonObject) -> dict[str, Any]:
     """`rope_parameters`, or `rope_scaling` and its neighbours as older folders have it."""
     r = f.inside("rope_parameters") or f.inside("rope_scaling")
     base = r.float("rope_theta", f.float("rope_theta", 10000.0))
@@ -115,7 +115,7 @@ def _rope(f: Fields) -> dict[str, Any]:
     return {"rope_base": base, "rope": rope}
 
 
-def _common(f: Fields) -> dict[str, Any]:
+def _common(f: JsonObject) -> dict[str, Any]:
     """What every mapped decoder has."""
     f.only("hidden_act", "silu")
     f.only("use_sliding_window", False)
@@ -138,17 +138,17 @@ def _common(f: Fields) -> dict[str, Any]:
     }
 
 
-def _qwen2(f: Fields) -> ModelShape:
+def _qwen2(f: JsonObject) -> ModelShape:
     f.only("use_mrope", False)
     return ModelShape(**_common(f), qkv_bias=True)
 
 
-def _qwen3(f: Fields) -> ModelShape:
+def _qwen3(f: JsonObject) -> ModelShape:
     f.only("attention_bias", False)
     return ModelShape(**_common(f) | {"qk_norm": True})
 
 
-def _qwen3_moe(f: Fields) -> ModelShape:
+def _qwen3_moe(f: JsonObject) -> ModelShape:
     f.only("attention_bias", False)
     common = _common(f) | {"qk_norm": True}
     step, dense = f.int("decoder_sparse_step", 1), f.list("mlp_only_layers")
@@ -165,23 +165,23 @@ def _qwen3_moe(f: Fields) -> ModelShape:
     return ModelShape(**common, moe=moe)
 
 
-def _llama(f: Fields) -> ModelShape:
+def _llama(f: JsonObject) -> ModelShape:
     f.only("attention_bias", False)
     f.only("mlp_bias", False)
     return ModelShape(**_common(f))
 
 
-def _partial(f: Fields) -> float:
+def _partial(f: JsonObject) -> float:
     """The part of a head that has positions, in both GLM families."""
     return f.inside("rope_parameters").float("partial_rotary_factor", f.float("partial_rotary_factor", 0.5))
 
 
-def _glm4(f: Fields) -> ModelShape:
+def _glm4(f: JsonObject) -> ModelShape:
     bias = f.bool("attention_bias", True)
     return ModelShape(**_common(f), qkv_bias=bias, rotary_fraction=_partial(f), rotary_pairs=True, sandwich=True)
 
 
-def _sigmoid_moe(f: Fields, num_layers: int) -> MoeShape:
+def _sigmoid_moe(f: JsonObject, num_layers: int) -> MoeShape:
     """The router of DeepSeek-V3 and GLM-4.5."""
     f.only("scoring_func", "sigmoid")
     f.only("topk_method", "noaux_tc")
@@ -207,11 +207,11 @@ def _sigmoid_moe(f: Fields, num_layers: int) -> MoeShape:
     )
 
 
-def _num_mtp(f: Fields) -> int:
+def _num_mtp(f: JsonObject) -> int:
     return f.int("num_nextn_predict_layers", f.int("num_mtp_layers", 0))
 
 
-def _glm4_moe(f: Fields) -> ModelShape:
+def _glm4_moe(f: JsonObject) -> ModelShape:
     common = _common(f) | {"qk_norm": f.bool("use_qk_norm")}
     return ModelShape(
         **common,
@@ -222,7 +222,7 @@ def _glm4_moe(f: Fields) -> ModelShape:
     )
 
 
-def _deepseek_v3(f: Fields) -> ModelShape:
+def _deepseek_v3(f: JsonObject) -> ModelShape:
     f.only("attention_bias", False)
     f.only("rope_interleave", True)
     common = _common(f)
@@ -242,7 +242,7 @@ def _deepseek_v3(f: Fields) -> ModelShape:
     return ModelShape(**common, moe=_sigmoid_moe(f, common["num_layers"]), mla=mla, num_mtp=_num_mtp(f))
 
 
-_READERS: dict[str, Callable[[Fields], ModelShape]] = {
+_READERS: dict[str, Callable[[JsonObject], ModelShape]] = {
     "qwen2": _qwen2,
     "qwen3": _qwen3,
     "qwen3_moe": _qwen3_moe,
@@ -255,7 +255,7 @@ _READERS: dict[str, Callable[[Fields], ModelShape]] = {
 
 def read_shape(folder: Path) -> ModelShape:
     """ValueError: no config.json, or an architecture or an option of it that is not mapped."""
-    fields = Fields.read(folder / "config.json")
+    fields = JsonObject.read(folder / "config.json")
     kind = fields.value("model_type", None)
     if not isinstance(kind, str) or kind not in _READERS:
         raise ValueError(f"{fields.where}: model_type {kind!r} is not mapped; mapped: {', '.join(_READERS)}")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from trainer.megatron.models.entries import Entry, Merge, Split, padded_vocab
-from trainer.megatron.models.shape import ModelShape
+from trainer.models.entries import Entry, Merge, Split, padded_vocab
+from trainer.models.shape import ModelShape
 
 
 def tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
-from trainer.megatron.models.shape import MlaShape, ModelShape, MoeShape
+from trainer.models.shape import MlaShape, ModelShape, MoeShape
 
 
 class Split(Enum):

@@ -16,7 +16,7 @@ import math
 
 import torch
 
-from trainer.megatron.models.shape import ModelShape, Rope
+from trainer.models.shape import ModelShape, Rope
 
 
 def inverse_frequencies(shape: ModelShape) -> torch.Tensor:

@@ -31,7 +31,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-class Fields:
+class JsonObject:
     """The fields of one `config.json`, or of an object in it. A field that is null counts as not there."""
 
     def __init__(self, where: str, found: dict[str, Any]) -> None:
@@ -39,11 +39,11 @@ class Fields:
         self._found = found
 
     @staticmethod
-    def read(path: Path) -> Fields:
+    def read(path: Path) -> JsonObject:
         """ValueError: no such file, or no JSON object in it."""
         if not path.is_file():
             raise ValueError(f"{path}: no such file; a model is a Hugging Face folder")
-        return Fields(str(path), read_json(path))
+        return JsonObject(str(path), read_json(path))
 
     def __contains__(self, name: str) -> bool:
         return self._found.get(name) is not None
@@ -78,9 +78,9 @@ class Fields:
         """Empty where the field is not there."""
         return list(self._typed(name, [], "a list", list))
 
-    def inside(self, name: str) -> Fields:
+    def inside(self, name: str) -> JsonObject:
         """The fields of an object; none where it is not there."""
-        return Fields(f"{self.where}: {name}", dict(self._typed(name, {}, "an object", dict)))
+        return JsonObject(f"{self.where}: {name}", dict(self._typed(name, {}, "an object", dict)))
 
     def only(self, name: str, mapped: Any) -> None:
         """ValueError: the field is there with another value."""
