@@ -4,7 +4,7 @@
 
 Each model takes Adam steps of real gradients (cross-entropy of random tokens) on fp32 weights, as the trainer does;
 after every step its weights are rounded to bf16, as the engines get them, and encoded against those of the step before
-by trainer/delta.py. Without --model: a Qwen3-shaped model of 29M parameters, random with standard deviation 0.02.
+by trainer/publish/delta.py. Without --model: a Qwen3-shaped model of 29M parameters, random with std 0.02.
 
 A weight w changes when its step carries it over the border between two numbers of bf16, which lie 2^-8 |w| to 2^-7 |w|
 apart. A step of size s does so to about s / (2^-7.5 |w|) of the weights near w: steps of 1e-6 to one in a hundred of
@@ -22,7 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from trainer.delta import Base, changed
+from trainer.publish.delta import Base, changed
 
 RATES = (1e-7, 1e-6, 1e-5)
 STEPS = 10

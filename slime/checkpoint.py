@@ -195,7 +195,7 @@ def export(run_dir: Path, step: int | None, out: Path) -> Path:
     if not (source / "config.json").is_file():
         raise ValueError(f"{source} is gone: the run started from it, and its config and tokenizer are needed")
 
-    from trainer.megatron import stored
+    from trainer.megatron.storage import stored
 
     stored.export(folder / "policy", source, out)
     return out

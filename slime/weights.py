@@ -18,8 +18,8 @@ from rollout.config import PauseMode
 from rollout.engines.client import EngineClient
 from rollout.engines.group import EngineGroup
 from rollout.sglang.delta import LOAD_FORMAT
-from trainer.broadcast import buckets
 from trainer.group import PolicyGroup, WorkerGroup
+from trainer.publish.broadcast import buckets
 
 GROUP = "slime_weights"
 NAMES_SHOWN = 8  # of tensors, in an error

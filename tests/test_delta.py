@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from rollout.sglang.delta import Changes, KeepUnderNaN, decode
 from slime.weights import different
-from trainer.broadcast import Weight, buckets
-from trainer.delta import Base, changed
+from trainer.publish.broadcast import Weight, buckets
+from trainer.publish.delta import Base, changed
 
 
 @given(

@@ -27,7 +27,7 @@ from machine.ports import ReservedPort
 from rollout.config import EngineConfig
 from rollout.engines.client import EngineClient, Generation, parse_generation
 from rollout.engines.server import DIRECT, EngineServer, crash_in, exception_in, server_arguments, server_environment
-from trainer.broadcast import broadcast, join_update_group, leave_update_group
+from trainer.publish.broadcast import broadcast, join_update_group, leave_update_group
 
 T = TypeVar("T")
 VOCAB, CONTEXT = 512, 256

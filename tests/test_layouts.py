@@ -18,7 +18,7 @@ from trainer.batching import MicroBatch, length_multiples, micro_batch, per_sub_
 from trainer.config import LayoutConfig, Loss, PolicyConfig
 from trainer.layout import check_layout, chunks_of, pipeline_rank_of
 from trainer.megatron.hf import _own_part
-from trainer.megatron.modules import Packing
+from trainer.megatron.modules.attention import Packing
 from trainer.models.entries import Entry, Merge, Split, entries, padded_vocab
 from trainer.models.mapping import merge, shard
 from trainer.models.shape import ModelShape, MoeShape

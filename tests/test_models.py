@@ -22,9 +22,10 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from trainer.config import LayoutConfig, OptimizerConfig, PolicyConfig, Precision
 from trainer.group import PolicyGroup
-from trainer.megatron import checkpoint, hf, stored
+from trainer.megatron import hf
 from trainer.megatron.model import build_models
-from trainer.megatron.modules import Packing
+from trainer.megatron.modules.attention import Packing
+from trainer.megatron.storage import checkpoint, stored
 from trainer.models.entries import entries, strays, weight_shapes
 from trainer.models.mapping import unmerge
 from trainer.models.rope import inverse_frequencies

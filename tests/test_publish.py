@@ -21,8 +21,8 @@ from rollout.engines.client import EngineClient, Generation
 from rollout.engines.group import EngineGroup
 from rollout.engines.server import EngineServer
 from slime.weights import Weights
-from trainer.broadcast import Weight, buckets, join_update_group, leave_update_group, send
-from trainer.delta import Base
+from trainer.publish.broadcast import Weight, buckets, join_update_group, leave_update_group, send
+from trainer.publish.delta import Base
 
 
 class Answer:

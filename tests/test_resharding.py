@@ -100,7 +100,7 @@ def test_a_run_goes_on_in_any_layout(
 
 
 def exported_alike(checkpoint: Path, source: Path, wanted: Path, out: Path) -> None:
-    from trainer.megatron import stored
+    from trainer.megatron.storage import stored
 
     stored.export(checkpoint, source, out)
     assert sorted(p.name for p in out.iterdir()) == sorted(p.name for p in wanted.iterdir())
@@ -160,7 +160,7 @@ def test_a_full_disk_is_told_with_the_file_and_blocks_nobody(pair: Any, traces: 
 
 def room(worker: Any, free: int | None) -> None:
     """Lets this process see so many free bytes; None: what there is."""
-    from trainer.megatron import checkpoint
+    from trainer.megatron.storage import checkpoint
 
     usage: Any = shutil.disk_usage if free is None else lambda folder: SimpleNamespace(free=free)
     checkpoint.disk_usage = usage

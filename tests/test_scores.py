@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from trainer.megatron import scores as module
-from trainer.megatron.scores import scores
+from trainer.megatron.modules import scores as module
+from trainer.megatron.modules.scores import scores
 
 ALONE = SimpleNamespace(size=lambda: 1, rank=lambda: 0)  # a tensor-parallel group of one; more: tests/test_megatron.py
 V, PADDED, H, P = 97, 100, 16, 200

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from buffer.types import Float32, SubTrace
-from trainer.megatron.modules import Packing
+from trainer.megatron.modules.attention import Packing
 
 
 @dataclass(frozen=True)

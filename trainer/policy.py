@@ -13,14 +13,14 @@ from torch import distributed as dist
 from buffer.types import Grid
 from trainer import losses
 from trainer.batching import MicroBatch
-from trainer.broadcast import Weight, buckets, join_update_group, send
 from trainer.config import PolicyConfig
-from trainer.delta import Base
 from trainer.fields import PARTS
 from trainer.losses import TokenLoss
 from trainer.megatron import hf
 from trainer.models.entries import weight_shapes
 from trainer.offload import Part, needs
+from trainer.publish.broadcast import Weight, buckets, join_update_group, send
+from trainer.publish.delta import Base
 from trainer.worker import Fields, MegatronWorker, WorkerSettings
 
 Sums = dict[str, torch.Tensor]

@@ -34,7 +34,8 @@ from megatron.core import parallel_state  # noqa: E402
 from megatron.core.distributed import finalize_model_grads  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 
-from trainer.megatron import checkpoint, hf, model, optimizer  # noqa: E402
+from trainer.megatron import hf, model, optimizer  # noqa: E402
+from trainer.megatron.storage import checkpoint  # noqa: E402
 from trainer.models.entries import entries  # noqa: E402
 from trainer.models.shape import read_shape  # noqa: E402
 

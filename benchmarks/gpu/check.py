@@ -56,7 +56,7 @@ def check_attention(heads: int = 16, kv_heads: int = 8, d: int = 128) -> list[li
     from megatron.core.transformer.enums import AttnMaskType
 
     from trainer.megatron.model import transformer_config
-    from trainer.megatron.modules import PackedAttention, Packing
+    from trainer.megatron.modules.attention import PackedAttention, Packing
     from trainer.models.shape import read_shape
 
     lengths = [700, 1, 129, 1218]
@@ -97,7 +97,7 @@ class _Alone:
 
 def check_scores(tokens: int = 1500, hidden: int = 256) -> list[list[str]]:
     """Log-probability and entropy from bf16 hidden states in slices, against float64."""
-    from trainer.megatron.scores import scores
+    from trainer.megatron.modules.scores import scores
 
     torch.manual_seed(2)
     h = torch.randn(tokens, hidden, device="cuda", dtype=torch.bfloat16).requires_grad_()

@@ -34,8 +34,8 @@ from benchmarks.gpu.check import distance
 from machine.ports import ReservedPort
 from trainer.config import LayoutConfig, Precision
 from trainer.megatron.model import leave_process, start_process, transformer_config
-from trainer.megatron.models import experts
-from trainer.megatron.models.spec import block_spec
+from trainer.megatron.modules import experts
+from trainer.megatron.spec import block_spec
 from trainer.models.shape import read_shape
 
 # Qwen3-30B-A3B's config.json, one layer of it.

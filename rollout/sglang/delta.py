@@ -1,4 +1,4 @@
-"""The engine's end of a delta: SGLang receives only the elements that changed (trainer/delta.py says what is sent).
+"""The engine's end of a delta: SGLang receives only the elements that changed (format: trainer/publish/delta.py).
 
 SGLang's loaders copy whole tensors under their Hugging Face names into their own, fused and sharded as it holds them.
 A delta goes the same way, so that no loader has to be known: a tensor is filled with NaN where nothing changed, and

@@ -26,9 +26,9 @@ from megatron.core.tensor_parallel.mappings import (  # noqa: E402
 )
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
-from trainer.megatron.models.options import config_class, finish, model_options  # noqa: E402
-from trainer.megatron.models.spec import block_spec  # noqa: E402
-from trainer.megatron.scores import scores  # noqa: E402
+from trainer.megatron.modules.scores import scores  # noqa: E402
+from trainer.megatron.options import config_class, finish, model_options  # noqa: E402
+from trainer.megatron.spec import block_spec  # noqa: E402
 from trainer.models.entries import padded_vocab  # noqa: E402
 from trainer.models.shape import ModelShape  # noqa: E402
 
@@ -146,7 +146,7 @@ class ScoringGPT(GPTModel):
     has_value_head = False
 
     def _postprocess(self, hidden_states: torch.Tensor, labels: torch.Tensor | None = None, **rest: Any) -> Any:
-        """On the last pipeline stage: [2, P] for `labels` int64 [1, P] (trainer/megatron/scores.py), logits [1, P, V]
+        """On the last pipeline stage: [2, P] for `labels` int64 [1, P] (modules/scores.py), logits [1, P, V]
         without labels, values [1, P] with a value head. Elsewhere the hidden states that the next stage takes.
         """
         if not self.post_process:

@@ -16,7 +16,7 @@ import torch
 from torch import distributed
 from torch.distributed import distributed_c10d as c10d
 
-from trainer.delta import Base
+from trainer.publish.delta import Base
 
 BUCKET_BYTES = 1 << 30
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import distributed as dist
 from torch.nn import functional as F
 
-from trainer.megatron.flash import causal_attention
+from trainer.megatron.modules.flash import causal_attention
 
 
 class RMSNorm(torch.nn.Module):
@@ -116,7 +116,7 @@ class Call:
 class PackedAttention(MegatronModule):
     """Causal attention inside each packed sequence, none across borders.
 
-    CUDA: trainer/megatron/flash.py. CPU (which has no such kernel): one padded batch.
+    CUDA: trainer/megatron/modules/flash.py. CPU (which has no such kernel): one padded batch.
     Query [T, heads, d], key and value [T, kv_heads, d] -> [T, heads * d]. Source: Dao 2023 (varlen), Vaswani 2017.
     With context parallelism keys and values of all processes are gathered; a process attends for its own queries.
     """

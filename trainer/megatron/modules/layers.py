@@ -17,7 +17,7 @@ from megatron.core.transformer import multi_latent_attention  # noqa: E402
 from megatron.core.transformer.moe import moe_utils, token_dispatcher  # noqa: E402
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig  # noqa: E402
 
-from trainer.megatron.modules import PackedAttention, RMSNorm  # noqa: E402
+from trainer.megatron.modules.attention import PackedAttention, RMSNorm  # noqa: E402
 
 if not hasattr(moe_utils, "te_general_gemm"):  # the router asks for it also where Transformer Engine is absent
     moe_utils.te_general_gemm = None

@@ -31,8 +31,9 @@ from torch import distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import SerializationFormat, _write_item
 
-from trainer.megatron import cpu, moments
-from trainer.megatron.stored import cut_off, read_index
+from trainer.megatron import cpu
+from trainer.megatron.storage import moments
+from trainer.megatron.storage.stored import cut_off, read_index
 
 cpu.enable()
 

@@ -20,9 +20,9 @@ from megatron.core.transformer.spec_utils import ModuleSpec  # noqa: E402
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules  # noqa: E402
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules  # noqa: E402
 
-from trainer.megatron.models.experts import GroupedExperts  # noqa: E402
-from trainer.megatron.models.parts import LatentAttention, LatentDown, LatentNorm, RowThenNorm  # noqa: E402
-from trainer.megatron.modules import PackedAttention, RMSNorm  # noqa: E402
+from trainer.megatron.modules.attention import PackedAttention, RMSNorm  # noqa: E402
+from trainer.megatron.modules.experts import GroupedExperts  # noqa: E402
+from trainer.megatron.modules.layers import LatentAttention, LatentDown, LatentNorm, RowThenNorm  # noqa: E402
 from trainer.models.shape import ModelShape  # noqa: E402
 
 
