@@ -107,11 +107,14 @@ def bare_step(worker: Any) -> None:
     import torch
     from torch.nn import functional as F
 
-    critic = worker.value_head_std is not None
+    from trainer.megatron.modules.attention import PackedSequences
+
+    engine = worker.engine
+    critic = engine.head is not None
 
     def step(batches: Any, model: Any) -> Any:
         b = next(batches)
-        out = model(b.tokens_1P, b.packing.position_T[None], None, packed_seq_params=b.packing)
+        out = model(b.tokens_1P, b.packing.position_T[None], None, packed_seq_params=PackedSequences(b.packing))
 
         def scored(out: Any, non_loss_data: bool = False) -> Any:
             if critic:
@@ -126,10 +129,10 @@ def bare_step(worker: Any) -> None:
         return out, reduce
 
     def run(batches: list[Any], forward_only: bool) -> Any:
-        return worker.run_schedule(
+        return engine.run_schedule(
             forward_step_func=step,
             data_iterator=[iter(batches)],
-            model=worker.chunks,
+            model=engine.chunks,
             num_microbatches=len(batches),
             seq_length=max(b.tokens_1P.shape[1] for b in batches),
             micro_batch_size=1,
@@ -141,11 +144,11 @@ def bare_step(worker: Any) -> None:
     with torch.no_grad():
         run(forward, True)
     for batches in updates:
-        for chunk in worker.chunks:
+        for chunk in engine.chunks:
             chunk.zero_grad_buffer()
-        worker.optimizer.zero_grad()
+        engine.optimizer.zero_grad()
         run(batches, False)
-        worker.optimizer.step()
+        engine.optimizer.step()
 
 
 def cpu_seconds(worker: Any) -> float:

@@ -1,63 +1,27 @@
-"""The value head: hidden state -> one number per token, in fp32."""
+"""The value head that the critic asks an engine for, and the bound of its values."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
-from trainer.megatron import cpu
-
-cpu.enable()
-
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region  # noqa: E402
-from megatron.core.transformer.module import MegatronModule  # noqa: E402
-from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
-from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint  # noqa: E402
+from trainer.engine import ScalarHead
 
 
-class ValueHead(MegatronModule):
-    """Stands where GPTModel's vocabulary projection stood and is called like it.
+def value_head(init_std: float, value_range: Sequence[float] = ()) -> ScalarHead:
+    """Describe the head: v = w h + b, or, with value_range = [low, high], `bounded` of that.
 
-        v = w h + b                        or, with value_range = [low, high], `bounded` of that
-
-    [T, 1, hidden] (or its sequence-parallel slice) -> [T, 1, 1]. The weights are replicated over
-    tensor-parallel ranks and drawn from the same seed on all of them; std 0 starts every value at 0, or in
-    the middle of its range. ValueError: see `bounded`.
+    init_std 0 starts every value at 0, or in the middle of its range. ValueError: see `bounded`.
     """
-
-    def __init__(
-        self, config: TransformerConfig, init_std: float, seed: int, value_range: Sequence[float] = ()
-    ) -> None:
-        super().__init__(config=config)
-        if value_range:
-            bounded(torch.zeros(1), *value_range)  # refuses here what it would refuse at the first forward pass
-        self.value_range = tuple(value_range)
-        generator = torch.Generator().manual_seed(seed)
-        self.weight = torch.nn.Parameter(torch.randn(1, config.hidden_size, generator=generator) * init_std)
-        self.bias = torch.nn.Parameter(torch.zeros(1))
-        for parameter in (self.weight, self.bias):
-            parameter.sequence_parallel = bool(config.sequence_parallel)
-
-    def forward(
-        self, hidden: torch.Tensor, weight: torch.Tensor | None = None, runtime_gather_output: bool | None = None
-    ) -> tuple[torch.Tensor, None]:
-        value = F.linear(hidden.float(), self.weight.float(), self.bias.float())
-        if self.value_range:
-            value = bounded(value, *self.value_range)
-        if self.config.sequence_parallel:
-            value = gather_from_sequence_parallel_region(value, tensor_parallel_output_grad=False)
-        return value, None
-
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: Any = (), metadata: dict[str, Any] | None = None
-    ) -> dict[str, Any]:
-        own = {"weight": self.weight, "bias": self.bias}
-        return make_sharded_tensors_for_checkpoint(own, prefix, {}, sharded_offsets)
+    if not value_range:
+        return ScalarHead(init_std)
+    low, high = value_range
+    bounded(torch.zeros(1), low, high)  # refuses here what it would refuse at the first forward pass
+    return ScalarHead(init_std, functools.partial(bounded, low=low, high=high))
 
 
 def bounded(x: torch.Tensor, low: float, high: float) -> torch.Tensor:

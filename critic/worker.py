@@ -11,44 +11,41 @@ import torch
 
 from buffer.types import Float32, Grid, SubTrace
 from critic.config import CriticConfig
-from critic.head import ValueHead
+from critic.head import value_head
 from trainer import losses
 from trainer.batching import MicroBatch
-from trainer.worker import Fields, MegatronWorker, WorkerSettings, fetch
+from trainer.engine import EngineSettings, MakeEngine, Memory, SummedLoss, megatron, needs
+from trainer.worker import Fields, Worker, fetch
 
-Sums = dict[str, torch.Tensor]
 
-
-class CriticWorker(MegatronWorker):
+class CriticWorker(Worker):
     """A shard of the critic: the policy's architecture and first weights with a scalar head."""
 
-    def __init__(self, settings: WorkerSettings, config: CriticConfig) -> None:
-        super().__init__(settings)
+    def __init__(self, settings: EngineSettings, config: CriticConfig, make_engine: MakeEngine = megatron) -> None:
+        super().__init__(make_engine(settings, value_head(config.head_init_std, config.value_range), config.freeze))
         self.config = config
-        self.value_head_std = config.head_init_std
-        self.freeze = config.freeze
 
-    def _output_layer(self) -> Any:
-        return lambda config: ValueHead(config, self.config.head_init_std, self.settings.seed, self.config.value_range)
-
+    @needs(Memory.weights)
     def values(self, refs: Sequence[Any], grid: Grid) -> dict[int, Float32]:
         """Values, float32 [T] a sub-trace: index t holds the value of the state before token t."""
-        return self.predict(refs, grid)
+        return self._predict(refs, grid)
 
+    @needs(Memory.weights)
     def values_and_end(self, refs: Sequence[Any], grid: Grid) -> dict[int, Float32]:
         """The same and the value of the state after the last token, float32 [T + 1]."""
-        own = fetch(refs, self._own_row(grid))
+        own = fetch(refs, grid[self.engine.share.row])
         longer = [one_longer(own[i]) if i in own else None for i in range(len(refs))]
-        return self.predict(longer, grid)
+        return self._predict(longer, grid)
 
-    def _value_loss(self, out_1P: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, Sums, Sums]:
+    def _value_loss(self, out_1P: torch.Tensor, batch: MicroBatch) -> SummedLoss:
         """`out_1P`: value of the state before each predicted token."""
         f, mask_P = batch.fields, batch.action_P
         loss_P, clipped_P = losses.value(out_1P[0], f["values"], f["returns"], self.config.value_clip)
         loss = torch.where(mask_P, loss_P, 0.0).sum()
         sums = {"loss": loss.detach(), "clip_fraction": (clipped_P & mask_P).sum(), "tokens": mask_P.sum()}
-        return loss, sums, {}
+        return SummedLoss(loss, sums, {})
 
+    @needs(Memory.weights, Memory.gradients)
     def update(self, refs: Sequence[Any], fields: Fields, grids: Sequence[Grid]) -> dict[str, Any]:
         """Value steps, one for each grid. `fields`: returns and (old) values, by sub-trace index."""
         return self._update(refs, fields, grids, self._value_loss)

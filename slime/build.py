@@ -29,9 +29,9 @@ from slime.start.placement import Placement
 from slime.start.prepare import Prepared
 from slime.weights import SharedGpuWeights, Weights
 from trainer.config import Offload, PolicyConfig
+from trainer.engine import EngineSettings
 from trainer.group import NoReference, PolicyGroup, Turns, WorkerGroup
 from trainer.policy import PolicyWorker
-from trainer.worker import WorkerSettings
 
 STOP_TIMEOUT_S = 30.0  # for engines and sandboxes; what has not ended then ends with its actor
 SERVER_CALLS = 4  # an engine's actor is asked to stop while it watches or still starts
@@ -73,9 +73,9 @@ def _ranks(
     cls = ray.remote(CriticWorker if isinstance(role, CriticConfig) else PolicyWorker)
     threads, timeout_s = config.cluster.threads_per_process, config.cluster.start_timeout_s
 
-    def settings(rank: int) -> WorkerSettings:
+    def settings(rank: int) -> EngineSettings:
         frozen = name == REFERENCE
-        return WorkerSettings(
+        return EngineSettings(
             rank,
             role.layout,
             role.optimizer,

@@ -126,14 +126,14 @@ def running(group_class: type, worker: type, folder: Path, config: Any, optimize
     import ray
 
     from trainer.config import OptimizerConfig
-    from trainer.worker import WorkerSettings
+    from trainer.engine import EngineSettings
 
     layout, optimizer = config.layout, optimizer or OptimizerConfig(lr=1e-2)
     while len(_FREE) < layout.num_processes:
         _FREE.append(seat())
     seats = [_FREE.pop() for _ in range(layout.num_processes)]
     try:
-        settings = [WorkerSettings(rank, layout, optimizer, str(folder), 0, 1, LIMIT_S) for rank in range(len(seats))]
+        settings = [EngineSettings(rank, layout, optimizer, str(folder), 0, 1, LIMIT_S) for rank in range(len(seats))]
         ray.get([at.sit.remote(worker, s, config) for at, s in zip(seats, settings, strict=True)], timeout=LIMIT_S)
         group = group_class([Actor(at) for at in seats], config, LIMIT_S)
         group.start(LIMIT_S).result()

@@ -161,22 +161,22 @@ class Lab:
     def __init__(self, folder: Path) -> None:
         from recipes.coding.model import build_model
         from trainer.config import LayoutConfig, OptimizerConfig, PolicyConfig
+        from trainer.engine import EngineSettings
         from trainer.policy import PolicyWorker
-        from trainer.worker import WorkerSettings
 
         build_model(folder, seed=0)
         # A large eps: Adam would otherwise blow the rounding of gradients near zero up to whole steps.
         optimizer = OptimizerConfig(lr=1e-2, eps=1e-3, max_grad_norm=100.0)
         layout = LayoutConfig()
         self.worker: Any = PolicyWorker(
-            WorkerSettings(0, layout, optimizer, str(folder), 0, 1, 60.0), PolicyConfig(clip_low=0.2, clip_high=0.28)
+            EngineSettings(0, layout, optimizer, str(folder), 0, 1, 60.0), PolicyConfig(clip_low=0.2, clip_high=0.28)
         )
         with ReservedPort("127.0.0.1") as port:
             self.worker.start("127.0.0.1", port.number)
         self.first = self.parameters()
 
     def parameters(self) -> dict[str, Float32]:
-        return {name: p.detach().float().numpy().copy() for name, p in self.worker.models[0].named_parameters()}
+        return {name: p.detach().float().numpy().copy() for name, p in self.worker.engine.models[0].named_parameters()}
 
     def reset(self) -> None:
         import torch
@@ -184,9 +184,9 @@ class Lab:
         from trainer.megatron.optimizer import build_optimizer
 
         with torch.no_grad():
-            for name, parameter in self.worker.models[0].named_parameters():
+            for name, parameter in self.worker.engine.models[0].named_parameters():
                 parameter.copy_(torch.from_numpy(self.first[name]))
-        w = self.worker
+        w = self.worker.engine
         w.optimizer = build_optimizer(w.chunks, w.settings.optimizer, w.settings.layout.precision)
         w.chunks[0].config.grad_scale_func = w.optimizer.scale_loss
         w.updates_done = 0

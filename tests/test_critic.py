@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,8 +17,8 @@ from critic.config import CriticConfig
 from critic.group import CriticGroup
 from critic.worker import CriticWorker, one_longer
 from trainer.config import LayoutConfig, Precision, Recompute
-from trainer.megatron import hf
-from trainer.megatron.optimizer import freeze, frozen_names
+from trainer.engine import frozen_names
+from trainer.megatron.optimizer import freeze
 
 LIMIT_S = 300.0
 ATTENTION = "*self_attention*"
@@ -84,13 +85,17 @@ def targets_of(traces: Sequence[SubTrace], values: dict[int, np.ndarray]) -> lis
 
 def weights(group: CriticGroup) -> list[Arrays]:
     """Each rank's shard, by Megatron name."""
-    of = lambda worker: {name: p.detach().float().numpy().copy() for name, p in worker.models[0].named_parameters()}  # noqa: E731
-    return ray.get([actor.__ray_call__.remote(of) for actor in group.actors], timeout=LIMIT_S)
+
+    def read(worker: Any) -> Arrays:
+        parameters = worker.engine.models[0].named_parameters()
+        return {name: p.detach().float().numpy().copy() for name, p in parameters}
+
+    return ray.get([actor.__ray_call__.remote(read) for actor in group.actors], timeout=LIMIT_S)
 
 
 def trunk(group: CriticGroup) -> Arrays:
     """The whole model but for its head, under Hugging Face names."""
-    of = lambda worker: {name: t.clone().numpy() for name, t in hf.export(worker.models, worker.shape)}  # noqa: E731
+    of = lambda worker: {name: t.clone().numpy() for name, t in worker.engine.weights()}  # noqa: E731
     return ray.get([actor.__ray_call__.remote(of) for actor in group.actors], timeout=LIMIT_S)[0]
 
 

@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 
-from critic.head import ValueHead, bounded
+from critic.head import bounded, value_head
 from trainer.config import LayoutConfig, Precision
 from trainer.megatron.model import transformer_config
+from trainer.megatron.modules.head import ValueHead
 from trainer.models.shape import ModelShape
 
 SHAPE = ModelShape(
@@ -32,7 +33,8 @@ RANGES = [(0.0, 1.0), (-1.0, 1.0), (-0.3, 0.7), (1000.0, 1001.0), (-5.0, 1e-3), 
 def head(
     init_std: float = 0.0, value_range: tuple[float, ...] = (), precision: Precision = Precision.fp32
 ) -> ValueHead:
-    return ValueHead(transformer_config(SHAPE, LayoutConfig(precision=precision)), init_std, 0, value_range)
+    config = transformer_config(SHAPE, LayoutConfig(precision=precision))
+    return ValueHead(config, value_head(init_std, value_range), 0)
 
 
 def test_bounded_by_hand() -> None:

@@ -74,14 +74,12 @@ def traces() -> list[SubTrace]:
     return seven_sub_traces()
 
 
-def weights(group: Any, head: bool = False) -> dict[str, np.ndarray]:
+def weights(group: Any) -> dict[str, np.ndarray]:
     """The whole model under Hugging Face names."""
     import ray
 
     def read(worker: Any) -> dict[str, np.ndarray]:
-        from trainer.megatron import hf
-
-        found = hf.export(worker.models, worker.shape, value_head=head)
+        found = worker.engine.weights()
         return {name: t.clone().numpy() for name, t in found if t.device.type != "meta"}
 
     answers = ray.get([actor.__ray_call__.remote(read) for actor in group.actors], timeout=300)
@@ -111,7 +109,7 @@ def critic(folder: Path, layout: LayoutConfig, traces: list[SubTrace]) -> Result
         metrics, seen = [], []
         for step in range(3):
             metrics.append(group.update(batch, random_targets(traces), np.random.default_rng(step)).result())
-            seen.append(weights(group, head=True) if step != 1 else {})
+            seen.append(weights(group) if step != 1 else {})
         return Result(before, group.values(batch).result(), metrics, seen[0], seen[2])
 
 
@@ -227,14 +225,14 @@ def test_critic_is_transformers_with_a_head(
     batch, targets = batch_of(traces), random_targets(traces)
     config = CriticConfig(ONE, head_init_std=0.1, value_clip=0.0, num_epochs=1, num_minibatches=1)
     with running(CriticGroup, CriticWorker, folders[kind], config, ADAM) as group:
-        head = group.actors[0].__ray_call__.remote(lambda worker: worker.models[0].output_layer.state_dict())
+        head = group.actors[0].__ray_call__.remote(lambda worker: worker.engine.models[0].output_layer.state_dict())
         weight, bias = (tensor.requires_grad_() for tensor in ray.get(head, timeout=60).values())
         values = lambda trace: hidden_states(model, trace)[0, :-1] @ weight[0] + bias  # noqa: E731
         before = group.values(batch).result()
         for i, trace in enumerate(traces):
             np.testing.assert_allclose(before[i][1:], values(trace).detach().numpy(), atol=5e-6)
         found = [group.update(batch, targets, np.random.default_rng(step)).result() for step in range(3)]
-        last = weights(group, head=True)
+        last = weights(group)
 
     def losses() -> list[torch.Tensor]:
         found = []

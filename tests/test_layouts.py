@@ -14,11 +14,11 @@ import torch
 from roles import sub_trace
 from torch.nn import functional as F
 
-from trainer.batching import MicroBatch, length_multiples, micro_batch, per_sub_trace
+from trainer.batching import MicroBatch, Packing, length_multiples, micro_batch, per_sub_trace
 from trainer.config import LayoutConfig, Loss, PolicyConfig
 from trainer.layout import check_layout, chunks_of, pipeline_rank_of
 from trainer.megatron.hf import _own_part
-from trainer.megatron.modules.attention import Packing
+from trainer.megatron.modules.attention import PackedSequences
 from trainer.models.entries import Entry, Merge, Split, entries, padded_vocab
 from trainer.models.mapping import merge, shard
 from trainer.models.shape import ModelShape, MoeShape
@@ -237,14 +237,15 @@ def test_attention_of_pieces_is_attention(size: int) -> None:
         ]
     )
     packings = [Packing(lengths, CPU, size, rank) for rank in range(size)]
+    packed = [PackedSequences(packing) for packing in packings]
     order = torch.cat([packing.own_T for packing in packings])
     found = torch.empty_like(wanted)
     work = []
-    for packing in packings:
+    for packing, of_rank in zip(packings, packed, strict=True):
         own = q[packing.own_T]
-        out = [call(own[call.queries], k[order][call.keys], v[order][call.keys], None) for call in packing.calls]
-        found = found.index_copy(0, packing.own_T, torch.cat(out)[packing.back_T])
-        work.append(sum(call.longest_q * call.longest_k for call in packing.calls))
+        out = [call(own[call.queries], k[order][call.keys], v[order][call.keys], None) for call in of_rank.calls]
+        found = found.index_copy(0, packing.own_T, torch.cat(out)[of_rank.back_T])
+        work.append(sum(call.longest_q * call.longest_k for call in of_rank.calls))
     assert len(set(work)) == 1, "all processes have the same work"
     torch.testing.assert_close(found, wanted)
     weights = torch.randn(wanted.shape, generator=generator, dtype=torch.float64)

@@ -163,14 +163,14 @@ def test_folders_are_read_whole_or_refused_and_written_bit_for_bit(
     def read(worker: Any, path: str) -> None:
         from trainer.megatron import hf
 
-        hf.load(worker.models, worker.shape, Path(path))
+        hf.load(worker.engine.models, worker.engine.shape, Path(path))
 
     def in_small_files(worker: Any, path: str) -> None:
-        from trainer.megatron import hf
+        from trainer.models import folder
 
-        usual, hf.FILE_BYTES = hf.FILE_BYTES, 20_000
+        usual, folder.FILE_BYTES = folder.FILE_BYTES, 20_000
         worker.export(path)
-        hf.FILE_BYTES = usual
+        folder.FILE_BYTES = usual
 
     with policy(folder, LAYOUTS["TP2"]) as group:
         for name, (tensor, change, message) in cases.items():

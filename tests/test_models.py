@@ -20,13 +20,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from trainer.batching import Packing
 from trainer.config import LayoutConfig, OptimizerConfig, PolicyConfig, Precision
 from trainer.group import PolicyGroup
 from trainer.megatron import hf
 from trainer.megatron.model import build_models
-from trainer.megatron.modules.attention import Packing
+from trainer.megatron.modules.attention import PackedSequences
 from trainer.megatron.storage import checkpoint, stored
 from trainer.models.entries import entries, strays, weight_shapes
+from trainer.models.folder import write_folder
 from trainer.models.mapping import unmerge
 from trainer.models.rope import inverse_frequencies
 from trainer.models.shape import ModelShape, read_shape
@@ -77,7 +79,8 @@ def tokens() -> torch.Tensor:
 def our_scores(model: Any, ids: torch.Tensor) -> torch.Tensor:
     """float32 [P]: log-probability of token t + 1 at place t, of all packed sequences."""
     packing = Packing(LENGTHS, torch.device("cpu"))
-    scores_2P = model(ids, packing.position_T[None], None, labels=ids.roll(-1, 1), packed_seq_params=packing)
+    packed, positions = PackedSequences(packing), packing.position_T[None]
+    scores_2P = model(ids, positions, None, labels=ids.roll(-1, 1), packed_seq_params=packed)
     last = torch.tensor(LENGTHS).cumsum(0) - 1
     return scores_2P[0][[t for t in range(ids.shape[1]) if t not in last]]
 
@@ -140,7 +143,7 @@ def test_a_folder_comes_back_bit_for_bit(
 ) -> None:
     source = folder_of(name, DTYPES[precision])
     shape, model = loaded(source, precision)
-    hf.save(hf.export([model], shape), source, tmp_path / "out")
+    write_folder(hf.export([model], shape), source, tmp_path / "out")
     wanted, found = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "out"))
     assert found.keys() == wanted.keys()
     for key, tensor in wanted.items():
@@ -175,7 +178,7 @@ def test_further_layers_are_kept(name: str, process: None, folder_of: Callable[.
     kept = {f"model.layers.3.{part}.weight": torch.randn(3, 5).bfloat16() for part in ("eh_proj", "enorm", "mlp.gate")}
     save_file(weights | kept, source / "model.safetensors", {"format": "pt"})
     shape, model = loaded(source)
-    hf.save(hf.export([model], shape), source, tmp_path / "out")
+    write_folder(hf.export([model], shape), source, tmp_path / "out")
     found = load_file(tmp_path / "out" / "model.safetensors")
     assert found.keys() == weights.keys() | kept.keys()
     assert all(torch.equal(found[key], tensor) for key, tensor in kept.items())

@@ -13,6 +13,7 @@ from rollout.engines.server import server_arguments
 from rollout.sglang.options import OURS, OURS_ON_CPUS, option_arguments, refused_options
 from slime.config import ConfigError, load
 from slime.report import _engine_options
+from slime.start.placement import placement
 
 PPO = "recipe=ppo_coding"
 
@@ -153,6 +154,6 @@ def test_each_roles_processes_are_given_its_options(model: str, monkeypatch: pyt
     monkeypatch.setattr(build, "watch", lambda name, actor: actor)
     options = ["policy.engine.options.init_method_std=0.5", "critic.engine.options.init_method_std=0.25"]
     config = load([PPO, model, *WINDOW, *options]).config
-    build.build_policy(config, Path())
-    build.build_estimator(config, Path())
+    build.build_policy(config, Path(), placement(config))
+    build.build_estimator(config, Path(), placement(config))
     assert seen == [{"init_method_std": 0.5}, {"init_method_std": 0.25}]

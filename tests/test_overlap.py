@@ -72,13 +72,14 @@ def late(role: Any) -> type:
 
             with patch.object(optimizer, "BUCKET_SIZE", BUCKET_SIZE):
                 found = super().start(*where)
-            assert all(chunk.ddp_config.overlap_param_gather for chunk in self.chunks)
-            groups = [g for chunk in self.chunks for g in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups)]
+            chunks = self.engine.chunks
+            assert all(chunk.ddp_config.overlap_param_gather for chunk in chunks)
+            groups = [g for chunk in chunks for g in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups)]
             first = parallel_state.is_pipeline_first_stage(ignore_virtual=True)
-            assert not first or len(groups) > len(self.chunks), "one bucket each says nothing about order"
+            assert not first or len(groups) > len(chunks), "one bucket each says nothing about order"
             for group in groups:
                 group.start_param_sync = partial(start_param_sync, group)
-            step = self.optimizer.step
+            step = self.engine.optimizer.step
 
             def step_and_spoil() -> Any:
                 answer = step()
@@ -86,7 +87,7 @@ def late(role: Any) -> type:
                     spoil(group)
                 return answer
 
-            self.optimizer.step = step_and_spoil
+            self.engine.optimizer.step = step_and_spoil
             return found
 
     return Late

@@ -14,7 +14,48 @@ import numpy as np
 import torch
 
 from buffer.types import Float32, SubTrace
-from trainer.megatron.modules.attention import Packing
+
+
+class Packing:
+    """Borders of the sequences in one packed micro-batch, and which of its tokens this process holds.
+
+    With context parallelism over C processes each sequence, whose length is a multiple of 2 C, is cut into 2 C equal
+    pieces; process c holds pieces c and 2 C - 1 - c of every sequence, so that all have the same work under a causal
+    mask.
+
+    T = tokens of this process, A = tokens of all C processes (A = C T).
+    """
+
+    def __init__(self, lengths: Sequence[int], device: torch.device, context_size: int = 1, rank: int = 0) -> None:
+        self.lengths_N = torch.tensor(lengths, dtype=torch.int64)  # of whole sequences
+        self.start_N = self.lengths_N.cumsum(0) - self.lengths_N
+        self.device = device
+        self.place_A: torch.Tensor | None = None  # index of each token when all processes' tokens are joined; CPU
+        if context_size == 1:
+            self.own_T = torch.arange(int(self.lengths_N.sum()))  # this process's tokens among all; CPU
+        else:
+            held = held_pieces(context_size)
+            own = [pieces(self.start_N, self.lengths_N // (2 * context_size), numbers) for numbers in held]
+            self.own_T = own[rank]
+            self.place_A = torch.cat(own).argsort()
+        self.context_size, self.context_rank = context_size, rank
+        starts_T = torch.repeat_interleave(self.start_N, self.lengths_N // context_size)
+        self.position_T = (self.own_T - starts_T).to(device)
+
+
+def held_pieces(context_size: int) -> list[list[int]]:
+    """Return the numbers of the two pieces of a sequence that each context-parallel process holds."""
+    return [[rank, 2 * context_size - 1 - rank] for rank in range(context_size)]
+
+
+def pieces(start_N: torch.Tensor, length_N: torch.Tensor, numbers: list[int]) -> torch.Tensor:
+    """Indices of pieces `numbers` of each sequence i; piece k is start_N[i] + k * length_N[i] + 0, 1, ..."""
+    found = [
+        torch.arange(start + number * length, start + (number + 1) * length)
+        for start, length in zip(start_N.tolist(), length_N.tolist(), strict=True)
+        for number in numbers
+    ]
+    return torch.cat(found)
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ class Recompute(str, Enum):
 
 
 class Offload(str, Enum):
-    """What of a role lies in the host's memory while it is not needed; trainer/offload.py, docs/gpu.md."""
+    """What of a role lies in the host's memory while it is not needed; trainer/megatron/offload.py, docs/gpu.md."""
 
     none = "none"
     optimizer = "optimizer"  # fp32 weights and Adam's moments, but in optimizer steps

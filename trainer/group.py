@@ -18,7 +18,7 @@ from trainer.fields import policy_fields
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
-# What can be asked of a rank whose model is in the host's memory (trainer/offload.py); all else needs the device.
+# What can be asked of a rank whose model is in the host's memory; all else needs the device.
 WITHOUT_MODEL = frozenset(
     {"address", "weight_names", "join_engines", "saved", "finish_save", "free_cache", "peak_memory_gb", "stop"}
 )

@@ -8,38 +8,38 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import distributed as dist
 
 from buffer.types import Grid
 from trainer import losses
 from trainer.batching import MicroBatch
 from trainer.config import PolicyConfig
+from trainer.engine import EngineSettings, MakeEngine, Memory, SummedLoss, megatron, needs
 from trainer.fields import PARTS
 from trainer.losses import TokenLoss
-from trainer.megatron import hf
-from trainer.models.entries import weight_shapes
-from trainer.offload import Part, needs
+from trainer.models.folder import write_folder
 from trainer.publish.broadcast import Weight, buckets, join_update_group, send
 from trainer.publish.delta import Base
-from trainer.worker import Fields, MegatronWorker, WorkerSettings
+from trainer.worker import Fields, Worker
 
 Sums = dict[str, torch.Tensor]
 
 
-class PolicyWorker(MegatronWorker):
+class PolicyWorker(Worker):
     """A shard of the policy."""
 
-    def __init__(self, settings: WorkerSettings, config: PolicyConfig) -> None:
-        super().__init__(settings)
+    def __init__(self, settings: EngineSettings, config: PolicyConfig, make_engine: MakeEngine = megatron) -> None:
+        super().__init__(make_engine(settings, None, ()))
+        self.settings = settings
         self.config = config
         self.update_group: Any = None
         self.base: Base | None = None  # what the engines hold, where only changes are sent
 
+    @needs(Memory.weights)
     def logprobs(self, refs: Sequence[Any], grid: Grid) -> dict[int, Any]:
         """Log-probabilities under the present weights, float32 [T] a sub-trace."""
-        return self.predict(refs, grid)
+        return self._predict(refs, grid)
 
-    def _policy_loss(self, out_2P: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, Sums, Sums]:
+    def _policy_loss(self, out_2P: torch.Tensor, batch: MicroBatch) -> SummedLoss:
         """`out_2P`: log-probabilities at temperature 1, and entropies of what the tokens were drawn from."""
         logprobs_P, entropy_P = out_2P
         f, mask_P = batch.fields, batch.action_P
@@ -64,7 +64,7 @@ class PolicyWorker(MegatronWorker):
         for number, name in enumerate(PARTS):
             sums[f"gradient/{name}"] = torch.where(mask_P & (f["part"] == number), push_P.abs(), zero).sum()
         maxima = {"ratio_max": torch.where(mask_P, parts.ratio_T, zero).max()}
-        return loss, sums, maxima
+        return SummedLoss(loss, sums, maxima)
 
     def _objective(
         self, logprobs_P: torch.Tensor, entropy_P: torch.Tensor, batch: MicroBatch
@@ -86,36 +86,37 @@ class PolicyWorker(MegatronWorker):
             extra["nll"] = torch.where(mask_P, nll_P, 0.0).sum()
         return torch.where(mask_P, weighted_P, 0.0), parts, extra
 
-    def _sft_loss(self, out_2P: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, Sums, Sums]:
+    def _sft_loss(self, out_2P: torch.Tensor, batch: MicroBatch) -> SummedLoss:
         loss = torch.where(batch.action_P, losses.nll(out_2P[0]), 0.0).sum()
-        return loss, {"loss": loss.detach(), "tokens": batch.action_P.sum()}, {}
+        return SummedLoss(loss, {"loss": loss.detach(), "tokens": batch.action_P.sum()}, {})
 
+    @needs(Memory.weights, Memory.gradients)
     def update(self, refs: Sequence[Any], fields: Fields, grids: Sequence[Grid]) -> dict[str, Any]:
         """Policy-gradient steps, one for each grid. `fields`: see trainer/fields.py."""
         return self._update(refs, fields, grids, self._policy_loss)
 
+    @needs(Memory.weights, Memory.gradients)
     def imitate(self, refs: Sequence[Any], grids: Sequence[Grid]) -> dict[str, Any]:
         """Supervised steps on the action tokens, one for each grid."""
         return self._update(refs, {}, grids, self._sft_loss)
 
     def weight_names(self) -> list[Weight]:
         """(Hugging Face name, dtype, shape) of every tensor, in the order in which they are sent."""
-        dtype = str(next(self.chunks[0].parameters()).dtype).removeprefix("torch.")
-        return weight_shapes(self.shape, dtype)
+        return self.engine.weight_shapes()
 
     def join_engines(self, host: str, port: int, world_size: int, name: str, backend: str, timeout_s: float) -> None:
         """Rank 0 joins the group over which weights go to the engines; it is rank 0 there."""
-        if dist.get_rank() == 0:
+        if self.settings.rank == 0:
             self.update_group = join_update_group(host, port, 0, world_size, name, backend, timeout_s)
 
-    @needs(Part.weights)
+    @needs(Memory.weights)
     def send_weights(self, changes: bool = False, keep_base: bool = False) -> int:
         """Broadcasts the weights to the engines, a bucket at a time (`buckets` of `weight_names`).
 
         All ranks call it: shards are gathered on rank 0, where one bucket lies at a time. `changes`: only elements
         that differ from what was sent last, which must have been told to `keep_base`. Returns bytes sent.
         """
-        tensors = hf.export(self.models, self.shape)
+        tensors = self.engine.weights()
         if self.update_group is None:
             deque(tensors, maxlen=0)  # takes part in the gathering
             return 0
@@ -123,15 +124,14 @@ class PolicyWorker(MegatronWorker):
             self.base = Base()
         return send(tensors, buckets(self.weight_names()), self.update_group, self.base, changes)
 
-    @needs(Part.weights)
+    @needs(Memory.weights)
     def export(self, folder: str) -> None:
         """Writes a Hugging Face folder with the present weights (rank 0 writes, all ranks call)."""
-        weights = hf.export(self.models, self.shape)
-        if dist.get_rank() == 0:
-            hf.save(weights, Path(self.settings.model_folder), Path(folder))
+        weights = self.engine.weights()
+        if self.settings.rank == 0:
+            write_folder(weights, Path(self.settings.model_folder), Path(folder))
         else:
             deque(weights, maxlen=0)  # takes part in the gathering
-        dist.barrier()
 
 
 def token_loss(config: PolicyConfig, logprobs_P: torch.Tensor, batch: MicroBatch) -> TokenLoss:

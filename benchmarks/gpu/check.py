@@ -24,9 +24,10 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.gpu import common
+from trainer.batching import Packing
 from trainer.config import LayoutConfig, OptimizerConfig, PolicyConfig, Precision, Recompute
+from trainer.engine import EngineSettings
 from trainer.policy import PolicyWorker
-from trainer.worker import WorkerSettings
 
 LAYOUTS = {
     "1 GPU": LayoutConfig(precision=Precision.bf16),
@@ -56,7 +57,7 @@ def check_attention(heads: int = 16, kv_heads: int = 8, d: int = 128) -> list[li
     from megatron.core.transformer.enums import AttnMaskType
 
     from trainer.megatron.model import transformer_config
-    from trainer.megatron.modules.attention import PackedAttention, Packing
+    from trainer.megatron.modules.attention import PackedAttention, PackedSequences
     from trainer.models.shape import read_shape
 
     lengths = [700, 1, 129, 1218]
@@ -68,7 +69,7 @@ def check_attention(heads: int = 16, kv_heads: int = 8, d: int = 128) -> list[li
     config = transformer_config(shape, LayoutConfig(precision=Precision.bf16))
     attention = PackedAttention(config, 1, AttnMaskType.causal, "self")
     ours = [x.clone().requires_grad_() for x in (q, k, v)]
-    out = attention(*ours, None, packed_seq_params=Packing(lengths, torch.device("cuda")))
+    out = attention(*ours, None, packed_seq_params=PackedSequences(Packing(lengths, torch.device("cuda"))))
     out.backward(g.flatten(1))
     exact = [x.double().requires_grad_() for x in (q, k, v)]
     parts = []
@@ -163,7 +164,7 @@ def reference_logprobs(kind: str, folder: Path, traces: list[Any], dtype: torch.
 def train_rank(options: argparse.Namespace) -> None:
     """One rank of a layout: log-probabilities, four updates, log-probabilities; rank 0 writes them."""
     layout = replace(LAYOUTS[options.layout], max_tokens_per_micro_batch=4096)
-    settings = WorkerSettings(options.rank, layout, OptimizerConfig(lr=1e-4), options.folder, 0, 1, 300.0)
+    settings = EngineSettings(options.rank, layout, OptimizerConfig(lr=1e-4), options.folder, 0, 1, 300.0)
     worker = PolicyWorker(settings, PolicyConfig(layout=layout))
     worker.start("127.0.0.1", options.port)
     traces = common.sub_traces(4096, VOCAB)

@@ -143,12 +143,12 @@ def main() -> None:
     try:
         from benchmarks.gpu import common
         from trainer.config import LayoutConfig, OptimizerConfig, PolicyConfig, Precision
+        from trainer.engine import EngineSettings
         from trainer.policy import PolicyWorker
-        from trainer.worker import WorkerSettings
 
         layout = LayoutConfig(precision=Precision.bf16)
         worker = PolicyWorker(
-            WorkerSettings(0, layout, OptimizerConfig(lr=2e-5), str(folder), 0, 1, 300.0), PolicyConfig(layout=layout)
+            EngineSettings(0, layout, OptimizerConfig(lr=2e-5), str(folder), 0, 1, 300.0), PolicyConfig(layout=layout)
         )
         with ReservedPort("127.0.0.1") as port:
             worker.start("127.0.0.1", port.number)

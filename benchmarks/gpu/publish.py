@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.gpu import common
 from benchmarks.gpu.engine import CONTEXT
-from benchmarks.gpu.train import RandomPolicy
+from benchmarks.gpu.train import RandomEngine
 from machine.ports import ReservedPort
 
 
@@ -56,22 +56,23 @@ def broadcast_rank(options: argparse.Namespace) -> None:
 def frozen_policy(folder: Path) -> Any:
     """The policy's worker with random weights and without optimizer, and the weights in the folder, for the engine."""
     from trainer.config import LayoutConfig, OptimizerConfig, PolicyConfig, Precision
-    from trainer.megatron import hf
-    from trainer.worker import WorkerSettings
+    from trainer.engine import EngineSettings
+    from trainer.models.folder import write_folder
+    from trainer.policy import PolicyWorker
 
     layout = LayoutConfig(precision=Precision.bf16)
-    settings = WorkerSettings(0, layout, OptimizerConfig(), str(folder), 0, 1, 300.0, frozen=True)
-    worker = RandomPolicy(settings, PolicyConfig(layout=layout))
+    settings = EngineSettings(0, layout, OptimizerConfig(), str(folder), 0, 1, 300.0, frozen=True)
+    worker = PolicyWorker(settings, PolicyConfig(layout=layout), RandomEngine)
     with ReservedPort("127.0.0.1") as port:
         worker.start("127.0.0.1", port.number)
     out = folder / "weights"
-    hf.save(hf.export(worker.models, worker.shape), folder, out)
+    write_folder(worker.engine.weights(), folder, out)
     return worker, out
 
 
 def change(worker: Any) -> None:
     """Moves every hundredth weight."""
-    for chunk in worker.models:
+    for chunk in worker.engine.models:
         for parameter in chunk.parameters():
             parameter.data.view(-1)[::100].mul_(1.25)
 

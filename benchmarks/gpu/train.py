@@ -35,8 +35,10 @@ from buffer.types import SubTrace
 from critic.config import CriticConfig
 from critic.worker import CriticWorker
 from trainer.config import LayoutConfig, OptimizerConfig, PolicyConfig, Precision, Recompute
+from trainer.engine import EngineSettings
+from trainer.megatron.engine import MegatronEngine
 from trainer.policy import PolicyWorker
-from trainer.worker import Fields, WorkerSettings
+from trainer.worker import Fields
 
 
 def random_weights(models: Sequence[torch.nn.Module]) -> None:
@@ -47,18 +49,11 @@ def random_weights(models: Sequence[torch.nn.Module]) -> None:
             torch.nn.init.normal_(parameter, 0.0, 0.02)
 
 
-class RandomPolicy(PolicyWorker):
-    """The policy's worker without a weight file."""
+class RandomEngine(MegatronEngine):
+    """The Megatron engine without a weight file."""
 
-    def _read_weights(self, models: Sequence[torch.nn.Module]) -> None:
-        random_weights(models)
-
-
-class RandomCritic(CriticWorker):
-    """The critic's worker without a weight file."""
-
-    def _read_weights(self, models: Sequence[torch.nn.Module]) -> None:
-        random_weights(models)
+    def _read_weights(self) -> None:
+        random_weights(self.chunks)
 
 
 def fields_of(role: str, traces: list[SubTrace]) -> Fields:
@@ -101,9 +96,10 @@ def measure(role: str, options: argparse.Namespace, folder: Path, port: int) -> 
         max_tokens_per_micro_batch=options.tokens,
         recompute=Recompute(options.recompute),
     )
-    settings = WorkerSettings(options.rank, layout, OptimizerConfig(lr=1e-6), str(folder), 0, 1, 600.0)
-    made = {"policy": (RandomPolicy, PolicyConfig), "critic": (RandomCritic, CriticConfig)}[role]
-    worker: Any = made[0](settings, made[1](layout=layout))
+    settings = EngineSettings(options.rank, layout, OptimizerConfig(lr=1e-6), str(folder), 0, 1, 600.0)
+    made = {"policy": (PolicyWorker, PolicyConfig), "critic": (CriticWorker, CriticConfig)}[role]
+    worker: Any = made[0](settings, made[1](layout=layout), RandomEngine)
+    forward_pass = worker.logprobs if role == "policy" else worker.values
     began = time.perf_counter()
     worker.start("127.0.0.1", port)
     start_s = time.perf_counter() - began
@@ -113,17 +109,17 @@ def measure(role: str, options: argparse.Namespace, folder: Path, port: int) -> 
     grid = [[list(range(row * each, (row + 1) * each))] * options.micro_batches for row in range(num_rows)]
     fields = fields_of(role, traces)
     step_s: list[float] = []
-    optimizer_step = worker.optimizer.step
+    optimizer_step = worker.engine.optimizer.step
 
     def step_timed() -> Any:
         answer: list[Any] = []
         step_s.append(timed(lambda: answer.append(optimizer_step())))
         return answer[0]
 
-    worker.optimizer.step = step_timed
+    worker.engine.optimizer.step = step_timed
     forward, update = [], []
     for _ in range(options.steps + 1):
-        forward.append(timed(lambda: worker.predict(traces, grid)))
+        forward.append(timed(lambda: forward_pass(traces, grid)))
         torch.cuda.reset_peak_memory_stats()
         update.append(timed(lambda: worker.update(traces, fields, [grid])))
     middle = lambda times: sorted(times[1:])[(len(times) - 1) // 2]  # noqa: E731 (the first warms up)
@@ -133,7 +129,7 @@ def measure(role: str, options: argparse.Namespace, folder: Path, port: int) -> 
         profile(lambda: worker.update(traces, fields, [grid]), options.profile if options.rank == 0 else 0)
     found = {
         "role": role,
-        "parameters": sum(p.numel() for p in worker.chunks[0].parameters()) * options.tensor_parallel,
+        "parameters": sum(p.numel() for p in worker.engine.chunks[0].parameters()) * options.tensor_parallel,
         "tokens": sum(lengths) * num_rows,
         "forward_s": middle(forward),
         "update_s": middle(update),

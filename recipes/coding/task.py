@@ -18,8 +18,9 @@ from typing import Any
 from buffer.tasks import TaskRow
 from recipes.coding.demonstrator import Script
 from recipes.coding.rows import make_rows
-from rollout.environment import Demonstrator, Environment, Step, Task
+from rollout.environment import Demonstrator, Environment, Step
 from rollout.sandbox.interface import Sandbox
+from rollout.task import Task
 
 # Calls f at each x of stdin; prints one result per line, nothing but integers.
 RUNNER = """

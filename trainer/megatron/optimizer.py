@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from difflib import SequenceMatcher
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -13,6 +11,7 @@ from torch.optim.adam import adam
 from torch.optim.adamw import adamw
 
 from trainer.config import OptimizerConfig, Precision
+from trainer.engine import frozen_names
 from trainer.megatron import cpu
 
 cpu.enable()
@@ -112,29 +111,6 @@ def freeze(
             model.embedding.register_forward_hook(lambda module, args, out: out.requires_grad_())
 
 
-def frozen_names(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
-    """The names that match at least one pattern (`*`, `?`, `[...]`; of the whole name, case counts).
-
-    ValueError: a pattern that matches none, with the names that come nearest; nothing left to train.
-    """
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            nearest = sorted(names, key=lambda name: -_likeness(name, pattern))[:3]
-            raise ValueError(
-                f"freeze pattern {pattern!r} matches none of the {len(names)} parameters; nearest: {', '.join(nearest)}"
-            )
-    found = [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
-    if len(found) == len(names):
-        raise ValueError(f"freeze={list(patterns)} matches all {len(names)} parameters: leave some to train")
-    return found
-
-
-def _likeness(name: str, pattern: str) -> float:
-    """0 to 1, of the pattern without its wildcards to the name or one of its parts."""
-    wanted = pattern.strip("*.")
-    return max(SequenceMatcher(None, wanted, part).ratio() for part in (name, *name.split(".")))
-
-
 def wrap_ddp(models: Sequence[Any]) -> list[DistributedDataParallel]:
     """Megatron data parallelism around each of this rank's chunks, with gradients summed in fp32.
 
@@ -208,13 +184,3 @@ def _groups(settings: megatron_optimizer.OptimizerConfig) -> dict[ParamKey, Any]
         in_fp32 = ParamPredicate(name="fp32", fn=lambda parameter: parameter.dtype is torch.float32)
         found[ParamKey(predicate=in_fp32)] = {"max_lr": settings.lr}
     return found
-
-
-def learning_rate(config: OptimizerConfig, step: int) -> float:
-    """lr at optimizer step 0, 1, ...: linear warm-up, then constant or linear decay to final_lr_ratio * lr."""
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    if config.decay_steps == 0:
-        return config.lr
-    done = min(1.0, (step - config.warmup_steps) / max(1, config.decay_steps - config.warmup_steps))
-    return config.lr * (1.0 - (1.0 - config.final_lr_ratio) * done)

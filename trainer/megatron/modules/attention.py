@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import distributed as dist
 from torch.nn import functional as F
 
+from trainer.batching import Packing, held_pieces, pieces
 from trainer.megatron.modules.flash import causal_attention
 
 
@@ -32,18 +33,14 @@ class RMSNorm(torch.nn.Module):
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
 
 
-class Packing(PackedSeqParams):
-    """Borders of the sequences in one packed micro-batch, and which of its tokens this process holds.
+class PackedSequences(PackedSeqParams):
+    """A `Packing` as megatron-core and `PackedAttention` read it.
 
-    With context parallelism over C processes each sequence, whose length is a multiple of 2 C, is cut into 2 C equal
-    pieces; process c holds pieces c and 2 C - 1 - c of every sequence, so that all have the same work under a causal
-    mask. Borders and `max_seqlen` are those of whole sequences, which is what megatron-core's rope asks for.
-
-    T = tokens of this process, A = tokens of all C processes (A = C T).
+    Borders and `max_seqlen` are those of whole sequences, which is what megatron-core's rope asks for.
     """
 
-    def __init__(self, lengths: list[int], device: torch.device, context_size: int = 1, context_rank: int = 0) -> None:
-        lengths_N = torch.tensor(lengths, dtype=torch.int64)
+    def __init__(self, packing: Packing) -> None:
+        lengths_N, device, size = packing.lengths_N, packing.device, packing.context_size
         borders = F.pad(lengths_N.cumsum(0), (1, 0)).to(device=device, dtype=torch.int32)
         longest = int(lengths_N.max())
         super().__init__(
@@ -53,26 +50,18 @@ class Packing(PackedSeqParams):
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
         )
-        start_N = lengths_N.cumsum(0) - lengths_N
         self.calls: list[Call] = []
-        self.back_T: torch.Tensor | None = None  # where each query lies when the calls' queries are joined
-        self.place_A: torch.Tensor | None = None  # where each token lies when all processes' tokens are joined; CPU
-        if context_size == 1:
-            self.own_T = torch.arange(int(lengths_N.sum()))  # this process's tokens among all; CPU
+        self.back_T: torch.Tensor | None = None  # index of each query when the calls' queries are joined
+        if packing.place_A is None:
             self.calls.append(Call(lengths_N, lengths_N, device))
-        else:
-            piece_N = lengths_N // (2 * context_size)
-            held = [[rank, 2 * context_size - 1 - rank] for rank in range(context_size)]
-            own = [_ranges(start_N, piece_N, numbers) for numbers in held]
-            self.own_T = own[context_rank]
-            self.place_A = torch.cat(own).argsort()
-            own_start_N = torch.cumsum(2 * piece_N, 0) - 2 * piece_N
-            queries = [_ranges(own_start_N, piece_N, [second]) for second in range(2)]
-            for number, of_piece in zip(held[context_rank], queries, strict=True):
-                keys = self.place_A[_ranges(start_N, (number + 1) * piece_N, [0])]
-                self.calls.append(Call(piece_N, (number + 1) * piece_N, device, of_piece, keys))
-            self.back_T = torch.cat(queries).argsort().to(device)
-        self.position_T = (self.own_T - torch.repeat_interleave(start_N, lengths_N // context_size)).to(device)
+            return
+        piece_N = lengths_N // (2 * size)
+        own_start_N = torch.cumsum(2 * piece_N, 0) - 2 * piece_N
+        queries = [pieces(own_start_N, piece_N, [second]) for second in range(2)]
+        for number, of_piece in zip(held_pieces(size)[packing.context_rank], queries, strict=True):
+            keys = packing.place_A[pieces(packing.start_N, (number + 1) * piece_N, [0])]
+            self.calls.append(Call(piece_N, (number + 1) * piece_N, device, of_piece, keys))
+        self.back_T = torch.cat(queries).argsort().to(device)
 
 
 class Call:
@@ -141,7 +130,7 @@ class PackedAttention(MegatronModule):
         attention_mask: torch.Tensor | None,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: torch.Tensor | None = None,
-        packed_seq_params: Packing | None = None,
+        packed_seq_params: PackedSequences | None = None,
     ) -> torch.Tensor:
         assert packed_seq_params is not None, "every micro-batch here is packed"
         calls = packed_seq_params.calls
@@ -170,16 +159,6 @@ class _Gather(torch.autograd.Function):
         own = grad.new_empty((grad.shape[0] // ctx.group.size(), *grad.shape[1:]))
         dist.reduce_scatter_tensor(own, grad.contiguous(), group=ctx.group)
         return own, None
-
-
-def _ranges(start_N: torch.Tensor, length_N: torch.Tensor, numbers: list[int]) -> torch.Tensor:
-    """Of each sequence i its pieces `numbers`; piece k is the places start_N[i] + k * length_N[i] + 0, 1, ..."""
-    found = [
-        torch.arange(start + number * length, start + (number + 1) * length)
-        for start, length in zip(start_N.tolist(), length_N.tolist(), strict=True)
-        for number in numbers
-    ]
-    return torch.cat(found)
 
 
 def _slots(lengths_N: torch.Tensor) -> torch.Tensor:

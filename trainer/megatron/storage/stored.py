@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
-from trainer.megatron import hf
 from trainer.models.entries import Entry, Merge, entries
+from trainer.models.folder import write_folder
 from trainer.models.mapping import unmerge
 from trainer.models.shape import ModelShape, read_shape
 
@@ -102,7 +102,7 @@ def export(folder: Path, source: Path, out: Path) -> None:
     a tensor is missing or misshapen. OSError: no room on the disk. Then nothing is left at `out`.
     """
     try:
-        hf.save(weights(Stored(folder), read_shape(source)), source, out)
+        write_folder(weights(Stored(folder), read_shape(source)), source, out)
     except (OSError, ValueError, SafetensorError) as error:
         shutil.rmtree(out.with_name(out.name + ".part"), ignore_errors=True)
         if isinstance(error, SafetensorError):

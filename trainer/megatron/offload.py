@@ -10,34 +10,21 @@ and has its values again when the bytes are back. Gradients are not kept; they c
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from enum import Enum
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Any
 
 import torch
 
 from trainer.config import Offload
+from trainer.engine import Memory
 
 PIECE = 1 << 28  # bytes: host memory that a device reads directly comes in powers of two
 
-P = ParamSpec("P")
-T = TypeVar("T")
-
-
-class Part(Enum):
-    """Of a role's memory."""
-
-    weights = "weights"
-    gradients = "gradients"
-    state = "state"
-
-
 AWAY = {  # outside of the work that needs them
-    Offload.none: frozenset[Part](),
-    Offload.optimizer: frozenset({Part.state}),
-    Offload.role: frozenset(Part),
+    Offload.none: frozenset[Memory](),
+    Offload.optimizer: frozenset({Memory.state}),
+    Offload.role: frozenset(Memory),
 }
 
 
@@ -110,72 +97,51 @@ def gradients_of(chunks: Sequence[Any]) -> list[torch.Tensor]:
 
 def state_of(optimizer: Any) -> list[torch.Tensor]:
     """What Megatron's optimizer steps on and what it remembers. In fp32 it steps on views of the weights."""
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    inner = [part.optimizer for part in parts if getattr(part, "optimizer", None) is not None]
+    chained = getattr(optimizer, "chained_optimizers", [optimizer])
+    inner = [one.optimizer for one in chained if getattr(one, "optimizer", None) is not None]
     steps_on = [parameter for one in inner for group in one.param_groups for parameter in group["params"]]
     remembers = [value for one in inner for of_one in one.state.values() for value in of_one.values()]
     return [tensor for tensor in (*steps_on, *remembers) if isinstance(tensor, torch.Tensor)]
 
 
 class Residence:
-    """Which parts of a rank's memory are on its device. Made when all are; from then on some are away."""
+    """Which memory of a rank is on its device. Made when all is; from then on some is away."""
 
     def __init__(self, offload: Offload, chunks: Sequence[Any], optimizer: Any | None) -> None:
         """`optimizer`: None of a frozen role."""
         self._chunks = chunks
         self._optimizer = optimizer
-        self._shelves = {part: Shelf() for part in Part}
+        self._shelves = {kind: Shelf() for kind in Memory}
         self._goes = AWAY[offload]
-        self.away: frozenset[Part] = frozenset()
+        self.away: frozenset[Memory] = frozenset()
         self._send_away(self._goes)
 
     @contextmanager
-    def present(self, *parts: Part) -> Iterator[None]:
-        """The parts are on the device inside the block; those that were before it stay there after it."""
-        wanted = self.away.intersection(parts)
-        for part in Part:
-            if part in wanted:
-                self._shelves[part].give_back()
+    def present(self, *memory: Memory) -> Iterator[None]:
+        """The memory is on the device inside the block; what was there before it stays there after it."""
+        wanted = self.away.intersection(memory)
+        for kind in Memory:
+            if kind in wanted:
+                self._shelves[kind].give_back()
         self.away -= wanted
         try:
             yield
         finally:
             self._send_away(wanted)
 
-    def _send_away(self, parts: frozenset[Part]) -> None:
-        for part in Part:
-            if part in parts:
-                self._shelves[part].put(self._storages(part), keep=part is not Part.gradients)
-        self.away |= parts
-        if Part.weights in parts and torch.cuda.is_available():
+    def _send_away(self, memory: frozenset[Memory]) -> None:
+        for kind in Memory:
+            if kind in memory:
+                self._shelves[kind].put(self._storages(kind), keep=kind is not Memory.gradients)
+        self.away |= memory
+        if Memory.weights in memory and torch.cuda.is_available():
             torch.cuda.empty_cache()  # for the other processes on the GPU
 
-    def _storages(self, part: Part) -> list[torch.UntypedStorage]:
-        if part is Part.weights:
+    def _storages(self, kind: Memory) -> list[torch.UntypedStorage]:
+        if kind is Memory.weights:
             return storages(weights_of(self._chunks))
-        if part is Part.gradients:
+        if kind is Memory.gradients:
             return storages(gradients_of(self._chunks))
         if self._optimizer is None:
             return []
         return storages(state_of(self._optimizer), but=weights_of(self._chunks))
-
-
-class HasResidence(Protocol):
-    residence: Residence
-
-
-W = TypeVar("W", bound=HasResidence)
-
-
-def needs(*parts: Part) -> Callable[[Callable[Concatenate[W, P], T]], Callable[Concatenate[W, P], T]]:
-    """Of a worker's method: these parts are on the device while it runs."""
-
-    def decorate(method: Callable[Concatenate[W, P], T]) -> Callable[Concatenate[W, P], T]:
-        @functools.wraps(method)
-        def inside(self: W, /, *args: P.args, **kwargs: P.kwargs) -> T:
-            with self.residence.present(*parts):
-                return method(self, *args, **kwargs)
-
-        return inside
-
-    return decorate
