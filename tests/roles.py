@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -91,7 +91,7 @@ def seat() -> Any:
         def __init__(self) -> None:
             self.worker: Any = None
 
-        def sit(self, worker: type, *arguments: Any) -> None:
+        def sit(self, worker: Callable[..., Any], *arguments: Any) -> None:
             self.worker = worker(*arguments)
 
         def ask(self, method: str, *arguments: Any) -> Any:
@@ -121,7 +121,9 @@ _FREE: list[Any] = []  # seats without a worker
 
 
 @contextmanager
-def running(group_class: type, worker: type, folder: Path, config: Any, optimizer: Any = None) -> Iterator[Any]:
+def running(
+    group_class: type, worker: Callable[..., Any], folder: Path, config: Any, optimizer: Any = None
+) -> Iterator[Any]:
     """A started role in its configuration's layout; its processes are given to the next one."""
     import ray
 

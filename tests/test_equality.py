@@ -1,5 +1,5 @@
-"""The layout does not change the mathematics: every kind of parallelism against one process, and that against
-transformers; dense and with experts, policy and critic, over three optimizer steps.
+"""Neither layout nor engine changes the mathematics: every kind of parallelism and the engine in plain torch against
+one process of Megatron, and that against transformers; dense and with experts, policy and critic, over three steps.
 
 Learning rate and eps of Adam are equal and large, so the first step moves each weight by g / (|g| / 0.1 + 1): weights
 after it are the gradient, gathered by the product's own export. Steps after it have Adam's state.
@@ -7,7 +7,9 @@ after it are the gradient, gathered by the product's own export. Steps after it 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,8 +23,10 @@ from critic.config import CriticConfig
 from critic.group import CriticGroup
 from critic.worker import CriticWorker
 from trainer.config import LayoutConfig, OptimizerConfig, PolicyConfig, Recompute
+from trainer.engine import MakeEngine, megatron
 from trainer.group import PolicyGroup
 from trainer.policy import PolicyWorker
+from trainer.reference.engine import TorchEngine
 
 pytestmark = pytest.mark.e2e
 
@@ -87,10 +91,10 @@ def weights(group: Any) -> dict[str, np.ndarray]:
     return answers[0]
 
 
-def policy(folder: Path, layout: LayoutConfig, traces: list[SubTrace]) -> Result:
+def policy(folder: Path, layout: LayoutConfig, traces: list[SubTrace], engine: MakeEngine = megatron) -> Result:
     config = PolicyConfig(layout, entropy_coef=0.01, kl_coef=0.1)
     batch, ones = batch_of(traces), [np.ones(len(trace.tokens), np.float32) for trace in traces]
-    with running(PolicyGroup, PolicyWorker, folder, config, ADAM) as group:
+    with running(PolicyGroup, partial(PolicyWorker, make_engine=engine), folder, config, ADAM) as group:
         before = group.logprobs(batch).result()
         metrics, seen = [], []
         for step in range(3):
@@ -101,10 +105,10 @@ def policy(folder: Path, layout: LayoutConfig, traces: list[SubTrace]) -> Result
         return Result(before, group.logprobs(batch).result(), metrics, seen[0], seen[2])
 
 
-def critic(folder: Path, layout: LayoutConfig, traces: list[SubTrace]) -> Result:
+def critic(folder: Path, layout: LayoutConfig, traces: list[SubTrace], engine: MakeEngine = megatron) -> Result:
     config = CriticConfig(layout, head_init_std=0.1, value_clip=0.2, num_epochs=1, num_minibatches=1)
     batch = batch_of(traces)
-    with running(CriticGroup, CriticWorker, folder, config, ADAM) as group:
+    with running(CriticGroup, partial(CriticWorker, make_engine=engine), folder, config, ADAM) as group:
         before = group.values(batch).result()
         metrics, seen = [], []
         for step in range(3):
@@ -113,7 +117,7 @@ def critic(folder: Path, layout: LayoutConfig, traces: list[SubTrace]) -> Result
         return Result(before, group.values(batch).result(), metrics, seen[0], seen[2])
 
 
-ROLES = {"policy": policy, "critic": critic}
+ROLES: dict[str, Callable[..., Result]] = {"policy": policy, "critic": critic}
 
 
 @pytest.fixture(scope="module")
@@ -137,8 +141,21 @@ def test_layout_changes_nothing(
     folders: dict[str, Path],
     traces: list[SubTrace],
 ) -> None:
-    wanted = references[role, kind]
     found = ROLES[role](folders[kind], replace(ONE, **LAYOUTS[name]), traces)
+    assert_same(found, references[role, kind])
+
+
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_torch_engine_computes_what_megatrons_does(
+    kind: str, role: str, references: dict[tuple[str, str], Result], folders: dict[str, Path], traces: list[SubTrace]
+) -> None:
+    """Behind the same workers, losses and micro-batches."""
+    assert_same(ROLES[role](folders[kind], ONE, traces, TorchEngine), references[role, kind])
+
+
+def assert_same(found: Result, wanted: Result) -> None:
+    """One role's numbers are those of another layout or engine, and it has learnt something."""
     assert_close(found.before, wanted.before, 2e-6)
     for mine, theirs in zip(found.metrics, wanted.metrics, strict=True):
         assert sorted(mine) == sorted(theirs)
