@@ -9,6 +9,7 @@ import numpy as np
 
 from buffer.types import Batch, Float32, Targets
 from critic.config import CriticConfig
+from critic.worker import CriticWorker
 from trainer.group import Pending, WorkerGroup
 
 
@@ -24,7 +25,7 @@ class CriticGroup(WorkerGroup):
 
         With `beyond` [T + 1]: the last entry is the value of the state after the last token.
         """
-        return self.predict("values_and_end" if beyond else "values", batch)
+        return self.predict(CriticWorker.values_and_end if beyond else CriticWorker.values, batch)
 
     def update(
         self, batch: Batch, targets: Sequence[Targets], rng: np.random.Generator, num_epochs: int | None = None
@@ -34,7 +35,8 @@ class CriticGroup(WorkerGroup):
             "returns": {i: target.returns for i, target in enumerate(targets)},
             "values": {i: target.values for i, target in enumerate(targets)},
         }
-        epochs = range(num_epochs or self.config.num_epochs)
-        return self.train(
-            batch, [(fields, self.minibatch_grids(batch, self.config.num_minibatches, rng)) for _ in epochs]
+        grids = (
+            self.minibatch_grids(batch, self.config.num_minibatches, rng)
+            for _ in range(num_epochs or self.config.num_epochs)
         )
+        return self.train(CriticWorker.update, batch, ((fields, of_epoch) for of_epoch in grids))

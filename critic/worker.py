@@ -15,7 +15,7 @@ from critic.head import value_head
 from trainer import losses
 from trainer.batching import MicroBatch
 from trainer.engine import EngineSettings, MakeEngine, Memory, SummedLoss, megatron, needs
-from trainer.worker import Fields, Worker, fetch
+from trainer.worker import Fields, UpdateResult, Worker, fetch
 
 
 class CriticWorker(Worker):
@@ -46,7 +46,7 @@ class CriticWorker(Worker):
         return SummedLoss(loss, sums, {})
 
     @needs(Memory.weights, Memory.gradients)
-    def update(self, refs: Sequence[Any], fields: Fields, grids: Sequence[Grid]) -> dict[str, Any]:
+    def update(self, refs: Sequence[Any], fields: Fields, grids: Sequence[Grid]) -> UpdateResult:
         """Value steps, one for each grid. `fields`: returns and (old) values, by sub-trace index."""
         return self._update(refs, fields, grids, self._value_loss)
 

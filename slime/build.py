@@ -30,7 +30,7 @@ from slime.start.prepare import Prepared
 from slime.weights import SharedGpuWeights, Weights
 from trainer.config import Offload, PolicyConfig
 from trainer.engine import EngineSettings
-from trainer.group import NoReference, PolicyGroup, Turns, WorkerGroup
+from trainer.group import NoReference, PolicyGroup, SharedDevice, WorkerGroup
 from trainer.policy import PolicyWorker
 
 STOP_TIMEOUT_S = 30.0  # for engines and sandboxes; what has not ended then ends with its actor
@@ -179,12 +179,12 @@ def build_weights(
     return Weights(policy, engines, "nccl" if config.cluster.gpus_per_node else "gloo", limit_s)
 
 
-def take_turns(config: Config, trainers: Sequence[WorkerGroup]) -> None:
-    """Roles that share a GPU work side by side, unless one of them leaves it for the others."""
+def share_devices(config: Config, trainers: Sequence[WorkerGroup]) -> None:
+    """Lets roles that share a GPU work side by side, unless one of them leaves it to the others."""
     if config.cluster.sharing is not Sharing.none and any(one.layout.offload is Offload.role for one in trainers):
-        turns = Turns()
+        device = SharedDevice()
         for one in trainers:
-            one.turns = turns
+            one.shared_device = device
 
 
 def build(config: Config, inputs: Prepared, run_dir: Path, where: Placement) -> Parts:
@@ -197,7 +197,7 @@ def build(config: Config, inputs: Prepared, run_dir: Path, where: Placement) -> 
     estimator = build_estimator(config, inputs.model_folder, where)
     frozen = [reference] if isinstance(reference, PolicyGroup) else []
     trainers: list[WorkerGroup] = [policy, *frozen, *estimator.roles]
-    take_turns(config, trainers)
+    share_devices(config, trainers)
     starting = [role.start(limit_s) for role in trainers]
     buffer_class = ray.remote(BufferActor).options(max_concurrency=ASYNC_CALLS, **where.buffer.ray())
     buffer = watch("the data buffer", buffer_class.remote(config.buffer, len(inputs.train_rows), config.seed))

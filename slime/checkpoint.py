@@ -86,7 +86,7 @@ class Checkpoints:
         part = _folder(self._run_dir, step).with_suffix(".part")
         try:
             part.mkdir(parents=True)
-            taking = [role.submit("save", str((part / role.name).resolve())) for role in self._parts.roles]
+            taking = [role.save(part / role.name) for role in self._parts.roles]
             for pending in taking:
                 pending.result()
             buffer = ray.get(self._parts.buffer.state_dict.remote(), timeout=60)
@@ -115,7 +115,7 @@ class Checkpoints:
         try:
             for role in self._parts.roles:
                 of_ranks = self._written(role, part)
-                ray.get(role.actors[0].finish_save.remote(of_ranks), timeout=self._timeout_s)
+                role.finish_save(of_ranks).result(self._timeout_s)
             (part / "state.json").write_text(json.dumps(state))
             _sync(part)
             _put_in_place(part, _folder(self._run_dir, step))
@@ -134,7 +134,7 @@ class Checkpoints:
         while True:
             if (size := _size(part)) != before:
                 before, deadline = size, time.monotonic() + self._timeout_s
-            answers = role.submit("saved").result()
+            answers = role.saved().result()
             late = [rank for rank, answer in enumerate(answers) if answer is None]
             if not late:
                 return list(answers)
@@ -163,7 +163,7 @@ def load(run_dir: Path, parts: Parts) -> int:
     folder = _folder(run_dir, found[-1])
     try:
         state: dict[str, Any] = json.loads((folder / "state.json").read_text())
-        loading = [role.submit("load", str((folder / role.name).resolve())) for role in parts.roles]
+        loading = [role.load(folder / role.name) for role in parts.roles]
         for pending in loading:
             pending.result()
         ray.get(parts.buffer.load_state_dict.remote(state["buffer"]), timeout=60)

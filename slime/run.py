@@ -49,6 +49,6 @@ def train(config: Config, parts: Parts, watch: Watch, run_dir: Path, step: int, 
             checkpoints.check()
             watch.step(step, metrics)  # before the checkpoint: a run goes on after a checkpoint, never before metrics
             if last:  # before the checkpoint, whose presence says that the run is finished
-                parts.policy.submit("export", str((run_dir / "model").resolve())).result()
+                parts.policy.export(run_dir / "model").result()
             if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
                 checkpoints.save(step)

@@ -106,7 +106,7 @@ def run(config: Config, inputs: Prepared, run_dir: Path, view: View, tracker: Tr
         tracker.log(step, metrics)
         view.step({"step": step, "time_s": tracker.elapsed_s, **metrics})
     folder = (run_dir / "model").resolve()
-    policy.submit("export", str(folder)).result()
+    policy.export(folder).result()
     forget([*policy.actors, *rollout.workers])
     rollout.stop()
     for actor in (*policy.actors, *rollout.workers):

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TypeVar
 
 from rollout.config import PauseMode
 from rollout.engines.client import EngineClient
@@ -21,6 +21,7 @@ from rollout.sglang.delta import LOAD_FORMAT
 from trainer.group import PolicyGroup, WorkerGroup
 from trainer.publish.broadcast import buckets
 
+T = TypeVar("T")
 GROUP = "slime_weights"
 NAMES_SHOWN = 8  # of tensors, in an error
 Checksums = list[list[dict[str, str]]]  # [engine][tensor-parallel rank] {engine's tensor name: hash}
@@ -39,14 +40,14 @@ class Weights:
 
     def connect(self) -> None:
         """Makes the group that weights travel over."""
-        self._buckets = buckets(self.policy.submit("weight_names").result(self.timeout_s)[0])
+        self._buckets = buckets(self.policy.weight_names().result(self.timeout_s))
         asyncio.run(self._connect())
 
     async def _connect(self) -> None:
-        host, port = self.policy.submit("address").result(self.timeout_s)[0]
+        host, port = self.policy.address().result(self.timeout_s)
         per_engine = self.engines.config.tensor_parallel
         world = 1 + per_engine * len(self.engines.urls)
-        joining = self.policy.submit("join_engines", host, port, world, GROUP, self._backend, self.timeout_s)
+        joining = self.policy.join_engines(host, port, world, GROUP, self._backend, self.timeout_s)
         async with self.engines.clients() as clients:
             ranks = range(1, world, per_engine)
             await asyncio.gather(
@@ -87,27 +88,29 @@ class Weights:
                 await self._check_base(clients)
             await self._swap(clients, version, changes)
             if self.engines.config.delta:
-                self._held = await _all(clients, "checksums")
+                self._held = await _all(clients, EngineClient.checksums)
 
     async def _verify(self) -> None:
         async with self.engines.clients() as clients:
-            before: Checksums = await _all(clients, "checksums")
+            before: Checksums = await _all(clients, EngineClient.checksums)
             await self._swap(clients, self.version, changes=False, scramble=True)
-            after: Checksums = await _all(clients, "checksums")
+            after: Checksums = await _all(clients, EngineClient.checksums)
         self._refuse(
             before, after, f"did not hold the weights that were published as version {self.version}, or is not sent"
         )
 
     async def _check_base(self, clients: Sequence[EngineClient]) -> None:
         """RuntimeError: what an engine holds is not what changes would be added to."""
-        versions = await _all(clients, "version")
+        versions = await _all(clients, EngineClient.version)
         for url, version in zip(self.engines.urls, versions, strict=True):
             if version != self.version:
                 raise RuntimeError(
                     f"engine {url} holds weights of version {version}, changes are those since version "
                     f"{self.version}: start the run again, which sends whole weights first"
                 )
-        self._refuse(self._held, await _all(clients, "checksums"), f"no longer holds version {self.version} in")
+        self._refuse(
+            self._held, await _all(clients, EngineClient.checksums), f"no longer holds version {self.version} in"
+        )
 
     def _refuse(self, expected: Checksums, found: Checksums, what: str) -> None:
         for url, wanted, held in zip(self.engines.urls, expected, found, strict=True):
@@ -120,24 +123,25 @@ class Weights:
         mode = self.engines.config.pause
         load_format = LOAD_FORMAT if changes else None
         # The policy gathers its first bucket while the engines still generate.
-        sending = self.policy.submit("send_weights", changes, self.engines.config.delta)
+        sending = self.policy.send_weights(changes, self.engines.config.delta)
 
         async def receive() -> None:
-            await _all(clients, "pause", mode.value)
+            await _all(clients, lambda client: client.pause(mode.value))
             if scramble:
-                await _all(clients, "scramble")
-            await _all(clients, "begin_update")
+                await _all(clients, EngineClient.scramble)
+            await _all(clients, EngineClient.begin_update)
             for bucket in self._buckets:
                 names, dtypes, shapes = (list(column) for column in zip(*bucket, strict=True))
                 flush = mode is PauseMode.retract
-                await _all(clients, "update_bucket", names, dtypes, shapes, GROUP, version, flush, load_format)
+                update = names, dtypes, shapes, GROUP, version, flush, load_format
+                await asyncio.gather(*(client.update_bucket(*update) for client in clients))
 
         thread, limit_s = ThreadPoolExecutor(1), self.timeout_s * max(1, len(self._buckets))
         sent = asyncio.get_running_loop().run_in_executor(thread, sending.result, limit_s)
         thread.shutdown(wait=False)
         await asyncio.gather(sent, receive())  # whichever fails first is the reason
-        await _all(clients, "end_update")
-        await _all(clients, "resume")
+        await _all(clients, EngineClient.end_update)
+        await _all(clients, EngineClient.resume)
 
 
 class SharedGpuWeights(Weights):
@@ -155,22 +159,22 @@ class SharedGpuWeights(Weights):
 
     def lend_memory(self) -> None:
         """The engines must have no request: synchronous training."""
-        asyncio.run(self._ask("release_memory"))
+        asyncio.run(self._engines(EngineClient.release_memory))
         self._lent = True
 
     def publish(self, version: int) -> float:
         """The engines take their memory back, then the weights, all of which they have lost."""
         if self._lent:
-            for freed in [trainer.submit("free_cache") for trainer in self._trainers]:
+            for freed in [trainer.free_cache() for trainer in self._trainers]:
                 freed.result(self.timeout_s)
-            asyncio.run(self._ask("resume_memory"))
+            asyncio.run(self._engines(EngineClient.resume_memory))
             self._lent = False
             self._held = []  # no base for changes
         return super().publish(version)
 
-    async def _ask(self, method: str) -> None:
+    async def _engines(self, ask: Callable[[EngineClient], Awaitable[None]]) -> None:
         async with self.engines.clients() as clients:
-            await _all(clients, method)
+            await _all(clients, ask)
 
 
 def different(wanted: Sequence[dict[str, str]], held: Sequence[dict[str, str]]) -> list[str]:
@@ -179,5 +183,5 @@ def different(wanted: Sequence[dict[str, str]], held: Sequence[dict[str, str]]) 
     return sorted({name for one, two in pairs for name in one.keys() | two.keys() if one.get(name) != two.get(name)})
 
 
-async def _all(clients: Sequence[EngineClient], method: str, *args: Any) -> list[Any]:
-    return list(await asyncio.gather(*(getattr(client, method)(*args) for client in clients)))
+async def _all(clients: Sequence[EngineClient], ask: Callable[[EngineClient], Awaitable[T]]) -> list[T]:
+    return list(await asyncio.gather(*(ask(client) for client in clients)))

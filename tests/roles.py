@@ -148,18 +148,23 @@ def running(
     _FREE.extend(seats)
 
 
+def on_ranks(group: Any, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """What a function of the worker and these arguments returns in each rank's process."""
+    import ray
+
+    return list(ray.get([actor.__ray_call__.remote(function, *arguments) for actor in group.actors], timeout=LIMIT_S))
+
+
 def write_checkpoint(group: Any, folder: Path) -> None:
     """Saves a role and waits until its checkpoint is complete."""
-    group.submit("save", str(folder)).result()
+    group.save(folder).result()
     finish_checkpoint(group)
 
 
 def finish_checkpoint(group: Any) -> None:
     """Waits for the files of a save that has begun."""
-    import ray
-
     deadline = time.monotonic() + LIMIT_S
-    while None in (of_ranks := group.submit("saved").result()):
+    while None in (of_ranks := group.saved().result()):
         assert time.monotonic() < deadline, "not written"
         time.sleep(0.02)
-    ray.get(group.actors[0].finish_save.remote(of_ranks), timeout=LIMIT_S)
+    group.finish_save(of_ranks).result(LIMIT_S)

@@ -20,6 +20,7 @@ from slime import checkpoint, cli
 from slime.checkpoint import CheckpointError, Checkpoints
 from slime.config import ConfigError, load
 from slime.start.folder import open_run, record
+from trainer.group import Ready
 
 FULL = OSError(28, "No space left on device", "policy/__1_0.distcp")
 
@@ -37,30 +38,32 @@ class Role:
     writes: Callable[[int], None] = lambda count: None  # what happens at each question to rank 1
     asked: int = 0
 
-    def submit(self, method: str, *args: Any) -> Any:
-        return SimpleNamespace(result=lambda: [self.answer(method, rank, *args) for rank in range(2)])
+    def save(self, folder: Path) -> Ready[None]:
+        self.events.append(f"{self.name} save")
+        self.folder = folder
+        self.folder.mkdir()
+        return Ready(None)
 
-    def answer(self, method: str, rank: int, *args: Any) -> bytes | None:
-        if method == "save" and rank == 0:
-            self.events.append(f"{self.name} save")
-            self.folder = Path(args[0])
-            self.folder.mkdir()
-        if method == "saved":
-            self.asked += rank
-            self.writes(self.asked)
-            if rank and self.error is not None and self.allowed.is_set():
-                raise self.error
-            return f"{rank}".encode() if rank == 0 or self.allowed.is_set() else None
-        return None
+    def load(self, folder: Path) -> Ready[None]:
+        if self.error is not None:
+            raise self.error
+        return Ready(None)
 
-    @property
-    def actors(self) -> list[Any]:
-        return [SimpleNamespace(finish_save=SimpleNamespace(remote=self.finish))]
+    def saved(self) -> Any:
+        return SimpleNamespace(result=lambda: [self.written(rank) for rank in range(2)])
 
-    def finish(self, of_ranks: list[bytes]) -> None:
+    def written(self, rank: int) -> bytes | None:
+        self.asked += rank
+        self.writes(self.asked)
+        if rank and self.error is not None and self.allowed.is_set():
+            raise self.error
+        return f"{rank}".encode() if rank == 0 or self.allowed.is_set() else None
+
+    def finish_save(self, of_ranks: list[bytes]) -> Ready[None]:
         assert of_ranks == [b"0", b"1"]
         (self.folder / "metadata.json").write_text("{}")
         self.events.append(f"{self.name} finish")
+        return Ready(None)
 
 
 @dataclass
@@ -250,10 +253,7 @@ def test_a_checkpoint_that_can_not_be_loaded_says_where_to_go_on(story: Story) -
         checkpoints.save(4)
         checkpoints.save(8)
 
-    def refuse(method: str, *args: Any) -> Any:
-        raise ValueError("tensor x is missing")
-
-    story.roles[1].submit = refuse  # type: ignore[method-assign]
+    story.roles[1].error = ValueError("tensor x is missing")
     with pytest.raises(CheckpointError, match=r"step_000008 can't be loaded: tensor x is missing.*from step 4"):
         checkpoint.load(story.run_dir, story.parts)
 

@@ -141,7 +141,7 @@ def test_trunk_is_the_policys_and_frozen_attention_stays_so(
         end, values = weights(group), group.values(batch).result()
         assert_frozen(middle, end, [ATTENTION])
 
-        group.submit("load", str(tmp_path / "one")).result()
+        group.load(tmp_path / "one").result()
         assert all(np.array_equal(middle[0][name], now) for name, now in weights(group)[0].items())
         three_updates(group, traces, seed=4)  # the optimizer's state came along
         again = weights(group)
@@ -154,7 +154,7 @@ def test_trunk_is_the_policys_and_frozen_attention_stays_so(
         assert_frozen(begin, weights(group), [ATTENTION])
         for key in ("loss", "grad_norm"):
             assert found[key] == pytest.approx(metrics[key], rel=1e-4), key
-        group.submit("load", str(tmp_path / "one")).result()
+        group.load(tmp_path / "one").result()
         three_updates(group, traces, seed=4)
         for i, now in group.values(batch).result().items():
             np.testing.assert_allclose(now, values[i], atol=5e-4)
@@ -198,7 +198,7 @@ def test_a_critic_in_bf16_with_a_head_in_fp32_is_saved_whole(
         write_checkpoint(group, tmp_path / "bf16")
         three_updates(group, traces, seed=4)
         end = weights(group)[0]
-        group.submit("load", str(tmp_path / "bf16")).result()
+        group.load(tmp_path / "bf16").result()
         assert all(np.array_equal(middle[name], now) for name, now in weights(group)[0].items())
         three_updates(group, traces, seed=4)
         assert all(np.array_equal(end[name], now) for name, now in weights(group)[0].items())

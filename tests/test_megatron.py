@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from roles import batch_of, random_qwen3, random_targets, running, seven_sub_traces, write_checkpoint
+from roles import batch_of, on_ranks, random_qwen3, random_targets, running, seven_sub_traces, write_checkpoint
 
 from buffer.types import SubTrace
 from critic.config import CriticConfig
@@ -115,7 +115,7 @@ def test_critic_layouts_agree_and_checkpoints_resume_in_another(
         found = group.update(batch, targets, np.random.default_rng(3)).result()
         assert found["loss"] == pytest.approx(metrics["loss"], rel=1e-4)
         assert found["grad_norm"] == pytest.approx(metrics["grad_norm"], rel=1e-4)
-        group.submit("load", str(tmp_path / "one")).result()
+        group.load(tmp_path / "one").result()
         assert_close(group.values(batch).result(), after, 5e-6)
         group.update(batch, targets, np.random.default_rng(4)).result()  # the optimizer's state came along
         assert_close(group.values(batch).result(), later, 2e-4)  # after more Adam steps of lr 1e-2
@@ -132,7 +132,7 @@ def test_a_process_keeps_nothing_of_a_worker_that_has_left(
     for _ in range(3):
         with policy(folder, replace(LAYOUTS["DP2"], expert_parallel=2 if experts else 1)) as group:
             train_policy(group, traces)
-            threads.append(sum(group.submit("__ray_call__", count).result()))
+            threads.append(sum(on_ranks(group, count)))
     assert threads[1] == pytest.approx(threads[2], abs=20)  # about 100 more, where something is kept
 
 
@@ -178,8 +178,8 @@ def test_folders_are_read_whole_or_refused_and_written_bit_for_bit(
             for actor in group.actors:  # each refuses, none waits for another
                 with pytest.raises(ValueError, match=message):
                     ray.get(actor.__ray_call__.remote(read, str(tmp_path / name)), timeout=60)
-        names = group.submit("weight_names").result()[0]
-        group.submit("export", str(tmp_path / "one")).result()
+        names = group.weight_names().result()
+        group.export(tmp_path / "one").result()
         out = str(tmp_path / "many")
         ray.get([actor.__ray_call__.remote(in_small_files, out) for actor in group.actors], timeout=60)
     source = load_file(folder / "model.safetensors")

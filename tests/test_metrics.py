@@ -264,15 +264,15 @@ def test_episodes_that_took_no_time_have_no_ratios() -> None:
 # What the roles of training processes sum up, by the prefix under which the loop logs it; "tokens" divides, "gradient/"
 # becomes shares.
 ROLES = {
-    "policy": {"trainer/policy.py", "trainer/worker.py"},
-    "critic": {"critic/worker.py", "trainer/worker.py"},
+    "policy": {"trainer/policy.py", "trainer/group.py"},
+    "critic": {"critic/worker.py", "trainer/group.py"},
 }
 POLICY = {
     "loss", "clip_fraction", "ratio_mean", "ratio_max", "kl", "entropy", "nll", "grad_norm", "lr",
     *(f"gradient_share/{part}" for part in PARTS),
 }  # fmt: skip
 CRITIC = {"loss", "clip_fraction", "grad_norm", "lr"}
-NO_METRICS = {"tokens", "sums", "maxima", "steps", "updates_done"}  # what divides them, and what carries them
+NO_METRICS = {"tokens"}  # what divides them
 PHASES = {"rollout", "values", "update", "publish", "eval", "step", "other"}
 LITERAL = re.compile(r"\"((?:policy|critic|advantage|rollout|weights|eval|time|sft)/[a-z0-9_/]+)\"")
 

@@ -321,7 +321,7 @@ def test_layout_changes_nothing(name: str, ray_cluster: None, tmp_path: Path) ->
             before = group.logprobs(batch_of(traces)).result()
             grid = group.grid(range(len(traces)), [len(trace.tokens) for trace in traces])
             group.imitate(batch_of(traces), grid).result()
-            group.submit("export", str(out)).result()
+            group.export(out).result()
         return before, load_file(out / "model.safetensors")
 
     one = LayoutConfig(max_tokens_per_micro_batch=70)

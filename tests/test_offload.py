@@ -17,8 +17,8 @@ from buffer.types import SubTrace
 from critic.group import CriticGroup
 from slime.config import load
 from trainer.config import LayoutConfig, Offload, PolicyConfig, Precision
-from trainer.engine import Memory
-from trainer.group import WITHOUT_MODEL, PolicyGroup, Turns
+from trainer.engine import Memory, needed
+from trainer.group import PolicyGroup, SharedDevice
 from trainer.megatron import offload
 from trainer.megatron.offload import Residence, Shelf, storages
 
@@ -149,29 +149,28 @@ def test_a_frozen_role_has_weights_alone() -> None:
         (["cluster.gpus_per_node=3", "policy.layout.offload=role"], False),
     ],
 )
-def test_turns_are_for_roles_that_share_a_gpu_and_leave_it(numbers: list[str], together: bool) -> None:
-    from slime.build import take_turns
+def test_only_roles_that_share_a_gpu_and_leave_it_are_serialized(numbers: list[str], together: bool) -> None:
+    from slime.build import share_devices
 
     config = load(["recipe=ppo_coding", *numbers], None).config
     roles = [PolicyGroup([], config.policy, 1.0), CriticGroup([], config.critic, 1.0)]
-    take_turns(config, roles)
-    assert (roles[0].turns is not None) == together
-    assert roles[0].turns is roles[1].turns
+    share_devices(config, roles)
+    assert (roles[0].shared_device is not None) == together
+    assert roles[0].shared_device is roles[1].shared_device
 
 
-def test_callers_and_workers_agree_on_what_needs_the_model() -> None:
+def test_all_but_a_few_calls_declare_what_they_need() -> None:
     """A method that reads an emptied tensor would end the process."""
     from critic.worker import CriticWorker
     from trainer.policy import PolicyWorker
 
+    device_free = {"address", "weight_names", "join_engines", "saved", "finish_save", "free_cache", "peak_memory_gb"}
     for worker in (PolicyWorker, CriticWorker):
-        public = {n for n, f in inspect.getmembers(worker, inspect.isfunction) if not n.startswith("_")}
-        marked = {name for name in public if hasattr(getattr(worker, name), "__wrapped__")}
-        assert public - marked == WITHOUT_MODEL & public
-        assert not marked & WITHOUT_MODEL
+        public = {n: f for n, f in inspect.getmembers(worker, inspect.isfunction) if not n.startswith("_")}
+        assert {n for n, f in public.items() if not needed(f)} == (device_free | {"stop"}) & public.keys()
 
 
-def test_roles_that_take_turns_wait_for_each_other_and_not_for_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_serialized_roles_wait_for_each_other_and_not_for_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
 
     def method(name: str) -> Any:
@@ -187,16 +186,16 @@ def test_roles_that_take_turns_wait_for_each_other_and_not_for_themselves(monkey
 
     monkeypatch.setattr("ray.wait", wait)
     monkeypatch.setattr("ray.get", lambda refs, timeout: refs)
-    calls = ("update", "save", "saved")
+    calls = ("load", "save", "saved")
     actors = {name: SimpleNamespace(**{c: method(f"{name} {c}") for c in calls}) for name in ("policy", "critic")}
     policy, critic = (PolicyGroup([actor], PolicyConfig(), 60.0, name) for name, actor in actors.items())
-    policy.turns = critic.turns = Turns()
-    asked = [policy.submit("update"), policy.submit("save"), critic.submit("saved"), critic.submit("update")]
+    policy.shared_device = critic.shared_device = SharedDevice()
+    asked: list[Any] = [policy.load(Path()), policy.save(Path()), critic.saved(), critic.load(Path())]
     assert events == [
-        *("policy update asked", "policy save asked", "critic saved asked", "policy save answered"),
-        "critic update asked",
+        *("policy load asked", "policy save asked", "critic saved asked", "policy save answered"),
+        "critic load asked",
     ]
-    assert [one.result() for one in asked][3] == ["critic update"]
+    assert [one.result() for one in asked][3] == ["critic load"]
 
 
 # ---------------------------------------------------------------- real workers
@@ -252,8 +251,8 @@ def trained(
         write_checkpoint(group, scratch / "checkpoint")
         look()
         found["second"] = update(1)
-        group.submit("export", str(scratch / "model")).result()
-        group.submit("load", str(scratch / "checkpoint")).result()
+        group.export(scratch / "model").result()
+        group.load(scratch / "checkpoint").result()
         found["second again"], found["new"] = update(1), group.logprobs(batch).result()
         look()
     found["weights"] = {name: t.float().numpy() for name, t in load_file(scratch / "model/model.safetensors").items()}

@@ -114,7 +114,7 @@ def critic(worker: type, folder: Path, layout: LayoutConfig, traces: list[SubTra
     with running(CriticGroup, worker, folder, config) as group:
         metrics = [group.update(batch, random_targets(traces), np.random.default_rng(i)).result() for i in range(2)]
         write_checkpoint(group, scratch / "critic")
-        group.submit("load", str(scratch / "critic")).result()
+        group.load(scratch / "critic").result()
         return metrics, group.values(batch).result()
 
 
@@ -130,7 +130,7 @@ def policy(worker: type, folder: Path, layout: LayoutConfig, traces: list[SubTra
         for i in range(2):
             rng = np.random.default_rng(i)
             metrics.append(group.update(batch, traces, random_targets(traces), old, {}, ones, rng).result())
-        group.submit("export", str(scratch / "policy")).result()
+        group.export(scratch / "policy").result()
         weights = load_file(scratch / "policy/model.safetensors")
         return metrics, group.logprobs(batch).result() | {-1 - i: weights[name] for i, name in enumerate(weights)}
 

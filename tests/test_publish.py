@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import AsyncIterator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import replace
 from typing import Any
@@ -25,18 +26,19 @@ from trainer.publish.broadcast import Weight, buckets, join_update_group, leave_
 from trainer.publish.delta import Base
 
 
-class Answer:
-    """Of a stand-in with one rank."""
+class Group:
+    """Stands where the policy's group does: asks a trainer in a thread of this process."""
 
-    def __init__(self, future: Future) -> None:
-        self._future = future
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._threads = ThreadPoolExecutor(4)
 
-    def result(self, timeout_s: float | None = None) -> list[Any]:
-        return [self._future.result(timeout_s)]
+    def __getattr__(self, method: str) -> Any:
+        return functools.partial(self._threads.submit, getattr(self._trainer, method))
 
 
 class Trainer:
-    """Stands where the policy's ranks do: a transformers model, sent the way rank 0 sends."""
+    """Stands where the policy's rank 0 does: a transformers model, sent the way rank 0 sends."""
 
     limit = 200_000  # bytes of a bucket
 
@@ -45,10 +47,6 @@ class Trainer:
         self.omitted = ""  # name of a tensor that is not sent
         self.base: Base | None = None
         self.sent: list[int] = []  # bytes of each publication
-        self._threads = ThreadPoolExecutor(4)
-
-    def submit(self, method: str, *args: Any) -> Answer:
-        return Answer(self._threads.submit(getattr(self, method), *args))
 
     def weights(self) -> dict[str, torch.Tensor]:
         state = self.model.state_dict()
@@ -105,7 +103,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Weight
         for server in servers:
             stack.callback(server.stop)
         engines = EngineGroup([server.start() for server in servers], VOCAB, CONTEXT, ENGINES)
-        weights = Weights(trainer, engines, "gloo", 120.0)  # type: ignore[arg-type]
+        weights = Weights(Group(trainer), engines, "gloo", 120.0)  # type: ignore[arg-type]
         weights.connect()
         plan(weights, trainer)
         weights.publish(1)

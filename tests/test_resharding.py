@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import ray
 import torch
-from roles import LIMIT_S, batch_of, finish_checkpoint, random_qwen3, running, sub_trace, write_checkpoint
+from roles import LIMIT_S, batch_of, finish_checkpoint, on_ranks, random_qwen3, running, sub_trace, write_checkpoint
 
 from buffer.types import SubTrace
 from trainer.config import LayoutConfig, PolicyConfig
@@ -87,12 +87,12 @@ def test_a_run_goes_on_in_any_layout(
     wanted = uninterrupted(folder, traces, tmp_path / "step0", len(layouts) + 1)
     for i, layout in enumerate([*layouts, ONE]):
         with role(folder, layout) as group:
-            group.submit("load", str(tmp_path / f"step{i}")).result()
+            group.load(tmp_path / f"step{i}").result()
             found = train(group, traces)
             assert found["loss"] == pytest.approx(wanted[i]["loss"], rel=2e-5), layout
             assert found["grad_norm"] == pytest.approx(wanted[i]["grad_norm"], rel=2e-4), layout
-            group.submit("export", str(tmp_path / f"model{i}")).result()
-            group.submit("save", str(tmp_path / f"step{i + 1}")).result()
+            group.export(tmp_path / f"model{i}").result()
+            group.save(tmp_path / f"step{i + 1}").result()
             moved = train(group, traces)
             assert moved["loss"] < 0.99 * found["loss"], "the test means nothing if training moves nothing"
             finish_checkpoint(group)
@@ -129,12 +129,12 @@ def test_the_same_layout_goes_on_bit_for_bit_with_the_same_draws(
     pair: Any, traces: list[SubTrace], tmp_path: Path
 ) -> None:
     write_checkpoint(pair, tmp_path / "one")
-    drawn = pair.submit("__ray_call__", draws).result()
+    drawn = on_ranks(pair, draws)
     assert drawn[0][3] != drawn[1][3], "tensor-parallel ranks have different generators"
     later = train(pair, traces)
-    assert pair.submit("__ray_call__", draws).result() != drawn
-    pair.submit("load", str(tmp_path / "one")).result()
-    assert pair.submit("__ray_call__", draws).result() == drawn
+    assert on_ranks(pair, draws) != drawn
+    pair.load(tmp_path / "one").result()
+    assert on_ranks(pair, draws) == drawn
     assert train(pair, traces) == later
 
 
@@ -146,8 +146,8 @@ def fill_disk(worker: Any, path: str) -> None:
 
 
 def test_a_full_disk_is_told_with_the_file_and_blocks_nobody(pair: Any, traces: list[SubTrace], tmp_path: Path) -> None:
-    pair.submit("__ray_call__", fill_disk, str(tmp_path / "full")).result()
-    pair.submit("save", str(tmp_path / "full")).result()
+    on_ranks(pair, fill_disk, str(tmp_path / "full"))
+    pair.save(tmp_path / "full").result()
     with pytest.raises(OSError, match=r"No space left on device.*__1_0\.distcp") as caught:
         finish_checkpoint(pair)
     error: Any = caught.value
@@ -155,7 +155,7 @@ def test_a_full_disk_is_told_with_the_file_and_blocks_nobody(pair: Any, traces: 
     assert not (tmp_path / "full" / "metadata.json").exists()
     train(pair, traces)
     write_checkpoint(pair, tmp_path / "next")
-    pair.submit("load", str(tmp_path / "next")).result()
+    pair.load(tmp_path / "next").result()
 
 
 def room(worker: Any, free: int | None) -> None:
@@ -167,10 +167,10 @@ def room(worker: Any, free: int | None) -> None:
 
 
 def test_no_room_is_told_by_all_ranks_before_anything_is_written(pair: Any, tmp_path: Path) -> None:
-    pair.submit("__ray_call__", room, 1000).result()
+    on_ranks(pair, room, 1000)
     with pytest.raises(OSError, match=r"the checkpoint needs [\d,]{6,} bytes, the disk has 1,000 free"):
-        pair.submit("save", str(tmp_path / "small")).result()
-    pair.submit("__ray_call__", room, None).result()
+        pair.save(tmp_path / "small").result()
+    on_ranks(pair, room, None)
     assert not list((tmp_path / "small").iterdir())
 
 
@@ -202,8 +202,8 @@ def test_a_broken_checkpoint_is_refused_by_name(pair: Any, tmp_path: Path, how: 
     write_checkpoint(pair, tmp_path / "whole")
     message = broken(tmp_path / "whole", tmp_path / "broken", how)
     with pytest.raises(ValueError, match=message):
-        pair.submit("load", str(tmp_path / "broken")).result()
-    pair.submit("load", str(tmp_path / "whole")).result()
+        pair.load(tmp_path / "broken").result()
+    pair.load(tmp_path / "whole").result()
 
 
 def test_a_rank_that_fails_ends_the_wait_for_the_others_at_once(ray_cluster: None) -> None:

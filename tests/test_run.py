@@ -112,7 +112,7 @@ def test_order_of_a_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, begin: 
         rollout=SimpleNamespace(run=lambda buffer: note("play")),
         buffer=None,
         estimator=SimpleNamespace(roles=[]),
-        policy=SimpleNamespace(submit=lambda method, folder: note(method) or SimpleNamespace(result=lambda: [])),
+        policy=SimpleNamespace(export=lambda folder: note("export") or SimpleNamespace(result=list)),
     )
     view = SimpleNamespace(note=lambda text: None)
     watch: Any = SimpleNamespace(step=diary.step, view=view, phase=lambda name: None)

@@ -15,6 +15,9 @@ from roles import batch_of, sub_trace
 
 import rollout.group
 import trainer.group
+from buffer.types import Targets
+from critic.config import CriticConfig
+from critic.group import CriticGroup
 from rollout.config import EngineConfig
 from rollout.engines.group import EngineGroup
 from rollout.group import RolloutGroup
@@ -22,7 +25,6 @@ from slime.build import build_rollout
 from slime.config import load
 from slime.start.placement import placement
 from trainer.config import LayoutConfig
-from trainer.group import Pending, WorkerGroup
 
 QUIET_S = 3.0
 
@@ -110,12 +112,13 @@ def test_what_moves_a_model_is_not_limited_like_a_turn() -> None:
 def test_a_role_has_its_limit_for_every_micro_batch() -> None:
     rng = np.random.default_rng(0)
     batch = batch_of([sub_trace(rng, 30, episode) for episode in range(6)])
-    rank = SimpleNamespace(predict=SimpleNamespace(remote=lambda refs, grid: Future()))
-    group = WorkerGroup("critic", [rank], LayoutConfig(max_tokens_per_micro_batch=32), timeout_s=10.0)
-    asked: Pending[Any] = group.predict("predict", batch)
-    with pytest.raises(TimeoutError, match=r"critic\.predict: no answer from ranks \[0\] in 60 s"):
+    rank = SimpleNamespace(values=SimpleNamespace(remote=lambda refs, grid: Future()))
+    config = CriticConfig(LayoutConfig(max_tokens_per_micro_batch=32), num_minibatches=2, num_epochs=2)
+    group = CriticGroup([rank], config, timeout_s=10.0)
+    asked = group.values(batch)
+    with pytest.raises(TimeoutError, match=r"critic\.values: no answer from ranks \[0\] in 60 s"):
         asked.result()
-    grids = group.minibatch_grids(batch, 2, rng)
-    rank.update = SimpleNamespace(remote=lambda refs, fields, grids: Future())
+    rank.update = SimpleNamespace(remote=lambda refs, columns, grids: Future())
+    targets = [Targets(*(np.zeros(30, np.float32) for _ in range(3))) for _ in range(6)]
     with pytest.raises(TimeoutError, match="in 120 s"):
-        group.train(batch, [({}, grids), ({}, grids)]).result()
+        group.update(batch, targets, rng).result()

@@ -1,11 +1,16 @@
-"""A role as its caller sees it: N Ray actors that are asked together and answer together."""
+"""A role as its caller sees it: N Ray actors that are asked together and answer together.
+
+A call names the worker's method itself (`PolicyWorker.logprobs`), so that its arguments and its answer are checked, and
+what it needs on the device is read from the method (`trainer.engine.needs`).
+"""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Generic, Protocol, TypeVar
+from pathlib import Path
+from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar
 
 import numpy as np
 import ray
@@ -13,15 +18,16 @@ import ray
 from buffer.packing import QUADRATIC, pack, split
 from buffer.types import Batch, Float32, Grid, SubTrace, Targets
 from trainer.config import LayoutConfig, PolicyConfig
+from trainer.engine import needed
 from trainer.fields import policy_fields
+from trainer.policy import PolicyWorker
+from trainer.publish.broadcast import Weight
+from trainer.worker import Fields, UpdateResult, Worker
 
+P = ParamSpec("P")
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
-
-# What can be asked of a rank whose model is in the host's memory; all else needs the device.
-WITHOUT_MODEL = frozenset(
-    {"address", "weight_names", "join_engines", "saved", "finish_save", "free_cache", "peak_memory_gb", "stop"}
-)
+Update = Callable[[Any, Sequence[Any], Fields, Sequence[Grid]], UpdateResult]  # a worker's method
 
 
 class Answer(Protocol[T_co]):
@@ -42,14 +48,14 @@ class Ready(Generic[T]):
 
 
 class Pending(Generic[T]):
-    """An answer that all ranks of a role are working on."""
+    """A future resolved when every rank that was asked has answered."""
 
     def __init__(
-        self, group: WorkerGroup, method: str, refs: Sequence[Any], finish: Callable[[list[Any]], T], units: int = 1
+        self, group: WorkerGroup, call: str, refs: Sequence[Any], finish: Callable[[list[Any]], T], units: int = 1
     ) -> None:
-        """`units`: of work, one after the other, each of which may take the group's `timeout_s`."""
+        """`call`: its name in messages. `units`: of work, one after the other, each of which may take `timeout_s`."""
         self._group = group
-        self._method = method
+        self._call = call
         self._refs = list(refs)
         self._finish = finish
         self._units = max(1, units)
@@ -68,11 +74,11 @@ class Pending(Generic[T]):
             ray.get(done, timeout=60)  # raises when a rank failed: the others may be waiting for it
         if late:
             ranks = sorted({self._refs.index(ref) % len(self._group.actors) for ref in late})
-            raise TimeoutError(f"{self._group.name}.{self._method}: no answer from ranks {ranks} in {limit:.0f} s")
+            raise TimeoutError(f"{self._group.name}.{self._call}: no answer from ranks {ranks} in {limit:.0f} s")
 
 
-class Turns:
-    """Of roles on the same GPU, whose memory is there only while they work: one works at a time.
+class SharedDevice:
+    """Serializes the calls of roles that share a GPU, where one of them is on it only while it works.
 
     A role's call waits until what was asked of another one is answered. Its errors are raised there.
     """
@@ -80,13 +86,13 @@ class Turns:
     def __init__(self) -> None:
         self._last: tuple[WorkerGroup, Pending[Any]] | None = None
 
-    def wait(self, group: WorkerGroup) -> None:
-        """Until it is the group's turn."""
+    def wait_for_others(self, group: WorkerGroup) -> None:
+        """Until no other role is at work."""
         if self._last is not None and self._last[0] is not group:
             self._last[1].wait()
 
-    def taken(self, group: WorkerGroup, asked: Pending[Any]) -> None:
-        """The group works on what it was asked."""
+    def used_by(self, group: WorkerGroup, asked: Pending[Any]) -> None:
+        """Notes that the group works on what it was asked."""
         self._last = group, asked
 
 
@@ -98,34 +104,65 @@ class WorkerGroup:
         self.actors = list(actors)
         self.layout = layout
         self.timeout_s = timeout_s
-        self.turns: Turns | None = None  # shared with the other roles on its GPU
+        self.shared_device: SharedDevice | None = None  # with the other roles on its GPU
         self._quadratic = QUADRATIC
 
-    def _ask(
-        self, method: str, calls: Iterable[tuple[Any, ...]], finish: Callable[[list[Any]], T], units: int = 1
+    def _send(self, method: Callable[Concatenate[Any, P], Any], *args: P.args, **kwargs: P.kwargs) -> list[Any]:
+        """Calls a worker's method on every rank; returns references in rank order."""
+        if self.shared_device is not None and needed(method):
+            self.shared_device.wait_for_others(self)
+        return [getattr(actor, method.__name__).remote(*args, **kwargs) for actor in self.actors]
+
+    def _pending(
+        self, method: Callable[..., Any], refs: Sequence[Any], finish: Callable[[list[Any]], T], units: int = 1
     ) -> Pending[T]:
-        """Calls a method of every rank, once for each tuple of arguments. `units`: see `Pending`."""
-        turns = None if method in WITHOUT_MODEL else self.turns
-        if turns:
-            turns.wait(self)
-        refs = [getattr(actor, method).remote(*arguments) for arguments in calls for actor in self.actors]
-        asked = Pending(self, method, refs, finish, units)
-        if turns:
-            turns.taken(self, asked)
+        """The future of what `_send` returned. `units`: see `Pending`."""
+        asked = Pending(self, method.__name__, refs, finish, units)
+        if self.shared_device is not None and needed(method):
+            self.shared_device.used_by(self, asked)
         return asked
 
-    def submit(self, method: str, *args: Any) -> Pending[list[Any]]:
+    def _ask(self, method: Callable[Concatenate[Any, P], T], *args: P.args, **kwargs: P.kwargs) -> Pending[list[T]]:
         """Asks every rank; the result is their answers in rank order."""
-        return self._ask(method, [args], list)
+        return self._pending(method, self._send(method, *args, **kwargs), list)
 
-    def start(self, timeout_s: float) -> Pending[list[Any]]:
+    def _ask_first(self, method: Callable[Concatenate[Any, P], T], *args: P.args, **kwargs: P.kwargs) -> Pending[T]:
+        """Asks rank 0 alone, for what needs no device."""
+        assert not needed(method), method
+        ref = getattr(self.actors[0], method.__name__).remote(*args, **kwargs)
+        return Pending(self, method.__name__, [ref], lambda answers: answers[0])
+
+    def start(self, timeout_s: float) -> Pending[list[int]]:
         """Lets the ranks meet at rank 0 and build their shards."""
-        host, port = ray.get(self.actors[0].address.remote(), timeout=timeout_s)
-        return self._ask("start", [(host, port)], self._started)
+        host, port = self._ask_first(Worker.address).result(timeout_s)
+        return self._pending(Worker.start, self._send(Worker.start, host, port), self._started)
 
     def _started(self, hidden_sizes: list[int]) -> list[int]:
         self._quadratic = 1 / (12 * hidden_sizes[0])  # see buffer/packing.py
         return hidden_sizes
+
+    def save(self, folder: Path) -> Pending[list[float]]:
+        """Begins a checkpoint in a folder of its own; the result is seconds for which each rank stood still.
+
+        Ranks go on writing it: see `saved`. OSError: no room on the disk.
+        """
+        return self._ask(Worker.save, str(folder.resolve()))
+
+    def saved(self) -> Pending[list[bytes | None]]:
+        """What each rank has written; None of one that is still writing. OSError: it could not be written."""
+        return self._ask(Worker.saved)
+
+    def finish_save(self, of_ranks: Sequence[bytes]) -> Pending[None]:
+        """Makes what all ranks have `saved` one checkpoint."""
+        return self._ask_first(Worker.finish_save, of_ranks)
+
+    def load(self, folder: Path) -> Pending[list[None]]:
+        """Reads a checkpoint that any layout wrote. ValueError: it is not whole, or of another model."""
+        return self._ask(Worker.load, str(folder.resolve()))
+
+    def free_cache(self) -> Pending[list[None]]:
+        """Gives GPU memory that is not in use back to the other processes on the GPU."""
+        return self._ask(Worker.free_cache)
 
     def grid(self, indices: Sequence[int], num_tokens: Sequence[int]) -> Grid:
         """Micro-batches of the named sub-traces for this role's data-parallel ranks."""
@@ -133,28 +170,34 @@ class WorkerGroup:
         places = pack(num_tokens, layout.data_parallel, layout.max_tokens_per_micro_batch, quadratic=self._quadratic)
         return [[[indices[place] for place in micro] for micro in row] for row in places]
 
-    def predict(self, method: str, batch: Batch) -> Pending[dict[int, Float32]]:
+    def predict(
+        self, method: Callable[[Any, Sequence[Any], Grid], dict[int, Float32]], batch: Batch
+    ) -> Pending[dict[int, Float32]]:
         """Forward only: float32 [T] of each sub-trace, by its index in the batch."""
         grid = self.grid(range(len(batch.items)), [item.num_tokens for item in batch.items])
-        refs = [item.ref for item in batch.items]
-        return self._ask(
-            method, [(refs, grid)], lambda parts: {i: out for part in parts for i, out in part.items()}, depth([grid])
+        asked = self._send(method, [item.ref for item in batch.items], grid)
+        return self._pending(
+            method, asked, lambda found: {i: out for of_rank in found for i, out in of_rank.items()}, depth([grid])
         )
 
     def peak_memory(self) -> dict[str, float]:
-        """The metric `<role>/peak_memory_gb`: of the rank that has the most (`MegatronWorker.peak_memory_gb`)."""
-        return {f"{self.name}/peak_memory_gb": max(self.submit("peak_memory_gb").result())}
+        """The metric `<role>/peak_memory_gb`: of the rank that has the most (`Worker.peak_memory_gb`)."""
+        return {f"{self.name}/peak_memory_gb": max(self._ask(Worker.peak_memory_gb).result())}
 
     def minibatch_grids(self, batch: Batch, num_minibatches: int, rng: np.random.Generator) -> list[Grid]:
         """One grid for each optimizer step of an epoch: whole episodes, shuffled."""
         parts = split([item.episode_id for item in batch.items], num_minibatches, rng)
         return [self.grid(part, [batch.items[i].num_tokens for i in part]) for part in parts]
 
-    def train(self, batch: Batch, epochs: Sequence[tuple[Mapping[str, Any], list[Grid]]]) -> Pending[dict[str, float]]:
+    def train(
+        self, method: Update, batch: Batch, epochs: Iterable[tuple[Fields, list[Grid]]]
+    ) -> Pending[dict[str, float]]:
         """Epochs of optimizer steps; the result is per-token means and means over the optimizer steps."""
-        refs = [item.ref for item in batch.items]
-        units = sum(depth(grids) for _, grids in epochs)
-        return self._ask("update", ((refs, ray.put(fields), grids) for fields, grids in epochs), reduced, units)
+        items, asked, units = [item.ref for item in batch.items], [], 0
+        for fields, grids in epochs:
+            asked += self._send(method, items, ray.put(fields), grids)
+            units += depth(grids)
+        return self._pending(method, asked, reduced, units)
 
 
 class PolicyGroup(WorkerGroup):
@@ -166,12 +209,12 @@ class PolicyGroup(WorkerGroup):
 
     def logprobs(self, batch: Batch) -> Pending[dict[int, Float32]]:
         """Log-probabilities of a batch under the present weights."""
-        return self.predict("logprobs", batch)
+        return self.predict(PolicyWorker.logprobs, batch)
 
     def imitate(self, batch: Batch, grid: Grid) -> Pending[dict[str, float]]:
         """One supervised optimizer step on a batch."""
-        refs = [item.ref for item in batch.items]
-        return self._ask("imitate", [(refs, [grid])], reduced, depth([grid]))
+        asked = self._send(PolicyWorker.imitate, [item.ref for item in batch.items], [grid])
+        return self._pending(PolicyWorker.imitate, asked, reduced, depth([grid]))
 
     def update(
         self,
@@ -195,7 +238,29 @@ class PolicyGroup(WorkerGroup):
                 self.config, batch, sub_traces, targets, logprobs, reference_logprobs, corrections, grids
             )
             epochs.append((fields, grids))
-        return self.train(batch, epochs)
+        return self.train(PolicyWorker.update, batch, epochs)
+
+    def export(self, folder: Path) -> Pending[list[None]]:
+        """Writes a Hugging Face folder with the present weights."""
+        return self._ask(PolicyWorker.export, str(folder.resolve()))
+
+    def weight_names(self) -> Pending[list[Weight]]:
+        """(Hugging Face name, dtype, shape) of every tensor, in the order in which they are sent."""
+        return self._ask_first(PolicyWorker.weight_names)
+
+    def address(self) -> Pending[tuple[str, int]]:
+        """Host and a port of rank 0, kept free, where it is about to meet the engines."""
+        return self._ask_first(PolicyWorker.address)
+
+    def join_engines(
+        self, host: str, port: int, world_size: int, name: str, backend: str, timeout_s: float
+    ) -> Pending[None]:
+        """Lets rank 0 join the group over which weights go to the engines; resolved when all of them have."""
+        return self._ask_first(PolicyWorker.join_engines, host, port, world_size, name, backend, timeout_s)
+
+    def send_weights(self, changes: bool, keep_base: bool) -> Pending[int]:
+        """Broadcasts the weights to the engines; the result is bytes sent. See `PolicyWorker.send_weights`."""
+        return self._pending(PolicyWorker.send_weights, self._send(PolicyWorker.send_weights, changes, keep_base), sum)
 
 
 class NoReference:
@@ -210,21 +275,21 @@ def depth(grids: Sequence[Grid]) -> int:
     return sum(max((len(row) for row in grid), default=0) for grid in grids)
 
 
-def reduced(parts: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Answers of updates from all ranks: per-token means, maxima, and means over the optimizer steps.
+def reduced(results: Sequence[UpdateResult]) -> dict[str, float]:
+    """Results of updates of all ranks: per-token means, maxima, and means over the optimizer steps.
 
     A number beyond the range of a float (a ratio that `dis` masks may be) is left out: metrics are finite.
     """
     sums: dict[str, float] = {}
     maxima: dict[str, float] = {}
-    steps: dict[str, list[float]] = {}
-    for part in parts:
-        for name, number in part["sums"].items():
+    steps: dict[str, list[float]] = {"grad_norm": [], "lr": []}
+    for result in results:
+        for name, number in result.sums.items():
             sums[name] = sums.get(name, 0.0) + number
-        for name, number in part["maxima"].items():
+        for name, number in result.maxima.items():
             maxima[name] = max(maxima.get(name, number), number)
-        for name, numbers in part["steps"].items():
-            steps.setdefault(name, []).extend(numbers)
+        steps["grad_norm"] += result.grad_norms
+        steps["lr"] += result.lrs
     tokens = max(1.0, sums.pop("tokens"))
     means = {name: number / tokens for name, number in sums.items()}
     means |= maxima | {name: sum(numbers) / len(numbers) for name, numbers in steps.items()}

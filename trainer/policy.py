@@ -19,7 +19,7 @@ from trainer.losses import TokenLoss
 from trainer.models.folder import write_folder
 from trainer.publish.broadcast import Weight, buckets, join_update_group, send
 from trainer.publish.delta import Base
-from trainer.worker import Fields, Worker
+from trainer.worker import Fields, UpdateResult, Worker
 
 Sums = dict[str, torch.Tensor]
 
@@ -91,12 +91,12 @@ class PolicyWorker(Worker):
         return SummedLoss(loss, {"loss": loss.detach(), "tokens": batch.action_P.sum()}, {})
 
     @needs(Memory.weights, Memory.gradients)
-    def update(self, refs: Sequence[Any], fields: Fields, grids: Sequence[Grid]) -> dict[str, Any]:
+    def update(self, refs: Sequence[Any], fields: Fields, grids: Sequence[Grid]) -> UpdateResult:
         """Policy-gradient steps, one for each grid. `fields`: see trainer/fields.py."""
         return self._update(refs, fields, grids, self._policy_loss)
 
     @needs(Memory.weights, Memory.gradients)
-    def imitate(self, refs: Sequence[Any], grids: Sequence[Grid]) -> dict[str, Any]:
+    def imitate(self, refs: Sequence[Any], grids: Sequence[Grid]) -> UpdateResult:
         """Supervised steps on the action tokens, one for each grid."""
         return self._update(refs, {}, grids, self._sft_loss)
 
@@ -105,9 +105,8 @@ class PolicyWorker(Worker):
         return self.engine.weight_shapes()
 
     def join_engines(self, host: str, port: int, world_size: int, name: str, backend: str, timeout_s: float) -> None:
-        """Rank 0 joins the group over which weights go to the engines; it is rank 0 there."""
-        if self.settings.rank == 0:
-            self.update_group = join_update_group(host, port, 0, world_size, name, backend, timeout_s)
+        """On rank 0: joins the group over which weights go to the engines; it is rank 0 there."""
+        self.update_group = join_update_group(host, port, 0, world_size, name, backend, timeout_s)
 
     @needs(Memory.weights)
     def send_weights(self, changes: bool = False, keep_base: bool = False) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,16 @@ from trainer.batching import MicroBatch, micro_batch, per_sub_trace
 from trainer.engine import Engine, LossFunction, Memory, Saving, needs
 
 Fields = dict[str, dict[int, Float32]]
+
+
+@dataclass(frozen=True)
+class UpdateResult:
+    """What one rank measured in one or more optimizer steps."""
+
+    sums: dict[str, float]  # over this rank's tokens, "tokens" their number; empty where another rank reports them
+    maxima: dict[str, float]  # the same
+    grad_norms: tuple[float, ...]  # of each optimizer step, all ranks together
+    lrs: tuple[float, ...]
 
 
 class Worker:
@@ -59,8 +70,8 @@ class Worker:
         found = self.engine.forward(list(self._micro_batches(row, fetch(refs, row), {})))
         return {index: out for batch, out_A in found for index, out in per_sub_trace(batch, out_A).items()}
 
-    def _update(self, refs: Sequence[Any], fields: Fields, grids: Sequence[Grid], loss: LossFunction) -> dict[str, Any]:
-        """One optimizer step for each grid. Returns sums and maxima over this rank's tokens, lists over the steps."""
+    def _update(self, refs: Sequence[Any], fields: Fields, grids: Sequence[Grid], loss: LossFunction) -> UpdateResult:
+        """One optimizer step for each grid."""
         rows = [grid[self.engine.share.row] for grid in grids]
         steps = (list(self._micro_batches(row, fetch(refs, row), fields)) for row in rows)
         results = self.engine.update(steps, loss)
@@ -71,8 +82,7 @@ class Worker:
                 sums[name] = sums.get(name, 0.0) + float(number)
             for name, number in found.maxima.items():
                 maxima[name] = max(maxima.get(name, float("-inf")), float(number))
-        steps_of = {"grad_norm": [one.grad_norm for one in results], "lr": [one.lr for one in results]}
-        return {"sums": sums, "maxima": maxima, "steps": steps_of}
+        return UpdateResult(sums, maxima, tuple(one.grad_norm for one in results), tuple(one.lr for one in results))
 
     @needs(*Memory)
     def save(self, folder: str) -> float:

@@ -174,7 +174,7 @@ def train_rank(options: argparse.Namespace) -> None:
     fields: Any = {"advantages": ones, "weights": ones, "old_logprobs": old, "engine_logprobs": old}
     fields["part"] = {i: 0 * x for i, x in ones.items()}
     before = worker.logprobs(traces, grid)
-    norms = [worker.imitate(traces, [grid])["steps"]["grad_norm"][0] for _ in range(4)]
+    norms = [worker.imitate(traces, [grid]).grad_norms[0] for _ in range(4)]
     after = worker.logprobs(traces, grid)
     worker.stop()
     found = {"before": before, "after": after, "norms": norms, "memory": torch.cuda.max_memory_allocated()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import statistics
@@ -138,14 +139,14 @@ class OneRank:
         self.said: dict[str, Any] = {}  # the last answer of each method
         self._thread = ThreadPoolExecutor(1)
 
-    def submit(self, method: str, *arguments: Any) -> Any:
-        """Its `result(timeout_s)` is a list of the one rank's answer."""
+    def __getattr__(self, method: str) -> Any:
+        """The worker's method, run in a thread; `result(timeout_s)` is its answer."""
 
-        def run() -> list[Any]:
+        def run(*arguments: Any) -> Any:
             self.said[method] = getattr(self.worker, method)(*arguments)
-            return [self.said[method]]
+            return self.said[method]
 
-        return self._thread.submit(run)
+        return functools.partial(self._thread.submit, run)
 
 
 def machine() -> str:
