@@ -98,8 +98,12 @@ def sub_traces(episodes: int, vocab: int) -> list[SubTrace]:
 
 def prepare_bare(worker: Any, traces: list[SubTrace], grids: list[Any]) -> None:
     """Runs in a rank: the micro-batches of a forward pass and of each optimizer step, as tensors."""
+    from trainer.megatron.modules.attention import PackedSequences
+
     own = dict(enumerate(traces))
-    worker.bare = [list(worker._micro_batches(grid[0], own, {})) for grid in grids]
+    worker.bare = [
+        [(batch, PackedSequences(batch.packing)) for batch in worker._micro_batches(grid[0], own, {})] for grid in grids
+    ]
 
 
 def bare_step(worker: Any) -> None:
@@ -107,14 +111,12 @@ def bare_step(worker: Any) -> None:
     import torch
     from torch.nn import functional as F
 
-    from trainer.megatron.modules.attention import PackedSequences
-
     engine = worker.engine
     critic = engine.head is not None
 
     def step(batches: Any, model: Any) -> Any:
-        b = next(batches)
-        out = model(b.tokens_1P, b.packing.position_T[None], None, packed_seq_params=PackedSequences(b.packing))
+        b, packed = next(batches)
+        out = model(b.tokens_1P, b.packing.position_T[None], None, packed_seq_params=packed)
 
         def scored(out: Any, non_loss_data: bool = False) -> Any:
             if critic:
@@ -134,7 +136,7 @@ def bare_step(worker: Any) -> None:
             data_iterator=[iter(batches)],
             model=engine.chunks,
             num_microbatches=len(batches),
-            seq_length=max(b.tokens_1P.shape[1] for b in batches),
+            seq_length=max(b.tokens_1P.shape[1] for b, _ in batches),
             micro_batch_size=1,
             forward_only=forward_only,
             collect_non_loss_data=forward_only,

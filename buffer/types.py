@@ -13,7 +13,8 @@ tokens of a turn. Log-probabilities are natural logarithms at temperature 1.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, NamedTuple
 
@@ -185,7 +186,40 @@ class Batch:
 # grid[rank][micro_batch] -> indices of sub-traces; every rank has the same number of micro-batches,
 # an empty list is a padding micro-batch of zero loss.
 Grid = list[list[list[int]]]
-LossWeights = dict[int, Float32]  # index of a sub-trace -> weight of each of its tokens [T]
+
+
+class TokenColumn(Mapping[int, Float32]):
+    """A number for every token of a batch: float32 [T] of each sub-trace, by its index in the batch."""
+
+    def __init__(self, arrays: Mapping[int, Float32] | Iterable[tuple[int, Float32]] = ()) -> None:
+        self._arrays = dict(arrays)
+
+    def __getitem__(self, index: int) -> Float32:
+        return self._arrays[index]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._arrays)
+
+    def __len__(self) -> int:
+        return len(self._arrays)
+
+    def part(self, indices: Iterable[int]) -> TokenColumn:
+        """Return the column of these sub-traces alone. KeyError: one of them is not in it."""
+        return TokenColumn((index, self._arrays[index]) for index in indices)
+
+    @staticmethod
+    def joined(columns: Iterable[TokenColumn]) -> TokenColumn:
+        """Return one column of the sub-traces of all."""
+        return TokenColumn(pair for column in columns for pair in column.items())
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What forward passes say of a batch before its first update."""
+
+    values: TokenColumn = field(default_factory=TokenColumn)  # the critic's; may have one more, of the end: [T + 1]
+    old_logprobs: TokenColumn = field(default_factory=TokenColumn)  # the policy's
+    reference_logprobs: TokenColumn = field(default_factory=TokenColumn)  # the reference model's; empty without one
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Protocol
 
 import numpy as np
 
-from buffer.types import Batch, Float32, SubTrace, Targets
+from buffer.types import Batch, Float32, SubTrace, Targets, TokenColumn
 from critic.advantages import advantages, whitened
 from critic.config import AdvantageConfig, Truncation
 from critic.diagnostics import check_returns, critic_metrics
@@ -25,7 +25,7 @@ from trainer.group import Answer, Ready, WorkerGroup
 
 
 @dataclass(frozen=True)
-class Judged:
+class StepTargets:
     """Targets in the order of the batch's sub-traces, and what the operator should know of them."""
 
     targets: list[Targets]
@@ -39,10 +39,10 @@ class Estimator(Protocol):
     def roles(self) -> Sequence[WorkerGroup]:
         """Groups of processes to be started, saved and loaded."""
 
-    def ask(self, batch: Batch) -> Answer[dict[int, Float32]]:
+    def ask(self, batch: Batch) -> Answer[TokenColumn]:
         """Starts the forward passes that targets need."""
 
-    def targets(self, batch: Batch, sub_traces: Sequence[SubTrace], asked: Mapping[int, Float32]) -> Judged:
+    def targets(self, batch: Batch, sub_traces: Sequence[SubTrace], asked: Mapping[int, Float32]) -> StepTargets:
         """Advantages and returns of whole episodes. ValueError: see critic/advantages.py, episode_baselines.py."""
 
     def update(
@@ -59,10 +59,10 @@ class CriticEstimator:
         self.config = config
         self.roles = [critic]
 
-    def ask(self, batch: Batch) -> Answer[dict[int, Float32]]:
+    def ask(self, batch: Batch) -> Answer[TokenColumn]:
         return self.critic.values(batch, beyond=self.config.truncation is Truncation.bootstrap)
 
-    def targets(self, batch: Batch, sub_traces: Sequence[SubTrace], asked: Mapping[int, Float32]) -> Judged:
+    def targets(self, batch: Batch, sub_traces: Sequence[SubTrace], asked: Mapping[int, Float32]) -> StepTargets:
         values, after = [], []
         for i, trace in enumerate(sub_traces):
             values.append(asked[i][: len(trace.tokens)])
@@ -71,7 +71,7 @@ class CriticEstimator:
         targets = advantages(sub_traces, values, self.config, bootstrap)
         for trace, target in zip(sub_traces, targets, strict=True):
             check_returns(target.returns[trace.action_mask], self.critic.config.value_range)
-        return Judged(targets, critic_metrics(sub_traces, targets))
+        return StepTargets(targets, critic_metrics(sub_traces, targets))
 
     def update(
         self, batch: Batch, targets: Sequence[Targets], rng: np.random.Generator, num_epochs: int | None = None
@@ -86,10 +86,10 @@ class EpisodeEstimator:
         self.config = config
         self.roles: list[WorkerGroup] = []
 
-    def ask(self, batch: Batch) -> Answer[dict[int, Float32]]:
-        return Ready({})
+    def ask(self, batch: Batch) -> Answer[TokenColumn]:
+        return Ready(TokenColumn())
 
-    def targets(self, batch: Batch, sub_traces: Sequence[SubTrace], asked: Mapping[int, Float32]) -> Judged:
+    def targets(self, batch: Batch, sub_traces: Sequence[SubTrace], asked: Mapping[int, Float32]) -> StepTargets:
         terminal = np.array([stats.reward for stats in batch.episodes])
         returns = episode_returns(sub_traces, batch.episode_ids, terminal.tolist())
         groups = np.asarray(batch.groups, np.int64)
@@ -101,8 +101,8 @@ class EpisodeEstimator:
         # Terminal rewards: with a KL in the reward no two returns are equal, whatever the task says.
         sampled = counts > 0
         if not sampled.any() or len(np.unique(groups)) == len(groups):
-            return Judged(targets, {})
-        return Judged(
+            return StepTargets(targets, {})
+        return StepTargets(
             targets, {"advantage/zero_signal_groups": zero_signal_fraction(terminal[sampled], groups[sampled])}
         )
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from buffer.types import Batch, Float32, Targets
+from buffer.types import Batch, Targets, TokenColumn
 from critic.config import CriticConfig
 from critic.worker import CriticWorker
 from trainer.group import Pending, WorkerGroup
@@ -20,7 +20,7 @@ class CriticGroup(WorkerGroup):
         super().__init__("critic", actors, config.layout, timeout_s)
         self.config = config
 
-    def values(self, batch: Batch, beyond: bool = False) -> Pending[dict[int, Float32]]:
+    def values(self, batch: Batch, beyond: bool = False) -> Pending[TokenColumn]:
         """Value of the state before each token, float32 [T] of each sub-trace of a batch by its index.
 
         With `beyond` [T + 1]: the last entry is the value of the state after the last token.
@@ -31,12 +31,12 @@ class CriticGroup(WorkerGroup):
         self, batch: Batch, targets: Sequence[Targets], rng: np.random.Generator, num_epochs: int | None = None
     ) -> Pending[dict[str, float]]:
         """The critic's optimizer steps of one training step: K epochs over the batch."""
-        fields = {
-            "returns": {i: target.returns for i, target in enumerate(targets)},
-            "values": {i: target.values for i, target in enumerate(targets)},
+        columns = {
+            "returns": TokenColumn((i, target.returns) for i, target in enumerate(targets)),
+            "values": TokenColumn((i, target.values) for i, target in enumerate(targets)),
         }
         grids = (
             self.minibatch_grids(batch, self.config.num_minibatches, rng)
             for _ in range(num_epochs or self.config.num_epochs)
         )
-        return self.train(CriticWorker.update, batch, ((fields, of_epoch) for of_epoch in grids))
+        return self.train(CriticWorker.update, batch, ((columns, of_epoch) for of_epoch in grids))

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from buffer.types import Float32, Grid, SubTrace
+from buffer.types import Grid, SubTrace, TokenColumn
 from critic.config import CriticConfig
 from critic.head import value_head
 from trainer import losses
 from trainer.batching import MicroBatch
 from trainer.engine import EngineSettings, MakeEngine, Memory, SummedLoss, megatron, needs
-from trainer.worker import Fields, UpdateResult, Worker, fetch
+from trainer.worker import UpdateResult, Worker, fetch
 
 
 class CriticWorker(Worker):
@@ -26,12 +26,12 @@ class CriticWorker(Worker):
         self.config = config
 
     @needs(Memory.weights)
-    def values(self, refs: Sequence[Any], grid: Grid) -> dict[int, Float32]:
+    def values(self, refs: Sequence[Any], grid: Grid) -> TokenColumn:
         """Values, float32 [T] a sub-trace: index t holds the value of the state before token t."""
         return self._predict(refs, grid)
 
     @needs(Memory.weights)
-    def values_and_end(self, refs: Sequence[Any], grid: Grid) -> dict[int, Float32]:
+    def values_and_end(self, refs: Sequence[Any], grid: Grid) -> TokenColumn:
         """The same and the value of the state after the last token, float32 [T + 1]."""
         own = fetch(refs, grid[self.engine.share.row])
         longer = [one_longer(own[i]) if i in own else None for i in range(len(refs))]
@@ -39,16 +39,16 @@ class CriticWorker(Worker):
 
     def _value_loss(self, out_1P: torch.Tensor, batch: MicroBatch) -> SummedLoss:
         """`out_1P`: value of the state before each predicted token."""
-        f, mask_P = batch.fields, batch.action_P
+        f, mask_P = batch.columns, batch.action_P
         loss_P, clipped_P = losses.value(out_1P[0], f["values"], f["returns"], self.config.value_clip)
         loss = torch.where(mask_P, loss_P, 0.0).sum()
         sums = {"loss": loss.detach(), "clip_fraction": (clipped_P & mask_P).sum(), "tokens": mask_P.sum()}
         return SummedLoss(loss, sums, {})
 
     @needs(Memory.weights, Memory.gradients)
-    def update(self, refs: Sequence[Any], fields: Fields, grids: Sequence[Grid]) -> UpdateResult:
-        """Value steps, one for each grid. `fields`: returns and (old) values, by sub-trace index."""
-        return self._update(refs, fields, grids, self._value_loss)
+    def update(self, refs: Sequence[Any], columns: Sequence[Any], grids: Sequence[Grid]) -> UpdateResult:
+        """Value steps, one for each grid. `columns`: returns and (old) values, of each data-parallel row."""
+        return self._update(refs, self._own(columns), grids, self._value_loss)
 
 
 def one_longer(trace: SubTrace) -> SubTrace:

@@ -21,8 +21,8 @@ from dataclasses import replace
 import numpy as np
 import ray
 
-from buffer.types import Batch, Float32, SubTrace, Targets
-from critic.estimators import Judged
+from buffer.types import Batch, Float32, Scores, SubTrace, Targets
+from critic.estimators import StepTargets
 from slime.build import Parts
 from slime.config.rows import no_turn
 from slime.observe import metrics as observed
@@ -91,20 +91,21 @@ def train_step(config: Config, parts: Parts, watch: Watch, step: int, evaluating
     with clock.phase("values"):
         parts.weights.lend_memory()
         asked = parts.estimator.ask(batch), parts.policy.logprobs(batch), parts.reference.logprobs(batch)
-        values, old, reference = asked[0].result(), asked[1].result(), asked[2].result()
+        scores = Scores(asked[0].result(), asked[1].result(), asked[2].result())
+    old, reference = scores.old_logprobs, scores.reference_logprobs
     metrics = observed.rollout_metrics(batch)
     metrics |= observed.staleness_metrics(sub_traces, parts.weights.version)
     metrics |= observed.engine_metrics(sub_traces, old, parts.weights.version)
     metrics |= observed.reference_metrics(sub_traces, old, reference)
     refuse_other_weights(config, step, metrics)
     corrections = correct(config.policy, sub_traces, old)
-    judged = parts.estimator.targets(batch, penalised(config.policy, sub_traces, old, reference), values)
+    judged = parts.estimator.targets(batch, penalised(config.policy, sub_traces, old, reference), scores.values)
     metrics |= judged.metrics | observed.advantage_metrics(sub_traces, judged.targets)
     metrics |= observed.correction_metrics(sub_traces, corrections)
     with clock.phase("update"):
         updating = (
             parts.estimator.update(batch, judged.targets, value_rng),
-            parts.policy.update(batch, sub_traces, judged.targets, old, reference, corrections, rng),
+            parts.policy.update(batch, sub_traces, judged.targets, scores, corrections, rng),
         )
         metrics |= {f"critic/{name}": number for name, number in updating[0].result().items()}
         metrics |= {f"policy/{name}": number for name, number in updating[1].result().items()}
@@ -206,6 +207,6 @@ def warm_up_critic(config: Config, parts: Parts, watch: Watch) -> dict[str, floa
     }
 
 
-def judge(parts: Parts, batch: Batch, sub_traces: Sequence[SubTrace]) -> Judged:
+def judge(parts: Parts, batch: Batch, sub_traces: Sequence[SubTrace]) -> StepTargets:
     """A batch's targets under the estimator as it is now."""
     return parts.estimator.targets(batch, sub_traces, parts.estimator.ask(batch).result())

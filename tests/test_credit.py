@@ -196,8 +196,8 @@ class Lab:
     ) -> tuple[dict[str, float], dict[str, Float32]]:
         """One optimizer step on whole episodes. Returns loss and gradient norm, and the weights after it."""
         from buffer.packing import pack
+        from trainer.columns import loss_weights, token_kinds
         from trainer.config import Loss, LossNorm
-        from trainer.fields import loss_weights, parts_of
         from trainer.group import reduced
 
         self.reset()
@@ -209,14 +209,14 @@ class Lab:
         old = self.worker.logprobs(traces, grid)
         targets = advantages(traces, values, AdvantageConfig(gamma=0.99, lambda_policy=0.9))
         moved = {i: (old[i] + 0.6 * np.sin(10 * old[i])).astype(np.float32) for i in old}  # so that some are clipped
-        fields = {
+        columns = {
             "advantages": {i: target.advantages for i, target in enumerate(targets)},
             "weights": loss_weights(Batch(0, tuple(items), ()), traces, [grid], LossNorm(norm)),
             "old_logprobs": moved,
             "engine_logprobs": moved,
-            "part": {i: parts_of(trace) for i, trace in enumerate(traces)},
+            "kind": {i: token_kinds(trace) for i, trace in enumerate(traces)},
         }
-        metrics = reduced([self.worker.update(traces, fields, [grid])])
+        metrics = reduced([self.worker.update(traces, [columns], [grid])])
         return metrics, self.parameters()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,7 @@ def traces() -> list[SubTrace]:
     return [sub_trace(rng, length, i) for i, length in enumerate([30, 7, 22, 2])]
 
 
-def targets_of(traces: Sequence[SubTrace], values: dict[int, np.ndarray]) -> list[Targets]:
+def targets_of(traces: Sequence[SubTrace], values: Mapping[int, np.ndarray]) -> list[Targets]:
     """Returns 0 or 1, an episode each; values as the critic said them."""
     found = []
     for i, trace in enumerate(traces):

@@ -18,7 +18,7 @@ import pytest
 import torch
 from roles import batch_of, random_qwen3, random_targets, running, seven_sub_traces
 
-from buffer.types import SubTrace
+from buffer.types import Scores, SubTrace, TokenColumn
 from critic.config import CriticConfig
 from critic.group import CriticGroup
 from critic.worker import CriticWorker
@@ -99,7 +99,9 @@ def policy(folder: Path, layout: LayoutConfig, traces: list[SubTrace], engine: M
         metrics, seen = [], []
         for step in range(3):
             rng = np.random.default_rng(step)
-            update = group.update(batch, traces, random_targets(traces), before, before, ones, rng)
+            update = group.update(
+                batch, traces, random_targets(traces), Scores(TokenColumn(), before, before), ones, rng
+            )
             metrics.append(update.result())
             seen.append(weights(group) if step != 1 else {})
         return Result(before, group.logprobs(batch).result(), metrics, seen[0], seen[2])

@@ -15,12 +15,12 @@ import pytest
 import torch
 from test_credit import pair
 
-from buffer.types import Batch, Float32, Grid, SubTrace, SubTraceInfo, SubTraceKind
+from buffer.types import Batch, Float32, Grid, Scores, SubTrace, SubTraceInfo, SubTraceKind, TokenColumn
 from critic.advantages import advantages
 from critic.config import AdvantageConfig
 from trainer.batching import micro_batch
+from trainer.columns import policy_columns
 from trainer.config import KL, Correction, Loss, LossNorm, PolicyConfig
-from trainer.fields import policy_fields
 from trainer.losses.correction import correction_weights
 from trainer.policy import PolicyWorker
 
@@ -78,7 +78,8 @@ def step(config: PolicyConfig, traces: list[SubTrace], values: list[Float32], gr
         traces, [old[i] for i in range(len(traces))], config.correction, *config.correction_window
     )
     reference = per_token(traces, 0.5, 1) if config.kl_coef else {}
-    fields = policy_fields(config, batch, traces, targets, old, reference, corrections, [grid])
+    scores = Scores(TokenColumn(), TokenColumn(old), TokenColumn(reference))
+    columns = policy_columns(config, batch, traces, targets, scores, corrections, [grid])
     worker: Any = PolicyWorker.__new__(PolicyWorker)
     worker.config = config
     rng = torch.Generator().manual_seed(5)
@@ -86,11 +87,11 @@ def step(config: PolicyConfig, traces: list[SubTrace], values: list[Float32], gr
     total, sums, tokens = torch.zeros((), dtype=torch.float64), dict[str, float](), 0
     for row in grid:
         for indices in row:
-            micro = micro_batch(indices, dict(enumerate(traces)), fields, torch.device("cpu"), (1, 8))
+            micro = micro_batch(indices, dict(enumerate(traces)), columns, torch.device("cpu"), (1, 8))
             all_PV = torch.log_softmax(model_VV[micro.tokens_1P[0]], -1)
             logprobs_P = all_PV.gather(1, micro.labels_1P[0][:, None])[:, 0]
             # Near the old ones, so that some tokens are clipped and most are not.
-            near_P = micro.fields["old_logprobs"] + 0.6 * (logprobs_P + 6.1)
+            near_P = micro.columns["old_logprobs"] + 0.6 * (logprobs_P + 6.1)
             entropy_P = -(all_PV.exp() * all_PV).sum(1)
             loss, of_sums, _ = worker._policy_loss(torch.stack([near_P, entropy_P]), micro)
             total = total + loss

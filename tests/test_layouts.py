@@ -188,9 +188,9 @@ LENGTHS = [50, 7, 33, 2]
 def parts_of(size: int, tensor: int = 1) -> list[MicroBatch]:
     rng = np.random.default_rng(0)
     traces = {i: sub_trace(rng, length, i) for i, length in enumerate(LENGTHS)}
-    fields = {"place": {i: 100.0 * i + np.arange(len(t.tokens), dtype=np.float32) for i, t in traces.items()}}
+    columns = {"place": {i: 100.0 * i + np.arange(len(t.tokens), dtype=np.float32) for i, t in traces.items()}}
     multiples = length_multiples(tensor, tensor > 1, size)
-    return [micro_batch(range(4), traces, fields, CPU, multiples, (size, rank)) for rank in range(size)]
+    return [micro_batch(range(4), traces, columns, CPU, multiples, (size, rank)) for rank in range(size)]
 
 
 @pytest.mark.parametrize(("size", "tensor"), [(1, 1), (1, 4), (2, 1), (3, 2), (4, 1), (2, 4)])
@@ -199,13 +199,13 @@ def test_every_prediction_is_one_processs(size: int, tensor: int) -> None:
     assert len({part.tokens_1P.shape for part in parts}) == 1
     assert parts[0].tokens_1P.shape[1] % tensor == 0
     assert sum(part.num_actions for part in parts) == whole.num_actions
-    for read in (lambda b: b.labels_1P[0], lambda b: b.fields["place"], lambda b: b.packing.position_T):
+    for read in (lambda b: b.labels_1P[0], lambda b: b.columns["place"], lambda b: b.packing.position_T):
         wanted = per_sub_trace(whole, read(whole).float())
         found = per_sub_trace(parts[0], torch.cat([read(part).float() for part in parts]))
         assert all(np.array_equal(found[i], wanted[i]) for i in range(4))
     for part in parts:
         for p in torch.nonzero(part.action_P)[:, 0].tolist():
-            episode, index = divmod(int(part.fields["place"][p]), 100)
+            episode, index = divmod(int(part.columns["place"][p]), 100)
             assert part.name_of(p).endswith(f", index {index}")
             assert part.name_of(p).startswith(part.names[episode])
             assert int(part.sequence_P[p]) == episode

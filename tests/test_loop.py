@@ -10,7 +10,7 @@ import pytest
 from roles import batch_of, sub_trace
 
 from buffer.types import EpisodeStats, Targets
-from critic.estimators import Judged
+from critic.estimators import StepTargets
 from slime import loop
 from slime.config import load
 
@@ -46,9 +46,9 @@ def test_roles_work_side_by_side_and_weights_are_published_after_both(monkeypatc
     scores = {i: trace.logprobs for i, trace in enumerate(traces)}
     targets = [Targets(*(np.zeros(20, np.float32) for _ in range(3))) for _ in traces]
 
-    def judged(*rest: Any) -> Judged:
+    def judged(*rest: Any) -> StepTargets:
         events.append("targets")
-        return Judged(targets, {})
+        return StepTargets(targets, {})
 
     estimator: Any = Role("critic", events, {"ask": scores, "update": {"loss": 0.0}})
     estimator.targets = judged

@@ -14,7 +14,7 @@ import pytest
 import torch
 from roles import batch_of, on_ranks, random_qwen3, random_targets, running, seven_sub_traces, write_checkpoint
 
-from buffer.types import SubTrace
+from buffer.types import Scores, SubTrace, TokenColumn
 from critic.config import CriticConfig
 from critic.group import CriticGroup
 from critic.worker import CriticWorker
@@ -53,7 +53,9 @@ def train_policy(group: Any, traces: list[SubTrace]) -> tuple[dict[int, Any], di
     before = group.logprobs(batch).result()
     ones = [np.ones(len(trace.tokens), np.float32) for trace in traces]
     rng = np.random.default_rng(3)
-    metrics = group.update(batch, traces, random_targets(traces), before, before, ones, rng).result()
+    metrics = group.update(
+        batch, traces, random_targets(traces), Scores(TokenColumn(), before, before), ones, rng
+    ).result()
     return before, metrics, group.logprobs(batch).result()
 
 

@@ -24,7 +24,7 @@ from slime.observe.metrics import (
     rollout_metrics,
     staleness_metrics,
 )
-from trainer.fields import PARTS
+from trainer.columns import TOKEN_KINDS
 
 JUNK = 1e6  # stands where nothing may be read
 ROOT = Path(__file__).parent.parent
@@ -269,7 +269,7 @@ ROLES = {
 }
 POLICY = {
     "loss", "clip_fraction", "ratio_mean", "ratio_max", "kl", "entropy", "nll", "grad_norm", "lr",
-    *(f"gradient_share/{part}" for part in PARTS),
+    *(f"gradient_share/{part}" for part in TOKEN_KINDS),
 }  # fmt: skip
 CRITIC = {"loss", "clip_fraction", "grad_norm", "lr"}
 NO_METRICS = {"tokens"}  # what divides them

@@ -13,7 +13,7 @@ import pytest
 import torch
 from roles import batch_of, random_qwen3, random_targets, running, seven_sub_traces, write_checkpoint
 
-from buffer.types import SubTrace
+from buffer.types import Scores, SubTrace
 from critic.group import CriticGroup
 from slime.config import load
 from trainer.config import LayoutConfig, Offload, PolicyConfig, Precision
@@ -242,18 +242,20 @@ def trained(
 
         def update(seed: int) -> dict[str, float]:
             metrics: dict[str, float]
-            metrics = group.update(batch, traces, targets, old, {}, ones, np.random.default_rng(seed)).result()
+            metrics = group.update(
+                batch, traces, targets, Scores(old_logprobs=old), ones, np.random.default_rng(seed)
+            ).result()
             return metrics
 
         look()
         old = group.logprobs(batch).result()
-        found: dict[str, Any] = {"old": old, "first": update(0)}
+        found: dict[str, Any] = {"old": dict(old), "first": update(0)}
         write_checkpoint(group, scratch / "checkpoint")
         look()
         found["second"] = update(1)
         group.export(scratch / "model").result()
         group.load(scratch / "checkpoint").result()
-        found["second again"], found["new"] = update(1), group.logprobs(batch).result()
+        found["second again"], found["new"] = update(1), dict(group.logprobs(batch).result())
         look()
     found["weights"] = {name: t.float().numpy() for name, t in load_file(scratch / "model/model.safetensors").items()}
     return found, seen

@@ -16,7 +16,7 @@ import pytest
 from families import random_model
 from roles import batch_of, random_targets, running, seven_sub_traces, write_checkpoint
 
-from buffer.types import SubTrace
+from buffer.types import Scores, SubTrace
 from critic.config import CriticConfig
 from critic.group import CriticGroup
 from critic.worker import CriticWorker
@@ -125,14 +125,14 @@ def policy(worker: type, folder: Path, layout: LayoutConfig, traces: list[SubTra
     config = PolicyConfig(layout, num_minibatches=3, entropy_coef=0.01)
     batch, ones = batch_of(traces), [np.ones(len(trace.tokens), np.float32) for trace in traces]
     with running(PolicyGroup, worker, folder, config) as group:
-        old = group.logprobs(batch).result()
+        scores = Scores(old_logprobs=group.logprobs(batch).result())
         metrics = []
         for i in range(2):
             rng = np.random.default_rng(i)
-            metrics.append(group.update(batch, traces, random_targets(traces), old, {}, ones, rng).result())
+            metrics.append(group.update(batch, traces, random_targets(traces), scores, ones, rng).result())
         group.export(scratch / "policy").result()
         weights = load_file(scratch / "policy/model.safetensors")
-        return metrics, group.logprobs(batch).result() | {-1 - i: weights[name] for i, name in enumerate(weights)}
+        return metrics, dict(group.logprobs(batch).result()) | {-1 - i: weights[name] for i, name in enumerate(weights)}
 
 
 ROLES = {policy: PolicyWorker, critic: CriticWorker}

@@ -40,7 +40,7 @@ def critic(folder: Path, freeze: list[str]) -> CriticWorker:
 def step(worker: CriticWorker) -> None:
     targets = random_targets(TRACES)
     columns = {name: {i: getattr(t, name) for i, t in enumerate(targets)} for name in ("returns", "values")}
-    worker.update(TRACES, columns, [GRID])
+    worker.update(TRACES, [columns], [GRID])
 
 
 def test_a_loaded_critic_goes_on_as_the_saved_one_and_frozen_weights_stay(folder: Path, tmp_path: Path) -> None:

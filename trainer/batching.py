@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from buffer.types import Float32, SubTrace
+from buffer.types import Float32, SubTrace, TokenColumn
 
 
 class Packing:
@@ -68,7 +68,7 @@ class MicroBatch:
     tokens_1P: torch.Tensor  # int64
     labels_1P: torch.Tensor  # int64, the token that each position predicts
     action_P: torch.Tensor  # bool, True = the predicted token was sampled by the policy
-    fields: dict[str, torch.Tensor]  # name -> float32 [P], 0 where action_P is False
+    columns: dict[str, torch.Tensor]  # name -> float32 [P], 0 where action_P is False
     packing: Packing
     indices: tuple[int, ...]  # which sub-traces, in order; empty for a padding micro-batch
     lengths: tuple[int, ...]  # predictions of each whole sequence with its padding, and of the padding sequence
@@ -108,14 +108,14 @@ def length_multiples(tensor: int, sequence_parallel: bool, context: int) -> tupl
 def micro_batch(
     indices: Sequence[int],
     sub_traces: Mapping[int, SubTrace],
-    fields: Mapping[str, Mapping[int, Float32]],
+    columns: Mapping[str, Mapping[int, Float32]],
     device: torch.device,
     multiples: tuple[int, int] = (1, 1),
     context: tuple[int, int] = (1, 0),
 ) -> MicroBatch:
     """Packs the sub-traces named by `indices`; of them, what the process `context` = (size, rank) holds.
 
-    `fields[name][index]` is float32 [T] of that sub-trace. `multiples`: see `length_multiples`. Sequences are padded
+    `columns[name][index]` is float32 [T] of that sub-trace. `multiples`: see `length_multiples`. Sequences are padded
     at their end; a padding sequence is added where there is none or where the whole length is no multiple. Padding
     has no actions.
     """
@@ -140,7 +140,7 @@ def micro_batch(
         tokens_1P=joined([s.tokens[:-1] for s in chosen], np.int64)[None],
         labels_1P=joined([s.tokens[1:] for s in chosen], np.int64)[None],
         action_P=action,
-        fields={name: joined([of[i][1:] for i in indices], np.float32) * action for name, of in fields.items()},
+        columns={name: joined([of[i][1:] for i in indices], np.float32) * action for name, of in columns.items()},
         packing=packing,
         indices=tuple(indices),
         lengths=tuple(lengths),
@@ -149,7 +149,7 @@ def micro_batch(
     )
 
 
-def per_sub_trace(batch: MicroBatch, out_A: torch.Tensor) -> dict[int, Float32]:
+def per_sub_trace(batch: MicroBatch, out_A: torch.Tensor) -> TokenColumn:
     """Model outputs back on SubTrace indices: float32 [T] per sub-trace, 0 at index 0.
 
     `out_A`: the outputs of all processes of the context-parallel group, one process's after the other's.
@@ -162,4 +162,4 @@ def per_sub_trace(batch: MicroBatch, out_A: torch.Tensor) -> dict[int, Float32]:
     for index, length, n in zip(batch.indices, batch.lengths, batch.predictions, strict=False):  # padding: no index
         found[index] = np.concatenate([np.zeros(1, np.float32), flat[start : start + n].numpy()])
         start += length
-    return found
+    return TokenColumn(found)

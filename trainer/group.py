@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar
 
@@ -16,18 +16,18 @@ import numpy as np
 import ray
 
 from buffer.packing import QUADRATIC, pack, split
-from buffer.types import Batch, Float32, Grid, SubTrace, Targets
+from buffer.types import Batch, Float32, Grid, Scores, SubTrace, Targets, TokenColumn
+from trainer.columns import policy_columns
 from trainer.config import LayoutConfig, PolicyConfig
 from trainer.engine import needed
-from trainer.fields import policy_fields
 from trainer.policy import PolicyWorker
 from trainer.publish.broadcast import Weight
-from trainer.worker import Fields, UpdateResult, Worker
+from trainer.worker import Columns, UpdateResult, Worker
 
 P = ParamSpec("P")
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
-Update = Callable[[Any, Sequence[Any], Fields, Sequence[Grid]], UpdateResult]  # a worker's method
+Update = Callable[[Any, Sequence[Any], Sequence[Any], Sequence[Grid]], UpdateResult]  # a worker's method
 
 
 class Answer(Protocol[T_co]):
@@ -170,15 +170,11 @@ class WorkerGroup:
         places = pack(num_tokens, layout.data_parallel, layout.max_tokens_per_micro_batch, quadratic=self._quadratic)
         return [[[indices[place] for place in micro] for micro in row] for row in places]
 
-    def predict(
-        self, method: Callable[[Any, Sequence[Any], Grid], dict[int, Float32]], batch: Batch
-    ) -> Pending[dict[int, Float32]]:
-        """Forward only: float32 [T] of each sub-trace, by its index in the batch."""
+    def predict(self, method: Callable[[Any, Sequence[Any], Grid], TokenColumn], batch: Batch) -> Pending[TokenColumn]:
+        """Forward only, over a whole batch."""
         grid = self.grid(range(len(batch.items)), [item.num_tokens for item in batch.items])
         asked = self._send(method, [item.ref for item in batch.items], grid)
-        return self._pending(
-            method, asked, lambda found: {i: out for of_rank in found for i, out in of_rank.items()}, depth([grid])
-        )
+        return self._pending(method, asked, TokenColumn.joined, depth([grid]))
 
     def peak_memory(self) -> dict[str, float]:
         """The metric `<role>/peak_memory_gb`: of the rank that has the most (`Worker.peak_memory_gb`)."""
@@ -190,14 +186,22 @@ class WorkerGroup:
         return [self.grid(part, [batch.items[i].num_tokens for i in part]) for part in parts]
 
     def train(
-        self, method: Update, batch: Batch, epochs: Iterable[tuple[Fields, list[Grid]]]
+        self, method: Update, batch: Batch, epochs: Iterable[tuple[Columns, list[Grid]]]
     ) -> Pending[dict[str, float]]:
         """Epochs of optimizer steps; the result is per-token means and means over the optimizer steps."""
         items, asked, units = [item.ref for item in batch.items], [], 0
-        for fields, grids in epochs:
-            asked += self._send(method, items, ray.put(fields), grids)
+        for columns, grids in epochs:
+            asked += self._send(method, items, self._rows(columns, grids), grids)
             units += depth(grids)
         return self._pending(method, asked, reduced, units)
+
+    def _rows(self, columns: Columns, grids: Sequence[Grid]) -> list[Any]:
+        """A reference for each data-parallel row, to the columns of its own sub-traces: no rank fetches all."""
+        rows = []
+        for number in range(self.layout.data_parallel):
+            indices = sorted({index for grid in grids for micro in grid[number] for index in micro})
+            rows.append(ray.put({name: column.part(indices) for name, column in columns.items()}))
+        return rows
 
 
 class PolicyGroup(WorkerGroup):
@@ -207,7 +211,7 @@ class PolicyGroup(WorkerGroup):
         super().__init__(name, actors, config.layout, timeout_s)
         self.config = config
 
-    def logprobs(self, batch: Batch) -> Pending[dict[int, Float32]]:
+    def logprobs(self, batch: Batch) -> Pending[TokenColumn]:
         """Log-probabilities of a batch under the present weights."""
         return self.predict(PolicyWorker.logprobs, batch)
 
@@ -221,23 +225,20 @@ class PolicyGroup(WorkerGroup):
         batch: Batch,
         sub_traces: Sequence[SubTrace],
         targets: Sequence[Targets],
-        logprobs: Mapping[int, Float32],
-        reference_logprobs: Mapping[int, Float32],
+        scores: Scores,
         corrections: Sequence[Float32],
         rng: np.random.Generator,
     ) -> Pending[dict[str, float]]:
         """The policy's optimizer steps of one training step.
 
-        `logprobs`: what `logprobs` answered before it. `reference_logprobs`: those of the reference model, empty
-        when there is none. `corrections`: weight of every token's policy loss (trainer/losses/correction.py).
+        `scores`: what was predicted before it. `corrections`: weight of every token's policy loss
+        (trainer/losses/correction.py).
         """
         epochs = []
         for _ in range(self.config.num_epochs):
             grids = self.minibatch_grids(batch, self.config.num_minibatches, rng)
-            fields = policy_fields(
-                self.config, batch, sub_traces, targets, logprobs, reference_logprobs, corrections, grids
-            )
-            epochs.append((fields, grids))
+            columns = policy_columns(self.config, batch, sub_traces, targets, scores, corrections, grids)
+            epochs.append((columns, grids))
         return self.train(PolicyWorker.update, batch, epochs)
 
     def export(self, folder: Path) -> Pending[list[None]]:
@@ -266,8 +267,8 @@ class PolicyGroup(WorkerGroup):
 class NoReference:
     """Stands where the frozen starting model would, when nothing is compared with it."""
 
-    def logprobs(self, batch: Batch) -> Ready[dict[int, Float32]]:
-        return Ready({})
+    def logprobs(self, batch: Batch) -> Ready[TokenColumn]:
+        return Ready(TokenColumn())
 
 
 def depth(grids: Sequence[Grid]) -> int:

@@ -9,17 +9,17 @@ from typing import Any
 
 import torch
 
-from buffer.types import Grid
+from buffer.types import Grid, TokenColumn
 from trainer import losses
 from trainer.batching import MicroBatch
+from trainer.columns import TOKEN_KINDS
 from trainer.config import PolicyConfig
 from trainer.engine import EngineSettings, MakeEngine, Memory, SummedLoss, megatron, needs
-from trainer.fields import PARTS
 from trainer.losses import TokenLoss
 from trainer.models.folder import write_folder
 from trainer.publish.broadcast import Weight, buckets, join_update_group, send
 from trainer.publish.delta import Base
-from trainer.worker import Fields, UpdateResult, Worker
+from trainer.worker import UpdateResult, Worker
 
 Sums = dict[str, torch.Tensor]
 
@@ -35,14 +35,14 @@ class PolicyWorker(Worker):
         self.base: Base | None = None  # what the engines hold, where only changes are sent
 
     @needs(Memory.weights)
-    def logprobs(self, refs: Sequence[Any], grid: Grid) -> dict[int, Any]:
+    def logprobs(self, refs: Sequence[Any], grid: Grid) -> TokenColumn:
         """Log-probabilities under the present weights, float32 [T] a sub-trace."""
         return self._predict(refs, grid)
 
     def _policy_loss(self, out_2P: torch.Tensor, batch: MicroBatch) -> SummedLoss:
         """`out_2P`: log-probabilities at temperature 1, and entropies of what the tokens were drawn from."""
         logprobs_P, entropy_P = out_2P
-        f, mask_P = batch.fields, batch.action_P
+        f, mask_P = batch.columns, batch.action_P
         loss_P, _, _ = self._objective(logprobs_P, entropy_P, batch)
         losses.require_finite(loss_P, mask_P, batch.name_of)
         loss = loss_P.sum()
@@ -61,8 +61,8 @@ class PolicyWorker(Worker):
             "tokens": mask_P.sum(),
             **{name: number.detach() for name, number in extra.items()},
         }
-        for number, name in enumerate(PARTS):
-            sums[f"gradient/{name}"] = torch.where(mask_P & (f["part"] == number), push_P.abs(), zero).sum()
+        for number, name in enumerate(TOKEN_KINDS):
+            sums[f"gradient/{name}"] = torch.where(mask_P & (f["kind"] == number), push_P.abs(), zero).sum()
         maxima = {"ratio_max": torch.where(mask_P, parts.ratio_T, zero).max()}
         return SummedLoss(loss, sums, maxima)
 
@@ -70,7 +70,7 @@ class PolicyWorker(Worker):
         self, logprobs_P: torch.Tensor, entropy_P: torch.Tensor, batch: MicroBatch
     ) -> tuple[torch.Tensor, TokenLoss, Sums]:
         """Weighted loss [P], 0 where nothing was sampled; its policy part; sums of its other parts for the metrics."""
-        c, f, mask_P = self.config, batch.fields, batch.action_P
+        c, f, mask_P = self.config, batch.columns, batch.action_P
         logprobs_P = torch.where(mask_P, logprobs_P, 0.0)  # what was not sampled is in no sum and no gradient
         parts = token_loss(c, logprobs_P, batch)
         each_P = parts.loss_T * f["corrections"] if "corrections" in f else parts.loss_T
@@ -91,9 +91,9 @@ class PolicyWorker(Worker):
         return SummedLoss(loss, {"loss": loss.detach(), "tokens": batch.action_P.sum()}, {})
 
     @needs(Memory.weights, Memory.gradients)
-    def update(self, refs: Sequence[Any], fields: Fields, grids: Sequence[Grid]) -> UpdateResult:
-        """Policy-gradient steps, one for each grid. `fields`: see trainer/fields.py."""
-        return self._update(refs, fields, grids, self._policy_loss)
+    def update(self, refs: Sequence[Any], columns: Sequence[Any], grids: Sequence[Grid]) -> UpdateResult:
+        """Policy-gradient steps, one for each grid. `columns`: of each data-parallel row; see trainer/columns.py."""
+        return self._update(refs, self._own(columns), grids, self._policy_loss)
 
     @needs(Memory.weights, Memory.gradients)
     def imitate(self, refs: Sequence[Any], grids: Sequence[Grid]) -> UpdateResult:
@@ -136,6 +136,6 @@ class PolicyWorker(Worker):
 def token_loss(config: PolicyConfig, logprobs_P: torch.Tensor, batch: MicroBatch) -> TokenLoss:
     """Return the configured policy loss of every token; formulas in trainer/losses/algorithms/."""
     loss = losses.policy_loss(config.loss.value)
-    arrays = [batch.fields[name] for name in loss.reads]
+    arrays = [batch.columns[name] for name in loss.reads]
     sequences = (batch.sequence_P, batch.action_P, len(batch.lengths)) if loss.by_sequence else ()
     return loss.function(logprobs_P, *arrays, *sequences, *loss.settings(config))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,12 @@ from typing import Any
 import ray
 import torch
 
-from buffer.types import Float32, Grid, SubTrace
+from buffer.types import Grid, SubTrace, TokenColumn
 from machine.ports import ReservedPort
 from trainer.batching import MicroBatch, micro_batch, per_sub_trace
 from trainer.engine import Engine, LossFunction, Memory, Saving, needs
 
-Fields = dict[str, dict[int, Float32]]
+Columns = Mapping[str, TokenColumn]  # what a loss is told about every token, by name
 
 
 @dataclass(frozen=True)
@@ -57,23 +57,28 @@ class Worker:
         return self.engine.shape.hidden
 
     def _micro_batches(
-        self, row: Sequence[Sequence[int]], sub_traces: dict[int, SubTrace], fields: Fields
+        self, row: Sequence[Sequence[int]], sub_traces: Mapping[int, SubTrace], columns: Columns
     ) -> Iterator[MicroBatch]:
         share = self.engine.share
         missing = -len(row) % share.batch_multiple
         for indices in [*row, *([()] * missing)]:
-            yield micro_batch(indices, sub_traces, fields, self.engine.device, share.length_multiples, share.context)
+            yield micro_batch(indices, sub_traces, columns, self.engine.device, share.length_multiples, share.context)
 
-    def _predict(self, refs: Sequence[Any], grid: Grid) -> dict[int, Float32]:
+    def _predict(self, refs: Sequence[Any], grid: Grid) -> TokenColumn:
         """Forward only: float32 [T] for each sub-trace of this rank's row (empty on ranks that do not report it)."""
         row = grid[self.engine.share.row]
         found = self.engine.forward(list(self._micro_batches(row, fetch(refs, row), {})))
-        return {index: out for batch, out_A in found for index, out in per_sub_trace(batch, out_A).items()}
+        return TokenColumn.joined(per_sub_trace(batch, out_A) for batch, out_A in found)
 
-    def _update(self, refs: Sequence[Any], fields: Fields, grids: Sequence[Grid], loss: LossFunction) -> UpdateResult:
+    def _own(self, columns: Sequence[Any]) -> Columns:
+        """Columns of this rank's data-parallel row. `columns`: a `Columns` for each row, or a reference to it."""
+        own: Columns = resolved([columns[self.engine.share.row]])[0]
+        return own
+
+    def _update(self, refs: Sequence[Any], columns: Columns, grids: Sequence[Grid], loss: LossFunction) -> UpdateResult:
         """One optimizer step for each grid."""
         rows = [grid[self.engine.share.row] for grid in grids]
-        steps = (list(self._micro_batches(row, fetch(refs, row), fields)) for row in rows)
+        steps = (list(self._micro_batches(row, fetch(refs, row), columns)) for row in rows)
         results = self.engine.update(steps, loss)
         sums: dict[str, float] = {}
         maxima: dict[str, float] = {}
@@ -129,9 +134,13 @@ class Worker:
 
 
 def fetch(refs: Sequence[Any], row: Sequence[Sequence[int]]) -> dict[int, SubTrace]:
-    """The sub-traces of one data-parallel row, by index. References are resolved; plain ones pass through."""
+    """The sub-traces of one data-parallel row, by index."""
     wanted = sorted({index for indices in row for index in indices})
-    found = [refs[index] for index in wanted]
-    if found and isinstance(found[0], ray.ObjectRef):
-        found = ray.get(found, timeout=600)
-    return dict(zip(wanted, found, strict=True))
+    return dict(zip(wanted, resolved([refs[index] for index in wanted]), strict=True))
+
+
+def resolved(refs: list[Any]) -> list[Any]:
+    """What references lead to; what is none passes through, in unit tests."""
+    if refs and isinstance(refs[0], ray.ObjectRef):
+        return list(ray.get(refs, timeout=600))
+    return refs

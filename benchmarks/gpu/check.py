@@ -171,8 +171,8 @@ def train_rank(options: argparse.Namespace) -> None:
     grid = [[list(range(len(traces)))[row :: layout.data_parallel]] for row in range(layout.data_parallel)]
     old = {i: t.logprobs for i, t in enumerate(traces)}
     ones = {i: t.action_mask.astype(np.float32) for i, t in enumerate(traces)}
-    fields: Any = {"advantages": ones, "weights": ones, "old_logprobs": old, "engine_logprobs": old}
-    fields["part"] = {i: 0 * x for i, x in ones.items()}
+    columns: Any = {"advantages": ones, "weights": ones, "old_logprobs": old, "engine_logprobs": old}
+    columns["kind"] = {i: 0 * x for i, x in ones.items()}
     before = worker.logprobs(traces, grid)
     norms = [worker.imitate(traces, [grid]).grad_norms[0] for _ in range(4)]
     after = worker.logprobs(traces, grid)

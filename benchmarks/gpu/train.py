@@ -26,19 +26,20 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.gpu import common
-from buffer.types import SubTrace
+from buffer.types import SubTrace, TokenColumn
 from critic.config import CriticConfig
 from critic.worker import CriticWorker
 from trainer.config import LayoutConfig, OptimizerConfig, PolicyConfig, Precision, Recompute
 from trainer.engine import EngineSettings
 from trainer.megatron.engine import MegatronEngine
 from trainer.policy import PolicyWorker
-from trainer.worker import Fields
+from trainer.worker import Columns
 
 
 def random_weights(models: Sequence[torch.nn.Module]) -> None:
@@ -56,14 +57,15 @@ class RandomEngine(MegatronEngine):
         random_weights(self.chunks)
 
 
-def fields_of(role: str, traces: list[SubTrace]) -> Fields:
+def columns_of(role: str, traces: list[SubTrace]) -> Columns:
     """What an update is told, about the size that it has in a run."""
-    zeros = {i: 0.0 * t.logprobs for i, t in enumerate(traces)}
+    zeros = TokenColumn((i, 0.0 * t.logprobs) for i, t in enumerate(traces))
     if role == "critic":
-        return {"values": zeros, "returns": {i: zeros[i] + t.action_mask for i, t in enumerate(traces)}}
-    old = {i: t.logprobs for i, t in enumerate(traces)}
-    ones = {i: zeros[i] + 1 for i in zeros}
-    return {"advantages": ones, "weights": ones, "old_logprobs": old, "engine_logprobs": old, "part": zeros}
+        returns = TokenColumn((i, t.action_mask.astype(np.float32)) for i, t in enumerate(traces))
+        return {"values": zeros, "returns": returns}
+    old = TokenColumn((i, t.logprobs) for i, t in enumerate(traces))
+    ones = TokenColumn((i, zeros[i] + 1) for i in zeros)
+    return {"advantages": ones, "weights": ones, "old_logprobs": old, "engine_logprobs": old, "kind": zeros}
 
 
 def useful_flop(config: dict[str, Any], role: str, lengths: list[int]) -> float:
@@ -107,7 +109,7 @@ def measure(role: str, options: argparse.Namespace, folder: Path, port: int) -> 
     traces = [t for row in range(num_rows) for t in common.sub_traces(options.tokens, config["vocab_size"], row)]
     each = len(traces) // num_rows
     grid = [[list(range(row * each, (row + 1) * each))] * options.micro_batches for row in range(num_rows)]
-    fields = fields_of(role, traces)
+    columns = [columns_of(role, traces)] * num_rows
     step_s: list[float] = []
     optimizer_step = worker.engine.optimizer.step
 
@@ -121,12 +123,12 @@ def measure(role: str, options: argparse.Namespace, folder: Path, port: int) -> 
     for _ in range(options.steps + 1):
         forward.append(timed(lambda: forward_pass(traces, grid)))
         torch.cuda.reset_peak_memory_stats()
-        update.append(timed(lambda: worker.update(traces, fields, [grid])))
+        update.append(timed(lambda: worker.update(traces, columns, [grid])))
     middle = lambda times: sorted(times[1:])[(len(times) - 1) // 2]  # noqa: E731 (the first warms up)
     lengths = [len(t.tokens) - 1 for t in traces[:each]] * options.micro_batches
     flop = useful_flop(config, role, lengths)
     if options.profile:
-        profile(lambda: worker.update(traces, fields, [grid]), options.profile if options.rank == 0 else 0)
+        profile(lambda: worker.update(traces, columns, [grid]), options.profile if options.rank == 0 else 0)
     found = {
         "role": role,
         "parameters": sum(p.numel() for p in worker.engine.chunks[0].parameters()) * options.tensor_parallel,

@@ -8,8 +8,8 @@ and copied context are in no sum. A token that a loss or a correction masks adds
     l_i    policy loss        algorithms/: ppo, decoupled, dis, cispo, gspo; all have the gradient -A on-policy
     c_i    engine mismatch    correction.py: none, tis, icepop, mis
     KL_i   to a reference     kl.py: k1, k2, k3; as a loss here or, on the driver, as a reward
-    w_i    what L averages    weights.py: tokens, episodes or sub-traces
-    u_i    positive examples  weights.py
+    w_i    what L averages    averages.py: tokens, episodes or sub-traces
+    u_i    positive examples  averages.py
 
 `value` (value.py) is the critic's l, `nll` the supervised one, `distill` one from a teacher: same sum, same N.
 
@@ -26,13 +26,13 @@ from trainer.losses.algorithms.decoupled import decoupled
 from trainer.losses.algorithms.dis import dis
 from trainer.losses.algorithms.gspo import gspo
 from trainer.losses.algorithms.ppo import ppo
+from trainer.losses.averages import normaliser_weights, positive_weights
 from trainer.losses.correction import correction_weights
 from trainer.losses.distill import Divergence, distill, distill_advantages, with_tail
 from trainer.losses.kl import kl, kl_reward
 from trainer.losses.registry import policy_loss
 from trainer.losses.token import TokenLoss, nll, require_finite
 from trainer.losses.value import ValueLoss, value
-from trainer.losses.weights import normaliser_weights, positive_weights
 
 __all__ = [
     "Divergence",

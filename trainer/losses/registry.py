@@ -25,7 +25,7 @@ class PolicyLoss:
     name: str  # the value of policy.loss
     # (logprobs_T, *reads, *sequences where by_sequence, *settings) -> a TokenLoss [T]
     function: Callable[..., TokenLoss]
-    reads: tuple[str, ...]  # float32 [T] each, named as in trainer/fields.py
+    reads: tuple[str, ...]  # float32 [T] each, named as in trainer/columns.py
     ratio: str  # the importance ratio that the window bounds
     formula: str  # l_i
     source: str

@@ -118,8 +118,10 @@ class MegatronEngine:
         That is the micro-batch and the first row of the model's output [C, P], or, with a loss, what it returned.
         """
 
-        def step(iterator: Iterator[MicroBatch], gpt: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
-            batch = next(iterator)
+        packed = [(batch, PackedSequences(batch.packing)) for batch in batches]
+
+        def step(iterator: Iterator[Any], gpt: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
+            batch, sequences = next(iterator)
 
             def reduce(out: torch.Tensor, non_loss_data: bool = False) -> Any:
                 if loss is None:
@@ -128,13 +130,13 @@ class MegatronEngine:
                 detached = SummedLoss(found.total.detach(), found.sums, found.maxima)
                 return found.total, torch.tensor(batch.num_actions, dtype=torch.int), detached
 
-            position_1P, packed = batch.packing.position_T[None], PackedSequences(batch.packing)
-            out = gpt(batch.tokens_1P, position_1P, None, labels=batch.labels_1P, packed_seq_params=packed)
+            position_1P = batch.packing.position_T[None]
+            out = gpt(batch.tokens_1P, position_1P, None, labels=batch.labels_1P, packed_seq_params=sequences)
             return out, reduce
 
         found: list[Any] = self.run_schedule(
             forward_step_func=step,
-            data_iterator=[iter(batches) for _ in self.chunks],
+            data_iterator=[iter(packed) for _ in self.chunks],
             model=self.chunks,
             num_microbatches=len(batches),
             seq_length=max(batch.tokens_1P.shape[1] for batch in batches),
