@@ -284,8 +284,8 @@ def write_policy(source: Path, folder: Path, change: Callable[[dict[str, Any]], 
     from torch.distributed import checkpoint as torch_checkpoint
 
     from trainer.models.entries import entries
+    from trainer.models.families import read_shape
     from trainer.models.mapping import merge
-    from trainer.models.shape import read_shape
 
     shape, theirs = read_shape(source), load_file(source / "model.safetensors")
     tensors = {f"model.{e.ours}": merge([theirs[n] for n in e.theirs], e, shape, 2) for e in entries(shape)}

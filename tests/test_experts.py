@@ -13,7 +13,7 @@ from trainer.config import LayoutConfig, Precision
 from trainer.megatron.model import build_models
 from trainer.megatron.modules import experts
 from trainer.megatron.modules.experts import GroupedExperts, GroupedProduct, grouped_product_takes
-from trainer.models.shape import read_shape
+from trainer.models.families import read_shape
 
 ROWS = {"all": [5, 9, 1, 3, 2, 4], "some empty": [0, 9, 0, 0, 14, 1], "one": [0, 0, 0, 24, 0, 0], "none": [0] * 6}
 

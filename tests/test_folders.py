@@ -16,8 +16,8 @@ from roles import random_qwen3
 from safetensors.numpy import load_file, save_file
 
 from trainer.config import LayoutConfig
+from trainer.models.families import read_shape
 from trainer.models.files import INDEX, check_weights, headers, weight_files
-from trainer.models.shape import read_shape
 
 WEIGHTS = "model.safetensors"
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -258,7 +258,7 @@ def test_a_folder_is_looked_at_without_torch(source: Path) -> None:
     program = (
         "import sys; from pathlib import Path\n"
         "from trainer.models.files import check_weights\n"
-        "from trainer.models.shape import read_shape\n"
+        "from trainer.models.families import read_shape\n"
         "check_weights(Path(sys.argv[1]), read_shape(Path(sys.argv[1])))\n"
         "sys.exit(', '.join({'torch', 'numpy', 'safetensors', 'transformers'} & set(sys.modules)) or 0)"
     )

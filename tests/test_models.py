@@ -28,10 +28,11 @@ from trainer.megatron.model import build_models
 from trainer.megatron.modules.attention import PackedSequences
 from trainer.megatron.storage import checkpoint, stored
 from trainer.models.entries import entries, strays, weight_shapes
+from trainer.models.families import read_shape
 from trainer.models.folder import write_folder
 from trainer.models.mapping import unmerge
 from trainer.models.rope import inverse_frequencies
-from trainer.models.shape import ModelShape, read_shape
+from trainer.models.shape import ModelShape
 from trainer.policy import PolicyWorker
 
 LENGTHS = [11, 1, 33, 7]  # of the packed sequences

@@ -58,7 +58,7 @@ def check_attention(heads: int = 16, kv_heads: int = 8, d: int = 128) -> list[li
 
     from trainer.megatron.model import transformer_config
     from trainer.megatron.modules.attention import PackedAttention, PackedSequences
-    from trainer.models.shape import read_shape
+    from trainer.models.families import read_shape
 
     lengths = [700, 1, 129, 1218]
     torch.manual_seed(1)

@@ -36,7 +36,7 @@ from trainer.config import LayoutConfig, Precision
 from trainer.megatron.model import leave_process, start_process, transformer_config
 from trainer.megatron.modules import experts
 from trainer.megatron.spec import block_spec
-from trainer.models.shape import read_shape
+from trainer.models.families import read_shape
 
 # Qwen3-30B-A3B's config.json, one layer of it.
 CONFIG: dict[str, Any] = {

@@ -17,9 +17,10 @@ from slime.config.settings import as_text
 from slime.schema import Config
 from trainer.config import LayoutConfig
 from trainer.layout import check_layout
+from trainer.models.families import read_shape
 from trainer.models.files import check_weights
 from trainer.models.reading import read_json
-from trainer.models.shape import ModelShape, read_shape
+from trainer.models.shape import ModelShape
 
 TOKENIZER = "tokenizer.json"
 # Megatron's names of what a layout sets.

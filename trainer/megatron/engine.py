@@ -27,7 +27,7 @@ from trainer.layout import check_layout
 from trainer.megatron import cpu
 from trainer.megatron.offload import Residence
 from trainer.models.entries import entries, weight_shapes
-from trainer.models.shape import read_shape
+from trainer.models.families import read_shape
 
 cpu.enable()
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
-from trainer.models.shape import MlaShape, ModelShape, MoeShape
+from trainer.models.shape import ModelShape, MoeShape
 
 
 class Split(Enum):
@@ -54,12 +54,12 @@ def entries(shape: ModelShape, value_head: bool = False) -> list[Entry]:
     if not shape.tied and not value_head:
         found.append(Entry("output_layer.weight", ("lm_head.weight",), vocab, Merge.VOCAB, Split.ROWS))
     for layer in range(shape.num_layers):
-        found += _layer(shape, layer)
+        found += (shape.layer_entries or decoder_layer)(shape, Layer(layer))
     return found
 
 
 @dataclass(frozen=True)
-class _LayerNames:
+class Layer:
     """Makes the entries of one layer; names without the layer's prefix."""
 
     index: int
@@ -101,28 +101,29 @@ class _LayerNames:
         ]
 
 
-def _layer(shape: ModelShape, index: int) -> list[Entry]:
-    layer, width = _LayerNames(index), (shape.hidden,)
-    found = [
-        *(_latent_attention(shape, shape.mla, layer) if shape.mla else _attention(shape, layer)),
+def decoder_layer(shape: ModelShape, layer: Layer) -> list[Entry]:
+    """Return the usual layer: attention, then one MLP or experts, with a norm before each."""
+    return [*attention(shape, layer), *norms(shape, layer), *mlp_or_experts(shape, layer)]
+
+
+def norms(shape: ModelShape, layer: Layer) -> list[Entry]:
+    """Return the norms before attention and MLP."""
+    width = (shape.hidden,)
+    return [
         layer.entry("input_layernorm.weight", "input_layernorm.weight", width),
         layer.entry("pre_mlp_layernorm.weight", "post_attention_layernorm.weight", width),
     ]
-    if shape.moe and shape.has_experts(index):
-        return found + _experts(shape.hidden, shape.moe, layer)
-    if not shape.sandwich:
-        return found + layer.mlp("mlp", "mlp", shape.hidden, shape.ffn)
-    gated = (2 * shape.ffn, shape.hidden)
-    return [
-        *found,
-        layer.entry("self_attention.linear_proj.norm.weight", "post_self_attn_layernorm.weight", width),
-        layer.entry("mlp.linear_fc1.weight", "mlp.gate_up_proj.weight", gated, split=Split.GATED),
-        layer.entry("mlp.linear_fc2.weight", "mlp.down_proj.weight", (shape.hidden, shape.ffn), split=Split.COLUMNS),
-        layer.entry("mlp.linear_fc2.norm.weight", "post_mlp_layernorm.weight", width),
-    ]
 
 
-def _attention(shape: ModelShape, layer: _LayerNames) -> list[Entry]:
+def mlp_or_experts(shape: ModelShape, layer: Layer) -> list[Entry]:
+    """Return the layer's experts with their router, or its one MLP."""
+    if shape.moe and shape.has_experts(layer.index):
+        return _experts(shape.hidden, shape.moe, layer)
+    return layer.mlp("mlp", "mlp", shape.hidden, shape.ffn)
+
+
+def attention(shape: ModelShape, layer: Layer) -> list[Entry]:
+    """Return attention whose queries share keys and values in groups."""
     h, d = shape.hidden, shape.head_dim
     rows = [shape.heads * d, shape.kv_heads * d, shape.kv_heads * d]
 
@@ -142,31 +143,7 @@ def _attention(shape: ModelShape, layer: _LayerNames) -> list[Entry]:
     return found
 
 
-def _latent_attention(shape: ModelShape, mla: MlaShape, layer: _LayerNames) -> list[Entry]:
-    h, heads = shape.hidden, shape.heads
-    m, t = "self_attention.", "self_attn."
-    queries, values = heads * shape.head_dim, heads * mla.value_dim
-    both = heads * (mla.plain_dim + mla.value_dim)
-    down = mla.kv_rank + mla.rotary_dim
-    if mla.q_rank is None:
-        found = [layer.entry(f"{m}linear_q_proj.weight", f"{t}q_proj.weight", (queries, h), split=Split.ROWS)]
-    else:
-        r = mla.q_rank
-        found = [
-            layer.entry(f"{m}linear_q_down_proj.weight", f"{t}q_a_proj.weight", (r, h)),
-            layer.entry(f"{m}q_layernorm.weight", f"{t}q_a_layernorm.weight", (r,)),
-            layer.entry(f"{m}linear_q_up_proj.weight", f"{t}q_b_proj.weight", (queries, r), split=Split.ROWS),
-        ]
-    return [
-        *found,
-        layer.entry(f"{m}linear_kv_down_proj.weight", f"{t}kv_a_proj_with_mqa.weight", (down, h)),
-        layer.entry(f"{m}kv_layernorm.weight", f"{t}kv_a_layernorm.weight", (mla.kv_rank,)),
-        layer.entry(f"{m}linear_kv_up_proj.weight", f"{t}kv_b_proj.weight", (both, mla.kv_rank), split=Split.ROWS),
-        layer.entry(f"{m}linear_proj.weight", f"{t}o_proj.weight", (h, values), split=Split.COLUMNS),
-    ]
-
-
-def _experts(hidden: int, moe: MoeShape, layer: _LayerNames) -> list[Entry]:
+def _experts(hidden: int, moe: MoeShape, layer: Layer) -> list[Entry]:
     found = [layer.entry("mlp.router.weight", "mlp.gate.weight", (moe.experts, hidden))]
     if moe.correction:
         bias = "mlp.gate.e_score_correction_bias"

@@ -12,8 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from trainer.models.entries import is_kept
+from trainer.models.families import read_shape
 from trainer.models.files import headers
-from trainer.models.shape import read_shape
 
 FILE_BYTES = 4 << 30  # of a written file, at most, where no single tensor is larger
 

@@ -32,8 +32,8 @@ from trainer.engine import (
     require_finite_norm,
 )
 from trainer.models.entries import entries, weight_shapes
+from trainer.models.families import read_shape
 from trainer.models.files import check_weights, headers
-from trainer.models.shape import read_shape
 
 _FILE = "state.pt"
 _HEAD = ("output_layer.weight", "output_layer.bias")  # what patterns to freeze call the scalar head

@@ -18,9 +18,10 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from trainer.models.entries import Entry, Merge, entries
+from trainer.models.families import read_shape
 from trainer.models.folder import write_folder
 from trainer.models.mapping import unmerge
-from trainer.models.shape import ModelShape, read_shape
+from trainer.models.shape import ModelShape
 
 
 def read_index(folder: Path) -> Any:
