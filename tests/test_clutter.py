@@ -57,7 +57,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "ruff check .",
         "ruff format --check .",
         "mypy",
-        "pytest -q -p no:cacheprovider tests/test_layout.py tests/test_config.py",
+        "pytest -q -p no:cacheprovider tests/test_layout.py tests/test_dependencies.py",
     ],
 )
 def test_other_files_in_a_checkout_change_nothing(checkout: Path, command: str) -> None:

@@ -18,6 +18,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, is_dataclass, replace
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,8 @@ def _compose(arguments: list[str], recipes_dir: Path | None) -> tuple[Loaded, li
     chosen, values = _split(arguments, folders)
     schema = _schema()
     command_line = _Layer("command line", _parse_values(values))
-    _check_layer(command_line, schema)
+    scratch = schema.copy()
+    _check_layer(command_line, scratch)
     store = ConfigStore.instance()
     store.store(name="_schema", node=schema)
     run = {"defaults": ["_schema", {"recipe": chosen["recipe"]}, "_self_"]}
@@ -93,7 +95,7 @@ def _compose(arguments: list[str], recipes_dir: Path | None) -> tuple[Loaded, li
         with initialize_config_dir(str(folders[0]), version_base="1.3"):
             files = _file_layers(chosen, folders)
             for layer in files:
-                _check_layer(layer, schema)
+                _check_layer(layer, scratch)
             tree = compose("_run", [*_group_overrides(chosen), *(_quoted(*item) for item in values.items())])
         OmegaConf.update(tree, "recipe", chosen["recipe"])
         OmegaConf.resolve(tree)
@@ -278,8 +280,9 @@ def _quoted(key: str, text: str) -> str:
     return f"{'++' if mapping_of(key) else ''}{key}={text}"
 
 
+@cache
 def _schema() -> DictConfig:
-    """The schema with its plain defaults: what a section's `__post_init__` fills in is left open."""
+    """Return the schema with its plain defaults, for reading; what a section's `__post_init__` fills in stays open."""
     tree: DictConfig = OmegaConf.structured(Config)
     for section in sections():  # a tree of frozen dataclasses is read-only
         OmegaConf.set_readonly(OmegaConf.select(tree, section.key) if section.key else tree, None)
@@ -294,10 +297,9 @@ def _unknown(group: str, name: str, known: list[str]) -> str:
     return f"{group}={name}: no such {group.replace('model.start', 'recipe')}; {hint}known: {', '.join(known)}"
 
 
-def _check_layer(layer: _Layer, schema: DictConfig) -> None:
-    """ConfigError: a key that the schema does not have, or a value of another type."""
+def _check_layer(layer: _Layer, scratch: DictConfig) -> None:
+    """Write the layer's values into `scratch`. ConfigError: a key that the schema lacks, or a value of another type."""
     where = "" if layer.origin == "command line" else f"{layer.origin}: "
-    scratch = schema.copy()
     for key, value in leaves(layer.tree).items():
         try:
             kind = hint(key)
