@@ -321,6 +321,15 @@ def test_the_shell_completes(words: list[str], offered: list[str], tmp_path: Pat
     assert all(word.startswith(words[-1]) for word in found)
 
 
+def test_a_shell_that_shows_descriptions_gets_each_on_one_line() -> None:
+    variables = {"_SLIME_COMPLETE": "complete_zsh", "_TYPER_COMPLETE_ARGS": "slime train recipe="}
+    command = [sys.executable, "-m", "slime.cli"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=60, check=False, env={**os.environ, **variables}
+    )
+    assert len(done.stdout.strip().splitlines()) == 3
+
+
 def test_completion_imports_nothing_heavy() -> None:
     program = (
         "import sys; from slime.cli.keys import complete\n"

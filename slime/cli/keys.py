@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from enum import Enum
 from pathlib import Path
+from textwrap import shorten
 
 from recipes import catalogue
 
+DESCRIPTION_WIDTH = 72  # typer breaks longer ones into lines, which shells do not expect
 USAGE = """\
 Usage: slime {command} recipe=NAME [model=NAME] [cluster=NAME] [key=value ...] [--recipes DIR]
        slime {command} --help KEY
@@ -51,7 +53,8 @@ def complete(before: Sequence[str], incomplete: str) -> list[tuple[str, str]]:
     """
     head = f"{before[-2]}=" if len(before) > 1 and before[-1] == "=" else ""
     word = head + incomplete
-    return [(text.removeprefix(head), told) for text, told in _candidates("=" in word) if text.startswith(word)]
+    fitting = [(text, told) for text, told in _candidates("=" in word) if text.startswith(word)]
+    return [(text.removeprefix(head), shorten(told, DESCRIPTION_WIDTH)) for text, told in fitting]
 
 
 def _candidates(with_values: bool) -> Iterator[tuple[str, str]]:

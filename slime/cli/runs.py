@@ -67,7 +67,7 @@ def export(
     Writes weights, config and tokenizer of a checkpoint's policy; needs no GPU. RUN: a name below runs/, or a folder.
     """
     names = run or []
-    given = " ".join([*names, *(["--step", step] if step else []), *(["--out", out] if out else [])])
+    given = " ".join(["export", *names, *(["--step", step] if step else []), *(["--out", out] if out else [])])
     try:
         if len(names) != 1:
             raise ValueError(f"takes one RUN, found {len(names)}: slime export RUN [--step N] --out DIR")
@@ -81,7 +81,7 @@ def export(
 
         say(str(export(folder, None if step is None else int(step), Path(expand(out)))))
     except (ValueError, OSError) as error:
-        raise Refused(f"export {given}: {error}") from error
+        raise Refused(f"{given}: {error}") from error
     return 0
 
 
