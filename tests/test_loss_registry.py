@@ -43,11 +43,11 @@ def _with_plain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
     vars(algorithms).pop("plain")
 
 
-def computed(name: str, fields: dict[str, torch.Tensor]) -> torch.Tensor:
+def computed(name: str, columns: dict[str, torch.Tensor]) -> torch.Tensor:
     """The loss of three tokens in two sequences, as the trainer's process computes it."""
     config: Any = SimpleNamespace(loss=SimpleNamespace(value=name), clip_low=0.2, clip_high=0.28, dual_clip=0.0)
     batch: Any = SimpleNamespace(
-        fields=fields, sequence_P=torch.tensor([0, 0, 1]), action_P=torch.tensor([True] * 3), lengths=[2, 1]
+        columns=columns, sequence_P=torch.tensor([0, 0, 1]), action_P=torch.tensor([True] * 3), lengths=[2, 1]
     )
     return token_loss(config, torch.tensor([-1.0, -2.0, -3.0]), batch).loss_T
 
