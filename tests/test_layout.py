@@ -202,8 +202,12 @@ def test_settings_are_counted_through_groups() -> None:
         ("recipes/coding/a.py", "from slime import Task\n", "recipes imports slime.Task"),
         ("machine/a.py", "import buffer.types\n", "machine imports buffer.types"),
         ("recipes/coding/a.py", "import trainer.losses\n", "recipes imports trainer.losses"),
-        ("examples/a/a.py", "from rollout.environment import Task\n", "examples imports rollout.environment.Task"),
-        ("examples/a/a.py", "from slime.config import load\n", "examples imports slime.config.load"),
+        (
+            "examples/lookup/lookup.py",
+            "from rollout.environment import Task\n",
+            "examples imports rollout.environment.Task",
+        ),
+        ("examples/lookup/lookup.py", "from slime.config import load\n", "examples imports slime.config.load"),
         ("critic/a.py", "from omegaconf import OmegaConf\n", "imports omegaconf.OmegaConf outside"),
         ("slime/build.py", "def f():\n    import hydra\n", "imports hydra outside"),
         (
@@ -245,7 +249,7 @@ def test_an_eleventh_file_in_a_folder_is_found(tmp_path: Path) -> None:
     ("path", "source"),
     [
         ("slime/build.py", "import buffer, critic, trainer, rollout, launch, recipes\n"),
-        ("examples/a/a.py", "import slime\nfrom slime import Task, TaskRow\n"),
+        ("examples/lookup/lookup.py", "import slime\nfrom slime import Task, TaskRow\n"),
         ("slime/config.py", "from hydra import compose\nfrom omegaconf import OmegaConf\n"),
         ("launch/a.py", "from launch.config import ClusterConfig\nimport machine.ports\n"),
         ("trainer/megatron/modules/a.py", "from megatron.core import mpu\n"),

@@ -57,3 +57,11 @@ def test_the_changelog_has_the_version_of_the_project_or_says_that_none_is_relea
     assert PYPROJECT["project"]["version"] in headings or "No version has been released yet" in text
     kinds = set(re.findall(r"^### (.+)$", text, re.MULTILINE))
     assert kinds <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+
+
+def test_every_example_is_linted_and_typed() -> None:
+    """They are listed by name, since a pattern of ruff would reach into an example's runs/."""
+    examples = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("examples/*/*.py")}
+    assert examples
+    assert examples <= set(PYPROJECT["tool"]["ruff"]["include"])
+    assert examples <= set(PYPROJECT["tool"]["mypy"]["files"])
