@@ -33,6 +33,7 @@ from launch.local import start_ray, stop_ray
 from slime import loop
 from slime.build import build_estimator, build_policy
 from slime.config import load
+from slime.run import Run
 from slime.schema import Config
 from slime.start.placement import placement
 from trainer.group import NoReference
@@ -177,18 +178,22 @@ class Bench:
         limit_s = config.cluster.start_timeout_s
         for starting in [group.start(limit_s) for group in self.groups]:
             starting.result(limit_s)
-        self._parts: Any = SimpleNamespace(
-            buffer=SimpleNamespace(
-                take=SimpleNamespace(remote=lambda: ray.put(self.batch)),
-                release=SimpleNamespace(remote=lambda step: ray.put(None)),
-            ),
+        unused: Any = SimpleNamespace()
+        buffer: Any = SimpleNamespace(take=lambda waiting: self.batch, release=lambda step: None)
+        weights: Any = SimpleNamespace(version=0, lend_memory=lambda: None, publish=lambda version: 0.0)
+        self._run = Run(
+            buffer=buffer,
+            rollout=unused,
+            engines=unused,
+            servers=[],
+            model_folder=folder,
             policy=self.policy,
             reference=NoReference(),
             estimator=self.estimator,
             trainers=self.groups,
-            weights=SimpleNamespace(version=0, lend_memory=lambda: None, publish=lambda version: 0.0),
+            weights=weights,
         )
-        self._watch: Any = SimpleNamespace(phase=lambda name: None, sample=lambda *rest: None)
+        self._watch: Any = SimpleNamespace(sample=lambda *rest: None)
 
     def call(self, function: Callable[..., Any], *arguments: Sequence[Any]) -> list[Any]:
         """Runs a function in both ranks at once, with one of each list of arguments."""
@@ -211,7 +216,7 @@ class Bench:
 
     def ours(self) -> dict[str, float]:
         """One step of the product; its metrics."""
-        return loop.train_step(self.config, self._parts, self._watch, 1, evaluating=False)
+        return loop.train_step(self.config, self._run, self._watch, 1, evaluating=False)
 
     def bare(self) -> None:
         self.call(bare_step)

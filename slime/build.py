@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
 
 from buffer.actor import BufferActor
+from buffer.handle import BufferHandle
 from critic.config import Baseline, CriticConfig
 from critic.estimators import CriticEstimator, EpisodeEstimator, Estimator
 from critic.group import CriticGroup
@@ -23,7 +23,7 @@ from rollout.engines.server import EngineServer
 from rollout.group import RolloutGroup
 from rollout.worker import RolloutSettings, RolloutWorker
 from slime.config.nodes import CRITIC, POLICY, REFERENCE
-from slime.observe.failures import Failures
+from slime.run import Run
 from slime.schema import Config
 from slime.start.placement import Placement
 from slime.start.prepare import Prepared
@@ -33,37 +33,8 @@ from trainer.engine import EngineSettings
 from trainer.group import NoReference, PolicyGroup, SharedDevice, WorkerGroup
 from trainer.policy import PolicyWorker
 
-STOP_TIMEOUT_S = 30.0  # for engines and sandboxes; what has not ended then ends with its actor
 SERVER_CALLS = 4  # an engine's actor is asked to stop while it watches or still starts
 ASYNC_CALLS = 1024  # calls an asynchronous actor serves at once: every lane of a rollout worker may wait in one
-
-
-@dataclass
-class Parts:
-    """A run's running parts."""
-
-    buffer: Any
-    rollout: RolloutGroup
-    engines: EngineGroup
-    policy: PolicyGroup
-    reference: PolicyGroup | NoReference
-    estimator: Estimator
-    weights: Weights
-    servers: list[Any]
-    trainers: list[WorkerGroup]  # all groups of processes that hold a model, a frozen one among them
-    model_folder: Path  # what the run started from
-
-    @property
-    def roles(self) -> list[WorkerGroup]:
-        """Groups of processes that train: what a checkpoint holds."""
-        return [self.policy, *self.estimator.roles]
-
-    def stop(self, failures: Failures) -> None:
-        """Ends engines and sandboxes; Ray's own end takes the rest."""
-        with failures.aside("stopping the rollout workers"):
-            self.rollout.stop(STOP_TIMEOUT_S)
-        with failures.aside("stopping the engines"):
-            ray.get([server.stop.remote() for server in self.servers], timeout=STOP_TIMEOUT_S)
 
 
 def _ranks(
@@ -187,7 +158,7 @@ def share_devices(config: Config, trainers: Sequence[WorkerGroup]) -> None:
             one.shared_device = device
 
 
-def build(config: Config, inputs: Prepared, run_dir: Path, where: Placement) -> Parts:
+def build(config: Config, inputs: Prepared, run_dir: Path, where: Placement) -> Run:
     """Starts everything side by side and waits until all of it answers."""
     limit_s, engine = config.cluster.start_timeout_s, config.rollout.engine
     key = secrets.token_hex(32) if where.spans_nodes else ""  # engines that others can reach serve this run alone
@@ -212,6 +183,15 @@ def build(config: Config, inputs: Prepared, run_dir: Path, where: Placement) -> 
     engines = EngineGroup(urls, inputs.vocab_size, window, engine, key)
     weights = build_weights(config, policy, engines, trainers)
     weights.connect()
-    return Parts(
-        buffer, rollout, engines, policy, reference, estimator, weights, servers, trainers, inputs.model_folder
+    return Run(
+        BufferHandle(buffer),
+        rollout,
+        engines,
+        policy,
+        reference,
+        estimator,
+        weights,
+        servers,
+        trainers,
+        inputs.model_folder,
     )

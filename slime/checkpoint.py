@@ -22,11 +22,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import ray
 from ray.exceptions import RayError
 
 if TYPE_CHECKING:  # the command line looks at checkpoints without what it takes to run
-    from slime.build import Parts
+    from slime.run import Run
 
 GRACE_S = 60.0  # for a checkpoint that is being written when a run is stopped
 _POLL_S = (0.05, 2.0)  # first and longest pause between two questions to the ranks
@@ -53,11 +52,11 @@ class Checkpoints:
     an error, what is being written gets `GRACE_S` to be finished.
     """
 
-    def __init__(self, run_dir: Path, parts: Parts, keep: int) -> None:
+    def __init__(self, run_dir: Path, run: Run, keep: int) -> None:
         self._run_dir = run_dir
-        self._parts = parts
+        self._run = run
         self._keep = keep
-        self._timeout_s = parts.policy.timeout_s
+        self._timeout_s = run.policy.timeout_s
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
         self._stop = threading.Event()
@@ -86,13 +85,13 @@ class Checkpoints:
         part = _folder(self._run_dir, step).with_suffix(".part")
         try:
             part.mkdir(parents=True)
-            taking = [role.save(part / role.name) for role in self._parts.roles]
+            taking = [role.save(part / role.name) for role in self._run.roles]
             for pending in taking:
                 pending.result()
-            buffer = ray.get(self._parts.buffer.state_dict.remote(), timeout=60)
+            buffer = self._run.buffer.state_dict()
         except (OSError, RayError) as error:
             raise CheckpointError(self._failed(step, error)) from error
-        state = {"step": step, "buffer": buffer, "model_folder": str(self._parts.model_folder.resolve())}
+        state = {"step": step, "buffer": buffer, "model_folder": str(self._run.model_folder.resolve())}
         self._writing = self._pool.submit(self._finish, step, part, state)
 
     def check(self) -> None:
@@ -113,7 +112,7 @@ class Checkpoints:
     def _finish(self, step: int, part: Path, state: dict[str, Any]) -> None:
         """Runs beside the training, until the checkpoint is in its place."""
         try:
-            for role in self._parts.roles:
+            for role in self._run.roles:
                 of_ranks = self._written(role, part)
                 role.finish_save(of_ranks).result(self._timeout_s)
             (part / "state.json").write_text(json.dumps(state))
@@ -152,8 +151,8 @@ class Checkpoints:
         return f"the checkpoint of step {step} could not be written: {_reason(error)}; {last}"
 
 
-def load(run_dir: Path, parts: Parts) -> int:
-    """Puts the newest checkpoint into the running parts; returns its step, 0 when there is none.
+def load(run_dir: Path, run: Run) -> int:
+    """Load the newest checkpoint into the run and return its step, 0 when there is none.
 
     CheckpointError: it can't be read, or is not of this model.
     """
@@ -163,10 +162,10 @@ def load(run_dir: Path, parts: Parts) -> int:
     folder = _folder(run_dir, found[-1])
     try:
         state: dict[str, Any] = json.loads((folder / "state.json").read_text())
-        loading = [role.load(folder / role.name) for role in parts.roles]
+        loading = [role.load(folder / role.name) for role in run.roles]
         for pending in loading:
             pending.result()
-        ray.get(parts.buffer.load_state_dict.remote(state["buffer"]), timeout=60)
+        run.buffer.load_state_dict(state["buffer"])
     except (ValueError, OSError, RayError) as error:
         earlier = f"step {found[-2]}" if len(found) > 1 else "the beginning"
         raise CheckpointError(

@@ -1,54 +1,89 @@
-"""A run that has been built: its first weights and evaluation, its steps and checkpoints, and when it stops."""
+"""The running objects of a run, by the names that the loop calls them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from slime import checkpoint, loop
-from slime.build import Parts
+import numpy as np
+import ray
+
+from buffer.handle import BufferHandle
+from buffer.types import Batch, Float32, Scores, SubTrace, Targets
+from critic.estimators import Estimator
+from rollout.engines.group import EngineGroup
+from rollout.group import RolloutGroup
+from slime.observe.clock import Clock
 from slime.observe.failures import Failures
-from slime.observe.watch import Watch
-from slime.schema import Config
+from slime.weights import Weights
+from trainer.group import NoReference, PolicyGroup, WorkerGroup
+
+STOP_TIMEOUT_S = 30.0  # for engines and sandboxes; what has not ended then ends with its actor
 
 
-class Stop:
-    """Decides after which step a run stops. The loop asks it once a step, and nothing else ends a run in order."""
+@dataclass
+class Run:
+    """What slime/build.py has constructed. Which class stands behind a name is decided there."""
 
-    def __init__(self, num_steps: int) -> None:
-        self._num_steps = num_steps
+    buffer: BufferHandle
+    rollout: RolloutGroup
+    engines: EngineGroup
+    policy: PolicyGroup
+    reference: PolicyGroup | NoReference
+    estimator: Estimator
+    weights: Weights
+    servers: list[Any]
+    trainers: list[WorkerGroup]  # all groups of processes that hold a model, a frozen one among them
+    model_folder: Path  # what the run started from
+    clock: Clock = field(default_factory=Clock)  # of the present step
 
-    def after(self, step: int) -> bool:
-        """Return whether the run stops when `step` is done."""
-        return step >= self._num_steps
+    @property
+    def roles(self) -> list[WorkerGroup]:
+        """Groups of processes that train: what a checkpoint holds."""
+        return [self.policy, *self.estimator.roles]
 
+    def score(self, batch: Batch) -> Scores:
+        """Return values and log-probabilities of a batch under the present weights; the roles work side by side."""
+        with self.clock.phase("values"):
+            self.weights.lend_memory()
+            asked = self.estimator.ask(batch), self.policy.logprobs(batch), self.reference.logprobs(batch)
+            return Scores(asked[0].result(), asked[1].result(), asked[2].result())
 
-def train(config: Config, parts: Parts, watch: Watch, run_dir: Path, step: int, failures: Failures) -> None:
-    """Do every step of a run from `step` on, with its evaluations and checkpoints."""
-    if step:
-        loaded = checkpoint.load(run_dir, parts)
-        assert loaded == step, f"checkpoint of step {loaded}, expected {step}"
-        watch.view.note(f"resumed at step {step}")
-    parts.weights.publish(step)
-    parts.weights.verify()
-    parts.rollout.run(parts.buffer)
-    if step == 0:
-        first: dict[str, float] = {"weights/version": 0.0}
-        if parts.estimator.roles and config.critic.warmup_episodes:
-            first |= loop.warm_up_critic(config, parts, watch)
-        watch.phase("eval")
-        watch.step(0, first | loop.evaluate(config, parts, watch, 0))
-    stop = Stop(config.steps)
-    # A failure is reported before a checkpoint that is being written is waited for.
-    with checkpoint.Checkpoints(run_dir, parts, config.checkpoint.keep) as checkpoints, failures.at_once():
-        last = stop.after(step)
-        while not last:
-            step += 1
-            last = stop.after(step)
-            evaluating = last or (config.eval.every > 0 and step % config.eval.every == 0)
-            metrics = loop.train_step(config, parts, watch, step, evaluating)
-            checkpoints.check()
-            watch.step(step, metrics)  # before the checkpoint: a run goes on after a checkpoint, never before metrics
-            if last:  # before the checkpoint, whose presence says that the run is finished
-                parts.policy.export(run_dir / "model").result()
-            if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
-                checkpoints.save(step)
+    def update(
+        self,
+        batch: Batch,
+        sub_traces: Sequence[SubTrace],
+        targets: Sequence[Targets],
+        scores: Scores,
+        corrections: Sequence[Float32],
+        rngs: tuple[np.random.Generator, np.random.Generator],
+    ) -> dict[str, float]:
+        """Update policy and estimator side by side and return the metrics `policy/...` and `critic/...`.
+
+        `corrections`: weight of every token's policy loss. `rngs`: for the minibatches of policy and estimator.
+        """
+        with self.clock.phase("update"):
+            updating = (
+                self.estimator.update(batch, targets, rngs[1]),
+                self.policy.update(batch, sub_traces, targets, scores, corrections, rngs[0]),
+            )
+            found = {f"critic/{name}": number for name, number in updating[0].result().items()}
+            return found | {f"policy/{name}": number for name, number in updating[1].result().items()}
+
+    def publish(self, step: int) -> None:
+        """Put the policy's weights into the running engines, as version `step`."""
+        with self.clock.phase("publish"):
+            self.weights.publish(step)
+
+    def peak_memory(self) -> dict[str, float]:
+        """Return the metric `<role>/peak_memory_gb` of every role that holds a model."""
+        return {name: gb for role in self.trainers for name, gb in role.peak_memory().items()}
+
+    def stop(self, failures: Failures) -> None:
+        """End engines and sandboxes; Ray's own end takes the rest."""
+        with failures.aside("stopping the rollout workers"):
+            self.rollout.stop(STOP_TIMEOUT_S)
+        with failures.aside("stopping the engines"):
+            ray.get([server.stop.remote() for server in self.servers], timeout=STOP_TIMEOUT_S)

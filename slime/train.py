@@ -19,11 +19,11 @@ from slime.observe.tracking import Tracker, read_metrics
 from slime.observe.view import View
 from slime.observe.watch import Watch
 from slime.report import write_report
-from slime.run import train
 from slime.schema import Config, Kind, folder_of
 from slime.start.folder import open_run, record
 from slime.start.placement import place_run
 from slime.start.prepare import Prepared, make_task, prepare, start_folder, untrained_model
+from slime.steps import train
 
 
 def start_model(config: Config, start: Config | None, failures: Failures) -> Path:
@@ -74,12 +74,12 @@ def run_ppo(config: Config, run_dir: Path, step: int, inputs: Prepared, failures
         view.phase("starting engines, workers and sandboxes")
         try:
             with failures.at_once():
-                parts = build(config, inputs, run_dir, where)
+                run = build(config, inputs, run_dir, where)
             try:
                 with failures.at_once():
-                    train(config, parts, watch, run_dir, step, failures)
+                    train(config, run, watch, run_dir, step, failures)
             finally:
-                parts.stop(failures)
+                run.stop(failures)
         finally:
             tracker.close()
         view.phase("report")

@@ -75,13 +75,13 @@ class Story:
 
     def __post_init__(self) -> None:
         self.roles = [Role("policy", self.events), Role("critic", self.events)]
-        state = SimpleNamespace(remote=lambda: {"open": [len(self.events)]})
-        self.parts: Any = SimpleNamespace(
-            roles=self.roles, policy=self.roles[0], buffer=SimpleNamespace(state_dict=state), model_folder=self.run_dir
+        buffer = SimpleNamespace(state_dict=lambda: {"open": [len(self.events)]})
+        self.run: Any = SimpleNamespace(
+            roles=self.roles, policy=self.roles[0], buffer=buffer, model_folder=self.run_dir
         )
 
     def opened(self, keep: int = 2) -> Checkpoints:
-        return Checkpoints(self.run_dir, self.parts, keep)
+        return Checkpoints(self.run_dir, self.run, keep)
 
     def allow(self, allowed: bool = True) -> None:
         for role in self.roles:
@@ -94,7 +94,6 @@ class Story:
 
 @pytest.fixture
 def story(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Story:
-    monkeypatch.setattr(checkpoint, "ray", SimpleNamespace(get=lambda value, timeout: value))
     monkeypatch.setattr(checkpoint, "_POLL_S", (0.001, 0.005))
     return Story(tmp_path)
 
@@ -255,7 +254,7 @@ def test_a_checkpoint_that_can_not_be_loaded_says_where_to_go_on(story: Story) -
 
     story.roles[1].error = ValueError("tensor x is missing")
     with pytest.raises(CheckpointError, match=r"step_000008 can't be loaded: tensor x is missing.*from step 4"):
-        checkpoint.load(story.run_dir, story.parts)
+        checkpoint.load(story.run_dir, story.run)
 
 
 def test_a_resume_may_have_another_layout_but_no_other_precision(story: Story) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +15,7 @@ from buffer.types import EpisodeStats, Targets
 from critic.estimators import StepTargets
 from slime import loop
 from slime.config import load
+from slime.run import Run
 
 
 class Role:
@@ -55,19 +58,20 @@ def test_roles_work_side_by_side_and_weights_are_published_after_both(monkeypatc
     policy = Role("policy", events, {"logprobs": scores, "update": {"loss": 0.0}})
     note = lambda what: lambda *rest: events.append(what)  # noqa: E731
     memory = lambda name: SimpleNamespace(peak_memory=lambda: {f"{name}/peak_memory_gb": 1.0})  # noqa: E731
-    parts: Any = SimpleNamespace(
-        buffer=SimpleNamespace(release=SimpleNamespace(remote=note("release"))),
-        policy=policy,
-        reference=Role("reference", events, {"logprobs": {}}),
-        estimator=estimator,
-        trainers=[memory("policy"), memory("reference")],
-        weights=SimpleNamespace(version=0, lend_memory=lambda: None, publish=note("publish")),
-    )
-    monkeypatch.setattr(loop, "take", lambda *rest: (batch, traces))
+    parts: dict[str, Any] = {
+        **dict.fromkeys(("rollout", "engines", "servers", "model_folder")),  # nobody asks these
+        "buffer": SimpleNamespace(take=lambda waiting: batch, release=note("release")),
+        "policy": policy,
+        "reference": Role("reference", events, {"logprobs": {}}),
+        "estimator": estimator,
+        "trainers": [memory("policy"), memory("reference")],
+        "weights": SimpleNamespace(version=0, lend_memory=lambda: None, publish=note("publish")),
+    }
+    run = Run(**parts)
     monkeypatch.setattr("ray.get", lambda refs, timeout: refs)
-    watch: Any = SimpleNamespace(phase=lambda name: None, sample=lambda *rest: None)
+    watch: Any = SimpleNamespace(sample=lambda *rest: None)
     config = load(["recipe=ppo_coding", "policy.max_logprob_diff=1"], None).config
-    metrics = loop.train_step(config, parts, watch, 1, evaluating=False)
+    metrics = loop.train_step(config, run, watch, 1, evaluating=False)
     forward = {"critic.ask", "policy.logprobs", "reference.logprobs"}
     updates = {"critic.update", "policy.update"}
     assert set(events[:3]) == {f"ask {one}" for one in forward}
@@ -77,3 +81,10 @@ def test_roles_work_side_by_side_and_weights_are_published_after_both(monkeypatc
     assert set(events[9:11]) == {f"wait {one}" for one in updates}
     assert events[11:] == ["publish", "release"]
     assert {name for name in metrics if "memory" in name} == {"policy/peak_memory_gb", "reference/peak_memory_gb"}
+
+
+def test_measuring_takes_at_most_three_lines_of_a_step() -> None:
+    (step,) = ast.parse(inspect.getsource(loop.train_step)).body
+    assert isinstance(step, ast.FunctionDef)
+    lines = [ast.unparse(statement) for statement in step.body]
+    assert len([line for line in lines if any(word in line for word in ("clock", "observe", "watch.", "time."))]) <= 3

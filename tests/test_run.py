@@ -22,7 +22,7 @@ from machine.ports import ReservedPort
 from slime import checkpoint, cli, loop, train
 from slime.config import load, load_start
 from slime.observe.failures import Failures
-from slime.run import train as train_run
+from slime.steps import train as train_run
 
 STEPS, EPISODES, TASKS = 4, 32, 32
 RUN = [
@@ -60,11 +60,11 @@ class Diary:
 
     events: list[str] = field(default_factory=list)
 
-    def train_step(self, config: Any, parts: Any, watch: Any, step: int, evaluating: bool) -> dict[str, float]:
+    def train_step(self, config: Any, run: Any, watch: Any, step: int, evaluating: bool) -> dict[str, float]:
         self.events.append(f"train {step}")
-        return self.evaluate(config, parts, watch, step) if evaluating else {}
+        return self.evaluate(config, run, watch, step) if evaluating else {}
 
-    def evaluate(self, config: Any, parts: Any, watch: Any, step: int) -> dict[str, float]:
+    def evaluate(self, config: Any, run: Any, watch: Any, step: int) -> dict[str, float]:
         self.events.append(f"evaluate {step}")
         return {"eval/pass_rate": 0.5}
 
@@ -105,12 +105,13 @@ def test_order_of_a_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, begin: 
     note = diary.events.append
     monkeypatch.setattr(loop, "train_step", diary.train_step)
     monkeypatch.setattr(loop, "evaluate", diary.evaluate)
-    monkeypatch.setattr(checkpoint, "Checkpoints", lambda run_dir, parts, keep: nullcontext(diary))
-    monkeypatch.setattr(checkpoint, "load", lambda run_dir, parts: note("load") or begin)
-    parts: Any = SimpleNamespace(
+    monkeypatch.setattr(checkpoint, "Checkpoints", lambda run_dir, run, keep: nullcontext(diary))
+    monkeypatch.setattr(checkpoint, "load", lambda run_dir, run: note("load") or begin)
+    run: Any = SimpleNamespace(
         weights=SimpleNamespace(publish=lambda version: note(f"publish {version}"), verify=lambda: note("verify")),
         rollout=SimpleNamespace(run=lambda buffer: note("play")),
-        buffer=None,
+        buffer=SimpleNamespace(actor=None),
+        clock=SimpleNamespace(),
         estimator=SimpleNamespace(roles=[]),
         policy=SimpleNamespace(export=lambda folder: note("export") or SimpleNamespace(result=list)),
     )
@@ -118,7 +119,7 @@ def test_order_of_a_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, begin: 
     watch: Any = SimpleNamespace(step=diary.step, view=view, phase=lambda name: None)
     numbers = ["steps=5", "eval.every=3", "checkpoint.every=2", "critic.warmup_episodes=0"]
     config = load(["recipe=ppo_coding", *numbers], None).config
-    train_run(config, parts, watch, tmp_path, begin, Failures(tmp_path))
+    train_run(config, run, watch, tmp_path, begin, Failures(tmp_path))
     assert diary.events == expected
 
 
