@@ -1,0 +1,72 @@
+"""Whether two checkouts train the same: a short demo of a fixed seed in each, metric by metric.
+
+    .venv/bin/python benchmarks/same.py OTHER_CHECKOUT [--steps 5] [-- key=value ...]
+
+Runs `slime train recipe=ppo_coding` in both with this interpreter and from the same start model, one episode at a time:
+the order in which the engine samples then depends on no clock. Prints every metric that differs, and exits with 1 if
+one does. Times, memory and rates are not compared. A change of form must leave everything else as it was, bit for bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+MEASURED = ("time", "_gb", "seconds", "per_s", "straggler")  # parts of names that a clock or a meter fills
+SMALL = (
+    *("recipe=ppo_coding", "run=same", "model.start=", "tracking.wandb=false", "checkpoint.every=0", "eval.every=0"),
+    *("buffer.episodes_per_step=16", "critic.warmup_episodes=16", "eval.num_tasks=8"),
+    *("rollout.num_workers=1", "rollout.episodes_in_flight=1"),
+)
+
+Rows = Sequence[Mapping[str, float]]
+
+
+def train(checkout: Path, folder: Path, overrides: Sequence[str]) -> Rows:
+    """Train in a checkout and return the rows of its metrics. CalledProcessError: the run failed."""
+    environment = {**os.environ, "PYTHONPATH": str(checkout)}
+    places = [f"runs_dir={folder}", f"cache_dir={folder / 'cache'}"]
+    command = [sys.executable, "-m", "slime.cli", "train", *SMALL, *places, *overrides]
+    subprocess.run(command, cwd=checkout, env=environment, check=True)
+    return [json.loads(line) for line in (folder / "same" / "metrics.jsonl").read_text().splitlines()]
+
+
+def differences(ours: Rows, theirs: Rows) -> Iterator[str]:
+    """Yield a line for each metric that is not the same number in both runs."""
+    if len(ours) != len(theirs):
+        yield f"{len(ours)} rows here, {len(theirs)} there"
+    for own, other in zip(ours, theirs, strict=False):
+        for name in sorted(own.keys() | other.keys()):
+            if any(word in name for word in MEASURED):
+                continue
+            if own.get(name) != other.get(name):
+                yield f"step {own['step']:.0f}: {name} is {own.get(name)} here, {other.get(name)} there"
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("other", type=Path, help="a checkout of another revision, for example of `git worktree add`")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of both runs, after --")
+    options = parser.parse_intermixed_args(arguments)
+    overrides = [f"steps={options.steps}", *options.overrides]
+    with tempfile.TemporaryDirectory() as folder:
+        ours, theirs = (
+            train(checkout.resolve(), Path(folder) / name, overrides)
+            for checkout, name in ((ROOT, "ours"), (options.other, "theirs"))
+        )
+    found = list(differences(ours, theirs))
+    names = {name for row in ours for name in row if not any(word in name for word in MEASURED)}
+    print("\n".join(found) or f"{len(names)} metrics of {len(ours)} rows are the same")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
