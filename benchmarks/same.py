@@ -2,9 +2,9 @@
 
     .venv/bin/python benchmarks/same.py OTHER_CHECKOUT [--steps 5] [-- key=value ...]
 
-Runs `slime train recipe=ppo_coding` in both with this interpreter and from the same start model, one episode at a time:
-the order in which the engine samples then depends on no clock. Prints every metric that differs, and exits with 1 if
-one does. Times, memory and rates are not compared. A change of form must leave everything else as it was, bit for bit.
+Runs `slime train recipe=ppo_coding` in both with this interpreter and one episode at a time, so that the order in which
+the engine samples depends on no clock; `model.path=FOLDER` starts both from the same model. Prints every metric that
+differs, and exits with 1 if one does. Times, memory and rates are not compared. A change of form must leave everything else as it was, bit for bit.
 """
 
 from __future__ import annotations
@@ -22,16 +22,44 @@ ROOT = Path(__file__).resolve().parent.parent
 MEASURED = ("time", "_gb", "seconds", "per_s", "straggler")  # parts of names that a clock or a meter fills
 SMALL = (
     *("recipe=ppo_coding", "run=same", "model.start=", "tracking.wandb=false", "checkpoint.every=0", "eval.every=0"),
-    *("buffer.episodes_per_step=16", "critic.warmup_episodes=16", "eval.num_tasks=8"),
-    *("rollout.num_workers=1", "rollout.episodes_in_flight=1"),
+    *("buffer.episodes_per_step=16", "critic.warmup_episodes=16", "eval.num_tasks=1"),
+    *("rollout.num_workers=1", "rollout.episodes_in_flight=1", "task.target=one_at_a_time:OneAtATime"),
 )
+TASK = """
+import asyncio
+
+from recipes.coding import CodingTask
+
+LOCK = asyncio.Lock()
+
+
+class OneAtATime(CodingTask):
+    def environment(self, row, sandbox):
+        environment = super().environment(row, sandbox)
+        start, reward = environment.start, environment.reward
+
+        async def start_alone():
+            await LOCK.acquire()
+            return await start()
+
+        async def reward_and_leave():
+            try:
+                return await reward()
+            finally:
+                LOCK.release()
+
+        environment.start, environment.reward = start_alone, reward_and_leave
+        return environment
+"""
 
 Rows = Sequence[Mapping[str, float]]
 
 
 def train(checkout: Path, folder: Path, overrides: Sequence[str]) -> Rows:
     """Train in a checkout and return the rows of its metrics. CalledProcessError: the run failed."""
-    environment = {**os.environ, "PYTHONPATH": str(checkout)}
+    folder.mkdir()
+    (folder / "one_at_a_time.py").write_text(TASK)
+    environment = {**os.environ, "PYTHONPATH": f"{checkout}{os.pathsep}{folder}"}
     places = [f"runs_dir={folder}", f"cache_dir={folder / 'cache'}"]
     command = [sys.executable, "-m", "slime.cli", "train", *SMALL, *places, *overrides]
     subprocess.run(command, cwd=checkout, env=environment, check=True)

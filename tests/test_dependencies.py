@@ -14,7 +14,9 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
+OWN_FILES = PYPROJECT["tool"]["ruff"]["include"]  # patterns: a checkout holds others' files, too
 PACKAGES = ("slime", "launch", "recipes", "critic", "trainer", "rollout", "buffer", "machine")
 CHECKS = ("tests", "benchmarks", "examples", "docs", "locks")
 NOT_HERE = {"flash_attn": "flash-attn-4"}  # what is imported where it is installed: there is no build for CPUs
@@ -42,7 +44,8 @@ def distributions(root: Path, folders: Iterable[str]) -> dict[str, str]:
     Files of tests and benchmarks import each other by their bare names.
     """
     of_module = importlib.metadata.packages_distributions()
-    files = [path for folder in folders for path in sorted((root / folder).rglob("*.py"))]
+    own_files = {path for pattern in OWN_FILES for path in root.glob(pattern) if path.suffix == ".py"}
+    files = [path for folder in folders for path in sorted(own_files) if path.is_relative_to(root / folder)]
     own = {*PACKAGES, *CHECKS, *(path.stem for path in files if path.relative_to(root).parts[0] in CHECKS)}
     found: dict[str, str] = {}
     for path in files:

@@ -130,7 +130,7 @@ def test_options_are_in_the_configuration_and_in_the_report(model: str) -> None:
 def test_options_reach_megatrons_model(model: str) -> None:
     from trainer.config import LayoutConfig
     from trainer.megatron.model import build_models
-    from trainer.megatron.models.shape import read_shape
+    from trainer.models.families import read_shape
 
     shape = read_shape(Path(model.partition("=")[2]))
     plain = build_models(shape, LayoutConfig())[0].config

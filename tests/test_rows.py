@@ -20,6 +20,7 @@ from rollout.worker import Played
 from slime import Environment, Sandbox, Task, cli, loop
 from slime.config import ConfigError, load
 from slime.config.rows import Overlong, overlong
+from slime.observe.clock import Clock
 from slime.schema import Config
 from slime.sft import EPISODES_PER_CALL, MAX_WITHOUT_TURN, demonstrations
 from slime.start.prepare import Prepared, prepare
@@ -210,8 +211,8 @@ def config_of(*overrides: str) -> Config:
 
 def evaluated(*of: EpisodeStats) -> tuple[dict[str, float], list[str]]:
     watch, played = Notes(), [Played(k, one) for k, one in enumerate(of)]
-    parts: Any = SimpleNamespace(rollout=SimpleNamespace(evaluate=lambda indices, keep: played))
-    return loop.evaluate(config_of(), parts, watch, 3), watch.lines  # type: ignore[arg-type]
+    run: Any = SimpleNamespace(clock=Clock(), rollout=SimpleNamespace(evaluate=lambda indices, keep: played))
+    return loop.evaluate(config_of(), run, watch, 3), watch.lines  # type: ignore[arg-type]
 
 
 def test_an_evaluation_counts_what_was_sampled() -> None:
@@ -232,26 +233,25 @@ def test_an_evaluation_in_which_nothing_was_sampled_has_no_pass_rate() -> None:
 
 
 class Taking:
-    """Stands where the buffer's actor would: hands out the given batches, notes what is released."""
+    """Stands where the buffer would: hands out the given batches, notes what is released."""
 
     def __init__(self, batches: Sequence[Batch]) -> None:
         left, self.released = list(batches), list[int]()
-        self.take = SimpleNamespace(remote=lambda: left.pop(0))
-        self.release = SimpleNamespace(remote=self.released.append)
+        self.take = lambda waiting: left.pop(0)
+        self.release = self.released.append
 
 
 @pytest.mark.parametrize("num_empty", [0, 1, 2, 3])
 def test_a_step_without_a_turn_is_passed_over_and_the_third_ends_the_run(
     monkeypatch: pytest.MonkeyPatch, num_empty: int
 ) -> None:
-    monkeypatch.setattr("ray.wait", lambda refs, timeout: (refs, []))
     monkeypatch.setattr("ray.get", lambda refs, timeout=None: refs)
     traces = seven_sub_traces()
     empty = [Batch(step, (), (SILENT, stats(0.0, 0, 400))) for step in range(num_empty)]
     buffer, watch = Taking([*empty, batch_of(traces)]), Notes()
-    parts: Any = SimpleNamespace(buffer=buffer, rollout=SimpleNamespace(check=lambda: None))
+    run: Any = SimpleNamespace(clock=Clock(), buffer=buffer)
     if num_empty < loop.MAX_EMPTY_BATCHES:
-        batch, given = loop.take(config_of(), parts, watch)  # type: ignore[arg-type]
+        batch, given = loop.take(config_of(), run, watch)  # type: ignore[arg-type]
         assert len(batch.items) == len(given) == len(traces)
         assert buffer.released == list(range(num_empty))
         assert len(watch.lines) == num_empty
@@ -259,7 +259,7 @@ def test_a_step_without_a_turn_is_passed_over_and_the_third_ends_the_run(
     with pytest.raises(
         RuntimeError, match=r"3 steps in a row: the prompts of 2 episodes .* shortest has 301 tokens"
     ) as e:
-        loop.take(config_of(), parts, watch)  # type: ignore[arg-type]
+        loop.take(config_of(), run, watch)  # type: ignore[arg-type]
     assert "\n" not in str(e.value)
 
 

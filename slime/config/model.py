@@ -79,7 +79,7 @@ def _megatron_options(role: str, shape: ModelShape, layout: LayoutConfig, option
     from pydantic import ConfigDict, TypeAdapter, ValidationError
 
     from trainer.megatron.model import transformer_config
-    from trainer.megatron.models.options import config_class
+    from trainer.megatron.options import config_class
 
     told = f"Megatron {version('megatron-core')}"
     known = get_type_hints(config_class(shape))
