@@ -4,7 +4,8 @@
 
 Runs `slime train recipe=ppo_coding` in both with this interpreter and one episode at a time, so that the order in which
 the engine samples depends on no clock; `model.path=FOLDER` starts both from the same model. Prints every metric that
-differs, and exits with 1 if one does. Times, memory and rates are not compared. A change of form must leave everything else as it was, bit for bit.
+differs, and exits with 1 if one does. Times, memory and rates are not compared. A change of form must leave everything
+else as it was, bit for bit.
 """
 
 from __future__ import annotations

@@ -43,6 +43,7 @@ def folder(source: Path, tmp_path: Path) -> Path:
 def _nothing_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Machine, "read", lambda count_gpus: ROOMY)
+    monkeypatch.setattr("slime.start.prepare.TRAIN_ROWS", 64)  # thousands take seconds
     monkeypatch.setattr(train, "start_ray", lambda cluster: pytest.fail("started Ray"))
     monkeypatch.setattr(train, "stop_ray", lambda: None)
 
