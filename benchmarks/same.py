@@ -2,10 +2,10 @@
 
     .venv/bin/python benchmarks/same.py OTHER_CHECKOUT [--steps 5] [-- key=value ...]
 
-Runs `slime train recipe=ppo_coding` in both with this interpreter and one episode at a time, so that the order in which
-the engine samples depends on no clock; `model.path=FOLDER` starts both from the same model. Prints every metric that
-differs, and exits with 1 if one does. Times, memory and rates are not compared. A change of form must leave everything
-else as it was, bit for bit.
+Runs `slime train recipe=ppo_coding` in both with this interpreter and one episode at a time, those of the evaluation
+first, so that the order in which the engine samples depends on no clock; `model.path=FOLDER` starts both from the same
+model. Prints every metric that differs, and exits with 1 if one does. Times, memory and rates are not compared. A
+change of form must leave everything else as it was, bit for bit.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MEASURED = ("time", "_gb", "seconds", "per_s", "straggler")  # parts of names that a clock or a meter fills
 SMALL = (
     *("recipe=ppo_coding", "run=same", "model.start=", "tracking.wandb=false", "checkpoint.every=0", "eval.every=0"),
-    *("buffer.episodes_per_step=16", "critic.warmup_episodes=16", "eval.num_tasks=1"),
+    *("buffer.episodes_per_step=16", "critic.warmup_episodes=0", "eval.num_tasks=1"),
     *("rollout.num_workers=1", "rollout.episodes_in_flight=1", "task.target=one_at_a_time:OneAtATime"),
 )
 TASK = """
@@ -31,15 +31,17 @@ import asyncio
 
 from recipes.coding import CodingTask
 
-LOCK = asyncio.Lock()
+LOCK, EVALUATED = asyncio.Lock(), asyncio.Event()
 
 
 class OneAtATime(CodingTask):
     def environment(self, row, sandbox):
         environment = super().environment(row, sandbox)
-        start, reward = environment.start, environment.reward
+        start, reward, evaluating = environment.start, environment.reward, row.id.startswith("eval")
 
         async def start_alone():
+            if not evaluating:
+                await EVALUATED.wait()
             await LOCK.acquire()
             return await start()
 
@@ -48,6 +50,8 @@ class OneAtATime(CodingTask):
                 return await reward()
             finally:
                 LOCK.release()
+                if evaluating:
+                    EVALUATED.set()
 
         environment.start, environment.reward = start_alone, reward_and_leave
         return environment
