@@ -34,12 +34,12 @@ OBJECTIVES = {
     "ppo, per episode": PolicyConfig(loss_norm=LossNorm.episode),
     "ppo, k3, entropy, nll": PolicyConfig(kl_coef=0.1, kl=KL.k3, entropy_coef=0.01, nll_coef=0.1),
     "ppo, no summaries": PolicyConfig(train_summaries=False, nll_coef=0.1),
-    "dis": PolicyConfig(loss=Loss.dis),
-    "cispo": PolicyConfig(loss=Loss.cispo),
-    "decoupled": PolicyConfig(loss=Loss.decoupled),
+    "dis": PolicyConfig(loss=Loss("dis")),
+    "cispo": PolicyConfig(loss=Loss("cispo")),
+    "decoupled": PolicyConfig(loss=Loss("decoupled")),
 }
 NOTICE_A_CUT = {
-    "gspo": PolicyConfig(loss=Loss.gspo, clip_low=0.05, clip_high=0.05),
+    "gspo": PolicyConfig(loss=Loss("gspo"), clip_low=0.05, clip_high=0.05),
     "ppo, per sub-trace": PolicyConfig(loss_norm=LossNorm.sub_trace),
 }
 
@@ -176,4 +176,4 @@ def test_a_number_that_is_not_finite_is_named() -> None:
     huge = replace(traces[2], logprobs=np.where(traces[2].action_mask, -1e9, 0).astype(np.float32))
     traces[2] = huge
     with pytest.raises(ValueError, match=f"episode {huge.episode_id}, sub-trace {huge.position}, index"):
-        step(replace(config, loss=Loss.cispo, clip_high=float("inf")), traces, p.parts_values, [[list(range(12))]])
+        step(replace(config, loss=Loss("cispo"), clip_high=float("inf")), traces, p.parts_values, [[list(range(12))]])

@@ -120,7 +120,7 @@ def test_layouts_that_work() -> None:
 
 def test_losses_of_whole_sequences_refuse_context_parallelism() -> None:
     with pytest.raises(ValueError, match="context_parallel=2 cuts them"):
-        PolicyConfig(layout(context_parallel=2), loss=Loss.gspo)
+        PolicyConfig(layout(context_parallel=2), loss=Loss("gspo"))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -76,6 +80,18 @@ def test_every_choice_of_the_configuration_is_registered() -> None:
     assert {loss.value for loss in Loss} == {loss.name for loss in registry.policy_losses()}
     files = {path.stem for path in (ROOT / "trainer" / "losses" / "algorithms").glob("*.py")} - {"__init__"}
     assert files == {loss.name for loss in registry.policy_losses()}
+
+
+def test_the_command_line_offers_a_new_file(tmp_path: Path) -> None:
+    copy = tmp_path / "trainer"
+    shutil.copytree(ROOT / "trainer", copy, ignore=shutil.ignore_patterns("__pycache__"))
+    (copy / "losses" / "algorithms" / "plain.py").write_text(NEW)
+    program = "from trainer.config import PolicyConfig, Loss; print(PolicyConfig(loss=Loss('plain')).loss.value)"
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.stdout == "plain\n", done.stderr
 
 
 def test_the_default_window_is_that_of_the_default_loss() -> None:

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 from machine.settings import setting
 from trainer.layout import Sizes, refuse_layout
 
+_ALGORITHMS = Path(__file__).parent / "losses" / "algorithms"
+
 
 class Loss(str, Enum):
-    """Policy loss; formulas in trainer/losses/."""
+    """Policy loss: the name of a file in trainer/losses/algorithms/, which holds its formula."""
 
-    ppo = "ppo"
-    dis = "dis"
-    cispo = "cispo"
-    gspo = "gspo"
-    decoupled = "decoupled"
+    _ignore_ = "members path"
+    members = vars()
+    for path in sorted(_ALGORITHMS.glob("[!_]*.py")):
+        members[path.stem] = path.stem
 
 
 class LossNorm(str, Enum):
@@ -172,7 +174,7 @@ class PolicyConfig:
 
     layout: LayoutConfig = field(default_factory=LayoutConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    loss: Loss = setting(Loss.ppo, "Policy loss.")
+    loss: Loss = setting(Loss("ppo"), "Policy loss.")
     loss_norm: LossNorm = setting(LossNorm.token, "What the loss is averaged over.")
     clip_low: float = setting(0.2, "The loss's window begins at a ratio of 1 - clip_low.", bounds="(0, 1]")
     clip_high: float = setting(0.28, "The loss's window ends at a ratio of 1 + clip_high.", bounds="(0, inf)")
@@ -213,7 +215,7 @@ class PolicyConfig:
                 f"policy.correction_bounds={self.correction_bounds}: must be [low, high] with 0 <= low < high, "
                 "or [] for the correction's usual ones"
             )
-        if self.loss is Loss.gspo and self.layout.context_parallel > 1:
+        if self.loss.value == "gspo" and self.layout.context_parallel > 1:
             raise ValueError(
                 f"policy.loss=gspo takes means over whole sequences, policy.layout.context_parallel="
                 f"{self.layout.context_parallel} cuts them: use context_parallel=1, or another loss"

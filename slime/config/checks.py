@@ -20,7 +20,7 @@ from slime.config.nodes import crowded, has_engines, layouts
 from slime.config.rows import row_problems
 from slime.config.settings import ConfigError, settings
 from slime.schema import Config, Kind
-from trainer.config import Correction, Loss
+from trainer.config import Correction
 
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 TARGET = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
@@ -156,12 +156,12 @@ def _training(config: Config) -> Iterator[str]:
 
 def _algorithm(config: Config) -> Iterator[str]:
     policy, advantage = config.policy, config.advantage
-    if policy.correction is not Correction.none and policy.loss not in (Loss.ppo, Loss.gspo):
+    if policy.correction is not Correction.none and policy.loss.value not in ("ppo", "gspo"):
         yield (
             f"policy.correction={policy.correction.value} with policy.loss={policy.loss.value}: that loss has the "
             "engine's probabilities in its own ratio; use policy.correction=none, or policy.loss=ppo or gspo"
         )
-    if policy.dual_clip and policy.loss is not Loss.ppo:
+    if policy.dual_clip and policy.loss.value != "ppo":
         yield f"policy.dual_clip={policy.dual_clip:g} is ppo's, policy.loss={policy.loss.value}: use policy.dual_clip=0"
     if 0 < policy.dual_clip <= 1 + policy.clip_high:
         yield (
