@@ -10,10 +10,11 @@ Whatever goes wrong in one episode is recorded as that episode's failure; the ot
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import time
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ from machine.failures import reason
 from rollout.agents.player import Attempt, Sampled, Sampler
 from rollout.agents.script import ScriptedSampler
 from rollout.config import RolloutConfig
-from rollout.engines.client import EngineClient
+from rollout.engines.group import EngineGroup
+from rollout.engines.router import EngineRouter, Lease
 from rollout.environment import Demonstrator, Environment, require_kind
 from rollout.rendering.renderer import Renderer
 from rollout.rendering.templates import end_ids
@@ -47,10 +49,8 @@ class RolloutSettings:
     task: Task
     model_folder: str  # tokenizer
     template: str
-    vocab_size: int
-    engine_urls: Sequence[str]
+    engines: EngineGroup
     seed: int
-    engine_key: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True)
@@ -63,16 +63,16 @@ class Played:
 
 
 class EngineSampler:
-    """The policy speaks through an SGLang engine."""
+    """Generates the policy's turns with an SGLang engine."""
 
-    def __init__(self, client: EngineClient, stop_ids: Iterable[int]) -> None:
-        self._client = client
+    def __init__(self, engine: Lease, stop_ids: Iterable[int]) -> None:
+        self._engine = engine
         self._stop_ids = sorted(stop_ids)
         self.waited_s = 0.0  # for the engine, over all turns
 
     async def sample(self, prompt_ids: list[int], max_tokens: int, kind: TurnKind) -> Sampled:
         began = time.monotonic()
-        sampled = await self._client.generate(prompt_ids, max_tokens, self._stop_ids)
+        sampled = await self._engine.generate(prompt_ids, max_tokens, self._stop_ids)
         self.waited_s += time.monotonic() - began
         return sampled
 
@@ -104,7 +104,7 @@ class RolloutWorker:
         self._stopping = False
         self._lanes: list[asyncio.Task[None]] = []
         self._pool: SandboxPool | None = None
-        self._clients: list[EngineClient] = []
+        self._engines: EngineRouter | None = None
         self._ended = 0  # attempts at an episode, failed ones included
 
     async def start(self) -> None:
@@ -118,23 +118,18 @@ class RolloutWorker:
 
         s = self.settings
         tokenizer = AutoTokenizer.from_pretrained(s.model_folder)
-        known = range(s.vocab_size)  # of what a configuration names
+        known = range(s.engines.vocab_size)  # of what a configuration names
         self._renderer = Renderer(tokenizer, s.template, [i for i in end_ids(Path(s.model_folder)) if i in known])
         self._player = s.task.player(self._renderer, s.config)
-        context = s.config.compaction.context_tokens
-        engine = s.config.engine
-        self._clients = [
-            EngineClient(
-                url, s.vocab_size, context, engine.request_timeout_s, pause_mode=engine.pause, key=s.engine_key
-            )
-            for url in s.engine_urls
-        ]
+        self._engines = s.engines.router()
         self._pool = make_pool(s.config.sandbox)  # in the loop's own thread, which sandboxes follow into death
 
-    def _sampler(self, episode_number: int) -> Sampler:
-        """One engine for all turns of an episode, so that its prefix stays cached."""
-        client = self._clients[episode_number % len(self._clients)]
-        return EngineSampler(client, self._renderer.stop_ids)
+    @contextlib.contextmanager
+    def _sampler(self, number: int, attempt: int) -> Iterator[Sampler]:
+        """Hold one engine for all turns of an episode."""
+        assert self._engines is not None, "start() comes first"
+        with self._engines.lease(number, attempt) as engine:
+            yield EngineSampler(engine, self._renderer.stop_ids)
 
     async def _play(self, row: TaskRow, index: int, sampler: Sampler, name: str) -> Played:
         began = time.monotonic()
@@ -153,7 +148,7 @@ class RolloutWorker:
 
     async def progress(self) -> int:
         """A number that grows with every answer of an engine and every end of an episode."""
-        return self._ended + sum(client.answered for client in self._clients)
+        return self._ended + (self._engines.answered if self._engines else 0)
 
     async def run(self, buffer: Any) -> None:
         """Plays tickets of the buffer, `episodes_in_flight` at a time, until `stop`."""
@@ -172,7 +167,8 @@ class RolloutWorker:
                 continue
             name = ticket.episode_id
             try:
-                played = await self._play(self._train_rows[ticket.row], ticket.row, self._sampler(ticket.number), name)
+                with self._sampler(ticket.number, ticket.attempt) as sampler:
+                    played = await self._play(self._train_rows[ticket.row], ticket.row, sampler, name)
             except Exception as error:  # noqa: BLE001 (the one place: an episode's failure is data)
                 await buffer.fail.remote(ticket, reason(error), traceback.format_exc())
                 continue
@@ -191,7 +187,8 @@ class RolloutWorker:
                 row = self._eval_rows[index]
                 for attempt in range(EVAL_ATTEMPTS):
                     try:
-                        played = await self._play(row, index, self._sampler(index), f"eval-{index}")
+                        with self._sampler(index, attempt) as sampler:
+                            played = await self._play(row, index, sampler, f"eval-{index}")
                     except Exception as error:  # noqa: BLE001 (told with its row, and without its class)
                         if attempt + 1 == EVAL_ATTEMPTS:
                             raise _failed(f"evaluation row {row.id!r} failed {EVAL_ATTEMPTS} times", error) from None
@@ -223,8 +220,8 @@ class RolloutWorker:
             lane.cancel()
         if self._lanes:
             await asyncio.wait(self._lanes, timeout=STOP_TIMEOUT_S)
-        for client in self._clients:
-            await client.close()
+        if self._engines is not None:
+            await self._engines.close()
         if self._pool is not None:
             await self._pool.close()
 

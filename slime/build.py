@@ -113,10 +113,14 @@ def engine_log(run_dir: Path, number: int) -> Path:
     return run_dir / "logs" / f"engine_{number}.log"
 
 
-def build_rollout(
-    config: Config, inputs: Prepared, engine_urls: list[str], where: Placement, key: str = ""
-) -> RolloutGroup:
-    """Rollout workers, not started. `key`: what the engines were started with."""
+def list_engines(config: Config, inputs: Prepared, urls: Sequence[str], key: str = "") -> EngineGroup:
+    """Return the engines that serve at `urls`. `key`: what they were started with."""
+    window = config.rollout.compaction.context_tokens
+    return EngineGroup(tuple(urls), inputs.vocab_size, window, config.rollout.engine, key)
+
+
+def build_rollout(config: Config, inputs: Prepared, engines: EngineGroup, where: Placement) -> RolloutGroup:
+    """Return the rollout workers, not started."""
     cls = ray.remote(RolloutWorker)
     rows = ray.put(inputs.train_rows), ray.put(inputs.eval_rows)
     workers = [
@@ -127,9 +131,7 @@ def build_rollout(
                 task=inputs.task,
                 model_folder=str(inputs.model_folder.resolve()),
                 template=config.model.template,
-                vocab_size=inputs.vocab_size,
-                engine_urls=engine_urls,
-                engine_key=key,
+                engines=engines,
                 seed=config.seed,
             ),
             *rows,
@@ -174,13 +176,12 @@ def build(config: Config, inputs: Prepared, run_dir: Path, where: Placement) -> 
     buffer = watch("the data buffer", buffer_class.remote(config.buffer, len(inputs.train_rows), config.seed))
     # Each has a deadline of its own, told with its log; this one is for the processes around them.
     urls = ray.get([server.start.remote() for server in servers], timeout=limit_s + engine.start_timeout_s)
-    rollout = build_rollout(config, inputs, urls, where, key)
+    engines = list_engines(config, inputs, urls, key)
+    rollout = build_rollout(config, inputs, engines, where)
     ready = [worker.start.remote() for worker in rollout.workers]
     for pending in starting:
         pending.result(limit_s)
     ray.get(ready, timeout=limit_s)
-    window = config.rollout.compaction.context_tokens
-    engines = EngineGroup(urls, inputs.vocab_size, window, engine, key)
     weights = build_weights(config, policy, engines, trainers)
     weights.connect()
     return Run(

@@ -13,7 +13,7 @@ import ray
 from buffer.types import Batch, EpisodeStats, SubTraceInfo
 from launch.supervisor import forget
 from rollout.group import RolloutGroup
-from slime.build import build_policy, build_rollout
+from slime.build import build_policy, build_rollout, list_engines
 from slime.config.rows import no_turn
 from slime.observe.tracking import Tracker
 from slime.observe.view import View
@@ -77,7 +77,7 @@ def run(config: Config, inputs: Prepared, run_dir: Path, view: View, tracker: Tr
     view.phase("starting training processes and sandboxes")
     policy = build_policy(config, inputs.model_folder, where)
     starting = policy.start(limit_s)
-    rollout = build_rollout(config, inputs, [], where)
+    rollout = build_rollout(config, inputs, list_engines(config, inputs, []), where)
     ray.get([worker.start.remote() for worker in rollout.workers], timeout=limit_s)
     starting.result(limit_s)
     view.phase("imitating demonstrations")

@@ -102,7 +102,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Weight
         ]
         for server in servers:
             stack.callback(server.stop)
-        engines = EngineGroup([server.start() for server in servers], VOCAB, CONTEXT, ENGINES)
+        engines = EngineGroup(tuple(server.start() for server in servers), VOCAB, CONTEXT, ENGINES)
         weights = Weights(Group(trainer), engines, "gloo", 120.0)  # type: ignore[arg-type]
         weights.connect()
         plan(weights, trainer)
@@ -119,7 +119,7 @@ def plan(weights: Weights, trainer: Trainer) -> None:
 
 def use(weights: Weights, **settings: Any) -> None:
     """Settings of the engines from now on; they are the publisher's, not the servers'."""
-    weights.engines.config = replace(ENGINES, **({"delta": False} | settings))
+    weights.engines = replace(weights.engines, config=replace(ENGINES, **({"delta": False} | settings)))
 
 
 @asynccontextmanager

@@ -58,7 +58,7 @@ def served(
             log = str(made / f"{number}.log")
             servers.append(EngineServer(kind.engines, str(folder), CONTEXT, log, cpu=True, seed=number))
             stack.callback(servers[-1].stop)
-        yield kind, folder, EngineGroup([server.start() for server in servers], VOCAB, CONTEXT, kind.engines)
+        yield kind, folder, EngineGroup(tuple(server.start() for server in servers), VOCAB, CONTEXT, kind.engines)
 
 
 async def sample(engines: EngineGroup, prompts: Sequence[list[int]]) -> list[Generation]:

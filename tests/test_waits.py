@@ -21,7 +21,7 @@ from critic.group import CriticGroup
 from rollout.config import EngineConfig
 from rollout.engines.group import EngineGroup
 from rollout.group import RolloutGroup
-from slime.build import build_rollout
+from slime.build import build_rollout, list_engines
 from slime.config import load
 from slime.start.placement import placement
 from trainer.config import LayoutConfig
@@ -97,12 +97,12 @@ def test_requests_do_not_limit_episodes(monkeypatch: pytest.MonkeyPatch, request
     monkeypatch.setattr("slime.build.watch", lambda name, worker: worker)
     inputs: Any = SimpleNamespace(train_rows=[], eval_rows=[], task=None, model_folder=SimpleNamespace(resolve=str))
     inputs.vocab_size = 10
-    assert build_rollout(config, inputs, [], placement(config)).quiet_s == quiet_s
+    assert build_rollout(config, inputs, list_engines(config, inputs, []), placement(config)).quiet_s == quiet_s
 
 
 def test_what_moves_a_model_is_not_limited_like_a_turn() -> None:
     async def limits() -> list[float]:
-        group = EngineGroup(["http://127.0.0.1:1"], 10, 10, EngineConfig(start_timeout_s=900.0, request_timeout_s=5.0))
+        group = EngineGroup(("http://127.0.0.1:1",), 10, 10, EngineConfig(start_timeout_s=900.0, request_timeout_s=5.0))
         async with group.clients() as clients:
             return [client.request_timeout_s for client in clients]
 

@@ -157,7 +157,7 @@ def main() -> None:
         print(f"engine up after {time.perf_counter() - began:.0f} s")
         backend = "nccl" if options.engine_gpu else "gloo"
         policy: Any = common.OneRank(worker)
-        weights = Weights(policy, EngineGroup([url], VOCAB, CONTEXT, config), backend, 120.0)
+        weights = Weights(policy, EngineGroup((url,), VOCAB, CONTEXT, config), backend, 120.0)
         asyncio.run(session(options, weights, VOCAB))
     finally:
         server.stop()

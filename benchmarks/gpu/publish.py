@@ -145,7 +145,7 @@ def main() -> None:
         url = server.start()
         print(f"engine up after {time.perf_counter() - began:.0f} s", flush=True)
         whole = replace(config, delta=False)
-        engines = EngineGroup([url], common.VOCAB, CONTEXT, whole)
+        engines = EngineGroup((url,), common.VOCAB, CONTEXT, whole)
         policy: Any = common.OneRank(worker)
         session(Weights(policy, engines, "nccl", 300.0), options.repeats)
     finally:

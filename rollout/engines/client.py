@@ -33,6 +33,10 @@ IDLE_CONNECTION_S = 2.0  # below the 5 s after which the server closes an idle c
 RETRY_INTERVAL_S = 0.2
 
 
+class EngineUnreachable(RuntimeError):
+    """No connection to the server within the time limit, or a connection that broke."""
+
+
 @dataclass(frozen=True)
 class Generation:
     """What the engine sampled for one prompt, N tokens."""
@@ -75,7 +79,7 @@ def parse_generation(answer: dict[str, Any], cache_version: int | None = None) -
 class EngineClient:
     """Calls one server. Used within one event loop; `close` (or `async with`) ends its connections.
 
-    Every call raises RuntimeError with endpoint, status and body when the server refuses, RuntimeError naming the
+    Every call raises RuntimeError with endpoint, status and body when the server refuses, EngineUnreachable naming the
     endpoint when it can't be reached or breaks the connection, TimeoutError after `request_timeout_s`.
     """
 
@@ -305,11 +309,11 @@ class EngineClient:
                 return answer
             except aiohttp.ClientConnectorError as error:
                 if time.monotonic() + RETRY_INTERVAL_S > deadline:
-                    raise RuntimeError(
+                    raise EngineUnreachable(
                         f"{endpoint}: no connection to {self.url} within {self.connect_timeout_s} s: {error}"
                     ) from error
             except aiohttp.ClientError as error:
-                raise RuntimeError(f"{endpoint}: {self.url} broke the connection: {error!r}") from error
+                raise EngineUnreachable(f"{endpoint}: {self.url} broke the connection: {error!r}") from error
             await asyncio.sleep(RETRY_INTERVAL_S)
 
     async def _attempt(self, method: str, endpoint: str, body: dict[str, Any] | None) -> Any:

@@ -4,29 +4,38 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
 
 from rollout.config import EngineConfig
 from rollout.engines.client import EngineClient
+from rollout.engines.router import EngineRouter
 
 
+@dataclass(frozen=True)
 class EngineGroup:
-    """All engines, over HTTP."""
+    """The list of a run's engines: whoever calls one gets its client here."""
 
-    def __init__(
-        self, urls: Sequence[str], vocab_size: int, context_tokens: int, config: EngineConfig, key: str = ""
-    ) -> None:
-        """`key`: what the engines were started with."""
-        self._key = key
-        self.urls = list(urls)
-        self.config = config
-        self._shape = (vocab_size, context_tokens)
+    urls: tuple[str, ...]
+    vocab_size: int
+    context_tokens: int
+    config: EngineConfig
+    key: str = field(default="", repr=False)  # that the engines were started with
+
+    def _client(self, url: str, timeout_s: float) -> EngineClient:
+        return EngineClient(
+            url, self.vocab_size, self.context_tokens, timeout_s, pause_mode=self.config.pause, key=self.key
+        )
+
+    def router(self) -> EngineRouter:
+        """Return a router for the episodes of one process, with clients of its own."""
+        return EngineRouter([self._client(url, self.config.request_timeout_s) for url in self.urls])
 
     @contextlib.asynccontextmanager
     async def clients(self) -> AsyncIterator[list[EngineClient]]:
-        """A client for each engine, closed at the end; what is asked here moves a model, as an engine's start does."""
+        """Yield a client for each engine, closed at the end; what is asked here moves a model, as a start does."""
         limit_s = max(self.config.request_timeout_s, self.config.start_timeout_s)
-        made = [EngineClient(url, *self._shape, limit_s, key=self._key) for url in self.urls]
+        made = [self._client(url, limit_s) for url in self.urls]
         try:
             yield made
         finally:

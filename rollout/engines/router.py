@@ -1,0 +1,122 @@
+"""Which engine an episode runs on: the one owner of a process's clients.
+
+    sticky         all turns of an episode go to one engine, where its prefix stays cached
+    least loaded   a new episode goes to the engine with the fewest open episodes; equal ones are used in rotation
+    healthy        an engine that makes no progress gets no new episode while another one does
+
+An engine is lost when it can't be reached, or when it answered nothing at all while a request waited for its whole time
+limit: slow answers to others are progress. It is found again when it answers a request, one of the episodes that are
+still open on it or a probe of one token. Where all engines are lost, or there is only one, they are used as if they
+were not: nothing better is left. A router knows the episodes of its own process alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from rollout.engines.client import EngineUnreachable, Generation
+
+PROBE_INTERVAL_S = 10.0
+PROBE_IDS = [0]
+
+
+class Client(Protocol):
+    """One engine, as a router needs it."""
+
+    answered: int  # calls, from the start on
+
+    async def generate(self, prompt_ids: Sequence[int], max_new_tokens: int, stop_ids: Sequence[int]) -> Generation: ...
+    async def close(self) -> None: ...
+
+
+@dataclass(eq=False)
+class _Engine:
+    client: Client
+    number: int
+    num_episodes: int = 0  # open
+    lost: bool = False
+
+
+@dataclass(eq=False)
+class Lease:
+    """One episode's use of its engine."""
+
+    _engine: _Engine
+    _router: EngineRouter = field(repr=False)
+
+    async def generate(self, prompt_ids: Sequence[int], max_new_tokens: int, stop_ids: Sequence[int]) -> Generation:
+        """Sample one turn; as `EngineClient.generate`."""
+        return await self._router.generate(self._engine, prompt_ids, max_new_tokens, stop_ids)
+
+
+class EngineRouter:
+    """Gives each episode an engine. Used within one event loop."""
+
+    def __init__(self, clients: Sequence[Client], probe_interval_s: float = PROBE_INTERVAL_S) -> None:
+        self._engines = [_Engine(client, number) for number, client in enumerate(clients)]
+        self._probe_interval_s = probe_interval_s
+        self._probes: set[asyncio.Task[None]] = set()
+
+    @property
+    def answered(self) -> int:
+        """Return how many calls the engines have answered: a number that grows while anything happens."""
+        return sum(engine.client.answered for engine in self._engines)
+
+    @contextlib.contextmanager
+    def lease(self, number: int, attempt: int = 0) -> Iterator[Lease]:
+        """Hold an engine for one episode. `number`, `attempt`: of its ticket; the next attempt prefers another one."""
+        engine = self._choose(number + attempt)
+        engine.num_episodes += 1
+        try:
+            yield Lease(engine, self)
+        finally:
+            engine.num_episodes -= 1
+
+    def _choose(self, turn: int) -> _Engine:
+        usable = [engine for engine in self._engines if not engine.lost] or self._engines
+        count = len(self._engines)
+        return min(usable, key=lambda engine: (engine.num_episodes, (engine.number - turn) % count))
+
+    async def generate(
+        self, engine: _Engine, prompt_ids: Sequence[int], max_new_tokens: int, stop_ids: Sequence[int]
+    ) -> Generation:
+        """Sample on an engine and note whether it makes progress."""
+        before = engine.client.answered
+        try:
+            found = await engine.client.generate(prompt_ids, max_new_tokens, stop_ids)
+        except EngineUnreachable:
+            self._lose(engine)
+            raise
+        except TimeoutError:
+            if engine.client.answered == before:
+                self._lose(engine)
+            raise
+        engine.lost = False
+        return found
+
+    def _lose(self, engine: _Engine) -> None:
+        if engine.lost or len(self._engines) == 1:
+            return
+        engine.lost = True
+        probe = asyncio.get_running_loop().create_task(self._probe(engine))
+        self._probes.add(probe)
+        probe.add_done_callback(self._probes.discard)
+
+    async def _probe(self, engine: _Engine) -> None:
+        """Ask a lost engine for a token until it answers."""
+        while engine.lost:
+            await asyncio.sleep(self._probe_interval_s)
+            with contextlib.suppress(RuntimeError, TimeoutError):
+                await engine.client.generate(PROBE_IDS, 1, [])
+                engine.lost = False
+
+    async def close(self) -> None:
+        """End the probes and close the clients."""
+        for probe in self._probes:
+            probe.cancel()
+        for engine in self._engines:
+            await engine.client.close()
