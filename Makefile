@@ -6,6 +6,9 @@
 ARGS ?=
 GPU ?=
 
+PYTEST = .venv/bin/python -m pytest
+FAST = $(PYTEST) -m "not e2e" --numprocesses 2 --dist loadfile
+
 # Several processes import the same large packages: each must find them compiled by the one before.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -27,11 +30,17 @@ setup:
 demo: setup
 	.venv/bin/slime train recipe=ppo_coding $(ARGS)
 
+# Tests that start engines or several processes have the machine to themselves.
 test: setup lint
-	.venv/bin/python -m pytest $(ARGS)
+ifeq ($(strip $(ARGS)),)
+	$(FAST)
+	$(PYTEST) -m e2e
+else
+	$(PYTEST) $(ARGS)
+endif
 
 fast: setup lint
-	.venv/bin/python -m pytest -m "not e2e" $(ARGS)
+	$(FAST) $(ARGS)
 
 lint: setup
 	.venv/bin/python -m ruff check .

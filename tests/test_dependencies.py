@@ -21,7 +21,7 @@ PACKAGES = ("slime", "launch", "recipes", "critic", "trainer", "rollout", "buffe
 CHECKS = ("tests", "benchmarks", "examples", "docs", "locks")
 NOT_HERE = {"flash_attn": "flash-attn-4"}  # what is imported where it is installed: there is no build for CPUs
 OWN_ENVIRONMENT = "benchmarks/advantages_peers.py"  # makes one, with what it compares
-NEVER_IMPORTED = {"pytest-timeout", "ruff", "mypy"}  # a plugin of pytest, and programs that `make lint` runs
+NEVER_IMPORTED = {"pytest-timeout", "pytest-xdist", "ruff", "mypy"}  # plugins of pytest, and what `make lint` runs
 IMPORTERS = ("import_module", "__import__", "find_spec", "importorskip")
 
 
