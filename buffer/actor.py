@@ -37,7 +37,8 @@ class BufferActor:
         self._throughput = Throughput()
 
     async def claim(self, worker: str, wait_s: float = 30.0) -> Ticket | None:
-        """A ticket as soon as a slot is free; None after `wait_s` (ask again), or when the worker was lost meanwhile.
+        """Return a ticket as soon as a slot is free; None after `wait_s` (ask again), or when the worker was lost
+        meanwhile.
 
         The wait is short so that a worker that died while it waited is not given a ticket.
         """
@@ -53,7 +54,7 @@ class BufferActor:
         return None
 
     async def add(self, ticket: Ticket, infos: Sequence[SubTraceInfo], stats: EpisodeStats) -> bool:
-        """A finished episode; False when its ticket was issued again meanwhile, and the episode is dropped."""
+        """Keep a finished episode; return False when its ticket was issued again meanwhile, and it is dropped."""
         kept = self._store.add(ticket, infos, stats)
         if kept:
             self._throughput.finished(sum(info.num_actions for info in infos))
@@ -61,7 +62,9 @@ class BufferActor:
         return kept
 
     async def fail(self, ticket: Ticket, reason: str, trace: str = "") -> bool:
-        """Infrastructure broke the episode; False for a late answer. Too many failures make `take` raise."""
+        """Take the failure of an episode that infrastructure broke; return False for a late answer. Too many failures
+        make `take` raise.
+        """
         try:
             return self._store.fail(ticket, reason, trace)
         except RuntimeError as error:
@@ -71,14 +74,14 @@ class BufferActor:
             self._notify()
 
     async def lost(self, worker: str) -> int:
-        """A worker died: its tickets are issued again and its waiting claims end. Returns how many tickets."""
+        """Issue the tickets of a worker that died again and end its waiting claims; return how many tickets."""
         self._deaths[worker] = self._deaths.get(worker, 0) + 1
         tickets = self._store.lost(worker)
         self._notify()
         return len(tickets)
 
     async def take(self) -> Batch:
-        """The next step's batch as soon as its episodes are there.
+        """Return the next step's batch as soon as its episodes are there.
 
         TimeoutError after `take_timeout_s`: how many episodes are missing and who holds them.
         RuntimeError: an episode failed too often.
@@ -99,12 +102,12 @@ class BufferActor:
             await self._wait(deadline_s)
 
     async def release(self, step: int) -> None:
-        """The batch is trained and the new weights are in the engines: its slots are free."""
+        """Free the slots of a batch that is trained, when the new weights are in the engines."""
         self._store.release(step)
         self._notify()
 
     async def status(self) -> Counts:
-        """Counts for the live view."""
+        """Return the counts for the live view."""
         return self._store.counts()._replace(tokens_per_s=self._throughput.tokens_per_s(self._now()))
 
     async def state_dict(self) -> dict[str, Any]:

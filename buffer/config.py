@@ -82,5 +82,5 @@ class BufferConfig:
 
     @property
     def max_lag(self) -> int:
-        """Largest number of weight versions between sampling and training of a token."""
+        """Return the largest number of weight versions between sampling and training of a token."""
         return (self.slots + self.window - 2 * self.episodes_per_prompt) // self.episodes_per_step

@@ -25,7 +25,7 @@ MAX_LOOKED_AT = 32  # sub-traces of the costliest rank, for each exchange
 def pack(
     lengths: Sequence[int], num_ranks: int, max_tokens: int, linear: float = 1.0, quadratic: float = QUADRATIC
 ) -> Grid:
-    """grid[rank][micro_batch] -> indices into `lengths`.
+    """Return grid[rank][micro_batch] -> indices into `lengths`.
 
     Every index stands in it once; every rank has the same number m >= 1 of micro-batches; none has more than
     `max_tokens` tokens. m is the fewest for which first-fit-decreasing finds room, or one more where that makes the
@@ -68,7 +68,7 @@ def pack(
 
 
 def split(episode_ids: Sequence[str], num_minibatches: int, rng: np.random.Generator) -> list[list[int]]:
-    """Indices of the sub-traces of each optimizer minibatch: a random partition of whole episodes.
+    """Return indices of the sub-traces of each optimizer minibatch: a random partition of whole episodes.
 
     `episode_ids[k]` is the episode of sub-trace k. Numbers of episodes differ by one at most, and none is 0: fewer
     episodes than `num_minibatches` (others of the step had no turn) make a minibatch each. Indices ascend within a

@@ -54,7 +54,7 @@ class Ticket:
 
     @property
     def episode_id(self) -> str:
-        """Name of the episode that this attempt plays."""
+        """Return the name of the episode that this attempt plays."""
         return f"{self.number}.{self.attempt}"
 
 
@@ -107,14 +107,14 @@ class Store:
         self._rows_of_epoch: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))
 
     def row(self, number: int) -> int:
-        """Row of a ticket: every epoch of `num_rows` groups is a shuffle that only seed and epoch decide."""
+        """Return the row of a ticket: every epoch of `num_rows` groups is a shuffle that only seed and epoch decide."""
         epoch, place = divmod(number // self._config.episodes_per_prompt, self._num_rows)
         if self._rows_of_epoch[0] != epoch:
             self._rows_of_epoch = (epoch, np.random.default_rng([self._seed, epoch]).permutation(self._num_rows))
         return int(self._rows_of_epoch[1][place])
 
     def claim(self, now_s: float, worker: str) -> Ticket | None:
-        """The oldest ticket that waits to be issued again, else a new one; None when no slot is free."""
+        """Return the oldest ticket that waits to be issued again, else a new one; None when no slot is free."""
         state = next((state for state in self._open.values() if state.worker is None and state.infos is None), None)
         if state is None:
             if len(self._open) >= self._config.slots:
@@ -127,7 +127,7 @@ class Store:
         return state.ticket
 
     def add(self, ticket: Ticket, infos: Sequence[SubTraceInfo], stats: EpisodeStats) -> bool:
-        """A finished episode with the numbers measured on it; no `infos` when nothing was sampled.
+        """Keep a finished episode with the numbers measured on it; no `infos` when nothing was sampled.
 
         False, and nothing kept, when the ticket was issued again in the meantime or is already answered.
         ValueError: sub-traces of another episode than the ticket's.
@@ -145,7 +145,7 @@ class Store:
         return True
 
     def fail(self, ticket: Ticket, reason: str, trace: str = "") -> bool:
-        """Infrastructure broke the episode: its ticket will be issued again. False for a late answer.
+        """Issue the ticket of an episode that infrastructure broke again; return False for a late answer.
 
         RuntimeError: the ticket failed more than `max_failures` times; `trace`, that of the last time, is its note.
         """
@@ -166,16 +166,18 @@ class Store:
         return True
 
     def expire(self, now_s: float) -> list[Ticket]:
-        """Takes back the tickets that were claimed `claim_timeout_s` ago and not answered; returns them."""
+        """Take back the tickets that were claimed `claim_timeout_s` ago and not answered; return them."""
         oldest_s = now_s - self._config.claim_timeout_s
         return self._take_back(lambda state: state.claimed_s <= oldest_s)
 
     def lost(self, worker: str) -> list[Ticket]:
-        """Takes back the tickets that a dead worker holds; returns them."""
+        """Take back the tickets that a dead worker holds; return them."""
         return self._take_back(lambda state: state.worker == worker)
 
     def take(self) -> Batch | None:
-        """The next step's groups in the order of their numbers; None while too few are whole inside the window."""
+        """Return the next step's groups in the order of their numbers; None while too few are whole inside the
+        window.
+        """
         chosen = self._takeable()[: self._config.episodes_per_step]
         if len(chosen) < self._config.episodes_per_step:
             return None
@@ -192,7 +194,7 @@ class Store:
         return batch
 
     def release(self, step: int) -> int:
-        """Frees the slots of a trained batch and forgets its episodes; returns how many.
+        """Free the slots of a trained batch and forget its episodes; return how many.
 
         ValueError: no batch of that step is out.
         """
@@ -218,11 +220,11 @@ class Store:
 
     @property
     def any_in_flight(self) -> bool:
-        """Whether a worker holds a ticket."""
+        """Return whether a worker holds a ticket."""
         return any(state.worker is not None and state.infos is None for state in self._open.values())
 
     def holders(self) -> dict[str, list[int]]:
-        """Worker -> numbers of the tickets that it holds, oldest first."""
+        """Return {worker: numbers of the tickets that it holds, oldest first}."""
         held: dict[str, list[int]] = {}
         for number, state in self._open.items():
             if state.infos is None and state.worker is not None:
@@ -230,7 +232,7 @@ class Store:
         return held
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain data from which a new store goes on: no ticket is lost, none is trained twice.
+        """Return plain data from which a new store goes on: no ticket is lost, none is trained twice.
 
         Episodes that were taken count as trained, so call it after the update of the last batch that was taken
         and before the next `take`. Open tickets, finished ones included, are issued again after a resume, and a
@@ -250,7 +252,9 @@ class Store:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """ValueError: the state is of another seed, task file or size of groups, whose row order is another one."""
+        """Restore what `state_dict` returned. ValueError: the state is of another seed, task file or size of groups,
+        whose row order is another one.
+        """
         mine = {
             "seed": self._seed,
             "num_rows": self._num_rows,

@@ -141,7 +141,7 @@ def _rows(texts: Iterable[tuple[int, str]], place: str, unit: str) -> list[TaskR
 
 
 def read_rows(path: Path) -> list[TaskRow]:
-    """All rows of a task file: UTF-8, a JSON object a line; blank lines and a byte-order mark do not count.
+    """Return all rows of a task file: UTF-8, a JSON object a line; blank lines and a byte-order mark do not count.
 
     ValueError names file and line of the first bad row.
     """
@@ -159,7 +159,7 @@ def read_rows(path: Path) -> list[TaskRow]:
 
 
 def write_rows(path: Path, rows: Iterable[TaskRow]) -> None:
-    """Writes rows so that `read_rows` gives them back; the file appears whole or not at all, whoever else writes it.
+    """Write rows so that `read_rows` gives them back; the file appears whole or not at all, whoever else writes it.
 
     ValueError names the first row that `read_rows` would refuse.
     """

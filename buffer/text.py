@@ -6,7 +6,7 @@ from typing import Any
 
 
 def clean_text(text: str) -> str:
-    """`text` as Unicode that every tokenizer and file takes: half surrogate pairs become U+FFFD.
+    """Return `text` as Unicode that every tokenizer and file takes: half surrogate pairs become U+FFFD.
 
     They are left behind by half-decoded bytes and by strings that were cut in UTF-16. Two halves that stand side by
     side become the character that they mean.
@@ -19,7 +19,7 @@ def clean_text(text: str) -> str:
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Makes a JSON object of its pairs (`json.loads(..., object_pairs_hook=unique_keys)`).
+    """Make a JSON object of its pairs (`json.loads(..., object_pairs_hook=unique_keys)`).
 
     ValueError: a key that is there twice, of which one value would be lost.
     """

@@ -17,22 +17,22 @@ class Throughput:
         self._since_s: float | None = None  # None: no episode runs
 
     def runs(self, any_episode: bool, now_s: float) -> None:
-        """Records whether at least one episode runs from now on."""
+        """Record whether at least one episode runs from now on."""
         if self._since_s is not None:
             self._spent_s += now_s - self._since_s
         self._since_s = now_s if any_episode else None
 
     def finished(self, num_tokens: int) -> None:
-        """Counts an episode's sampled tokens."""
+        """Count an episode's sampled tokens."""
         self._num_tokens += num_tokens
 
     def tokens_per_s(self, now_s: float) -> float | None:
-        """Tokens a second since the last `reset`; None while nothing has run."""
+        """Return tokens a second since the last `reset`; None while nothing has run."""
         spent_s = self._spent_s + (0.0 if self._since_s is None else now_s - self._since_s)
         return self._num_tokens / spent_s if spent_s > 0 else None
 
     def reset(self, now_s: float) -> None:
-        """Starts to count anew; episodes that run go on."""
+        """Start to count anew; episodes that run go on."""
         self._num_tokens, self._spent_s = 0, 0.0
         if self._since_s is not None:
             self._since_s = now_s

@@ -19,7 +19,7 @@ class _Segment:
 
 
 def cut(episode: Episode) -> tuple[SubTrace, ...]:
-    """The sub-traces of an episode, in the time order of their first turns.
+    """Return the sub-traces of an episode, in the time order of their first turns.
 
     The cut rule: a new sub-trace begins where a turn's prompt does not extend the tokens before it
     (prompt and output of the same agent's previous turn). Compaction, template drift and edited
@@ -136,7 +136,7 @@ def _successors(episode: Episode, segments: list[_Segment]) -> list[Successor | 
         turns_of.setdefault(segment.agent, []).extend(segment.turns)
 
     def later(agent: int, index: int) -> Successor | None:
-        """First action of the agent, else of its nearest ancestor that acts, after a turn."""
+        """Return the first action of the agent, else of its nearest ancestor that acts, after a turn."""
         while agent != -1:
             turns = turns_of.get(agent, [])
             place = bisect_right(turns, index)

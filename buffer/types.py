@@ -135,7 +135,7 @@ class SubTrace:
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """Return what messages call it."""
         return f"episode {self.episode_id}, sub-trace {self.position}"
 
     @property
@@ -144,7 +144,7 @@ class SubTrace:
 
     @property
     def oldest_version(self) -> int:
-        """Smallest weight version among the action tokens."""
+        """Return the smallest weight version among the action tokens."""
         return int(self.versions[self.action_mask].min())
 
 

@@ -79,7 +79,7 @@ def advantages(
     config: AdvantageConfig,
     bootstrap_values: Sequence[float] | None = None,
 ) -> list[Targets]:
-    """Advantages and returns of whole episodes, in the order of `sub_traces`.
+    """Return advantages and returns of whole episodes, in the order of `sub_traces`.
 
     `values[k]` is float32[T]: at each index the value of the state before that token; it is read only where
     `action_mask` is True. `bootstrap_values[k]` is the value of the state after sub-trace k's last token; it
@@ -109,7 +109,7 @@ def gae(
     bootstrap_values: Sequence[float] | None = None,
     dtype: type[np.floating[Any]] = np.float32,
 ) -> list[tuple[Floats, Floats]]:
-    """(advantages [T], returns [T]) of each sub-trace by the equations above, of type `dtype`; not whitened."""
+    """Return (advantages [T], returns [T]) of each sub-trace by the equations above, of type `dtype`; not whitened."""
     _check_settings(config)
     links = _links(sub_traces, _check_arrays(sub_traces, values))
     end_values = _end_values(sub_traces, config, bootstrap_values)
@@ -169,13 +169,13 @@ def _walk(
 
 
 def whitened(sub_traces: Sequence[SubTrace], targets: Sequence[Targets]) -> list[Targets]:
-    """The same targets, their advantages whitened over all action tokens; 0 elsewhere, as they were."""
+    """Return the same targets with advantages whitened over all action tokens; 0 elsewhere, as they were."""
     columns = _whiten([target.advantages for target in targets], [trace.action_mask for trace in sub_traces])
     return [replace(target, advantages=column) for target, column in zip(targets, columns, strict=True)]
 
 
 def whiten(advantage: Floats) -> Floats:
-    """Mean 0 and (population) variance 1, [I]; zeros when all are equal.
+    """Scale to mean 0 and (population) variance 1, [I]; zeros when all are equal.
 
     Equal is what deviates, root of the mean square, by at most `EQUAL` times the largest absolute advantage: float32
     rounds that much away, and there is nothing but its rounding to enlarge.

@@ -30,7 +30,7 @@ class Bin(NamedTuple):
 
 
 def critic_metrics(sub_traces: Sequence[SubTrace], targets: Sequence[Targets]) -> dict[str, float]:
-    """What the operator sees of the critic at every step; finite numbers only.
+    """Return what the operator sees of the critic at every step; finite numbers only.
 
         critic/explained_variance     `explained_variance`
         critic/value_mean             mean of v_i
@@ -59,7 +59,8 @@ def critic_metrics(sub_traces: Sequence[SubTrace], targets: Sequence[Targets]) -
 
 
 def check_returns(returns: ArrayLike, value_range: Sequence[float]) -> None:
-    """ValueError: a return that a head bounded to `value_range` = [low, high] can only approach from afar.
+    """Refuse returns out of range. ValueError: a return that a head bounded to `value_range` = [low, high] can only
+    approach from afar.
 
     `returns` are those of action tokens; the bounds themselves are allowed, and so is the rounding of float32 (1e-6 of
     the larger bound). [] is a head without bounds: every return is allowed.
@@ -81,7 +82,7 @@ def check_returns(returns: ArrayLike, value_range: Sequence[float]) -> None:
 
 
 def explained_variance(values: ArrayLike, returns: ArrayLike) -> float:
-    """1 - Var(returns - values) / Var(returns): 1 is perfect, 0 no better than a constant, below 0 worse.
+    """Return 1 - Var(returns - values) / Var(returns): 1 is perfect, 0 no better than a constant, below 0 worse.
 
     `values` and `returns` are of one shape, action tokens only. An offset is no variance: see `calibration_error`.
     Constant returns have no variance to explain: 0.0, whatever the values are (nothing has been shown).
@@ -95,7 +96,7 @@ def explained_variance(values: ArrayLike, returns: ArrayLike) -> float:
 
 
 def calibration_error(values: ArrayLike, returns: ArrayLike, num_bins: int = CALIBRATION_BINS) -> float:
-    """Expected calibration error: does the mean return of the tokens whose value is near x lie near x?
+    """Return the expected calibration error: does the mean return of the tokens whose value is near x lie near x?
 
         error = sum_{b=0}^{B-1} n_b / n * |mean value_b - mean return_b|        in units of reward, >= 0
 
@@ -108,7 +109,7 @@ def calibration_error(values: ArrayLike, returns: ArrayLike, num_bins: int = CAL
 
 
 def calibration(values: ArrayLike, returns: ArrayLike, num_bins: int = CALIBRATION_BINS) -> list[Bin]:
-    """Mean value and mean return of tokens with like values, in bins of about equal count.
+    """Return the mean value and mean return of tokens with like values, in bins of about equal count.
 
     With w_0 <= ... <= w_(n-1) the values in order, the edges are w_floor(b n / B) for b = 1..B-1, and a token's bin is
     the number of edges that its value reaches. Equal values share a bin, so the order of tokens does not matter; bins
@@ -126,7 +127,7 @@ def calibration(values: ArrayLike, returns: ArrayLike, num_bins: int = CALIBRATI
 
 
 def by_position(sub_traces: Sequence[SubTrace], targets: Sequence[Targets], num_bins: int = 10) -> list[Bin]:
-    """Mean value and mean return by relative position of the action token in its episode.
+    """Return the mean value and mean return by relative position of the action token in its episode.
 
     Action token j of an episode's n, counted through its sub-traces by `position`, falls into bin
     floor(j / n * num_bins); `start` is its smallest j / n. A critic that knows nothing early and everything late shows
@@ -137,7 +138,7 @@ def by_position(sub_traces: Sequence[SubTrace], targets: Sequence[Targets], num_
 
 
 def by_turn(sub_traces: Sequence[SubTrace], targets: Sequence[Targets], num_bins: int = TURN_BINS) -> list[Bin]:
-    """Mean value and mean return by turn number, from 0, of the action token in its episode.
+    """Return the mean value and mean return by turn number, from 0, of the action token in its episode.
 
     A turn is a maximal run of action tokens in a sub-trace, counted through the episode's sub-traces by `position`;
     a summary is one, too. Two turns with nothing between them (a tool that answered with no token at all) count as one.

@@ -49,7 +49,7 @@ EPS = 1e-6  # keeps a standard deviation of 0 from dividing
 
 
 def episode_advantages(returns: Float64, groups: Int64, kind: Baseline, num_actions: Int64 | None = None) -> Float64:
-    """Advantage of each episode, float64[E], by the equations at the top of this file.
+    """Return the advantage of each episode, float64[E], by the equations at the top of this file.
 
     `returns[e]` is R_e, `groups[e]` the number of the group (any number, equal for episodes of one prompt),
     `num_actions[e]` is w_e: needed for reinforce_pp; the others leave out the episodes where it is 0. Groups may differ
@@ -105,7 +105,7 @@ def _over_groups(returns: Float64, group: Int64, sizes: Int64, kind: Baseline) -
 
 
 def zero_signal_fraction(returns: Float64, groups: Int64) -> float:
-    """Share of the groups whose episodes all earned the same, in [0, 1]; a group of one always does."""
+    """Return the share of the groups whose episodes all earned the same, in [0, 1]; a group of one always does."""
     group, sizes = _check(returns, groups)
     low, high = np.full(len(sizes), np.inf), np.full(len(sizes), -np.inf)
     np.minimum.at(low, group, returns)
@@ -114,7 +114,7 @@ def zero_signal_fraction(returns: Float64, groups: Int64) -> float:
 
 
 def episode_returns(sub_traces: Sequence[SubTrace], episode_ids: Sequence[str], terminal: Sequence[float]) -> Float64:
-    """R_e of each episode, float64[E], in the order of `episode_ids`.
+    """Return R_e of each episode, float64[E], in the order of `episode_ids`.
 
     The sum of `SubTrace.rewards` over the action tokens of all sub-traces of the episode: the terminal reward, rewards
     of turns, and a KL penalty where it is part of the reward. An episode without sub-traces (nothing was sampled) has
@@ -143,7 +143,9 @@ def episode_returns(sub_traces: Sequence[SubTrace], episode_ids: Sequence[str], 
 
 
 def action_counts(sub_traces: Sequence[SubTrace], episode_ids: Sequence[str]) -> Int64:
-    """w_e: action tokens of each episode over all its sub-traces, int64[E]. ValueError: as `episode_returns`."""
+    """Return w_e, the action tokens of each episode over all its sub-traces, int64[E]. ValueError: as
+    `episode_returns`.
+    """
     counts = np.zeros(len(episode_ids), np.int64)
     for trace, owner in zip(sub_traces, _owners(sub_traces, episode_ids), strict=True):
         counts[owner] += trace.num_actions
@@ -153,7 +155,7 @@ def action_counts(sub_traces: Sequence[SubTrace], episode_ids: Sequence[str]) ->
 def spread(
     sub_traces: Sequence[SubTrace], episode_ids: Sequence[str], advantages: Float64, returns: Float64
 ) -> list[Targets]:
-    """Targets in the order of `sub_traces`, float32[T] each, zero where `action_mask` is False.
+    """Return targets in the order of `sub_traces`, float32[T] each, zero where `action_mask` is False.
 
     Every action token has the advantage and the return of its episode. `values` is 0 everywhere: nobody foretold
     anything, and `returns` is for people and metrics to read.

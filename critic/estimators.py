@@ -37,18 +37,20 @@ class Estimator(Protocol):
 
     @property
     def roles(self) -> Sequence[WorkerGroup]:
-        """Groups of processes to be started, saved and loaded."""
+        """Return the groups of processes to be started, saved and loaded."""
 
     def ask(self, batch: Batch) -> Answer[TokenColumn]:
-        """Starts the forward passes that targets need."""
+        """Start the forward passes that targets need."""
 
     def targets(self, batch: Batch, sub_traces: Sequence[SubTrace], asked: Mapping[int, Float32]) -> StepTargets:
-        """Advantages and returns of whole episodes. ValueError: see critic/advantages.py, episode_baselines.py."""
+        """Return advantages and returns of whole episodes. ValueError: see critic/advantages.py,
+        episode_baselines.py.
+        """
 
     def update(
         self, batch: Batch, targets: Sequence[Targets], rng: np.random.Generator, num_epochs: int | None = None
     ) -> Answer[dict[str, float]]:
-        """One training step's updates of the estimator itself; `num_epochs`: not the configured number."""
+        """Start one training step's updates of the estimator itself; `num_epochs`: not the configured number."""
 
 
 class CriticEstimator:

@@ -21,7 +21,7 @@ class CriticGroup(WorkerGroup):
         self.config = config
 
     def values(self, batch: Batch, beyond: bool = False) -> Pending[TokenColumn]:
-        """Value of the state before each token, float32 [T] of each sub-trace of a batch by its index.
+        """Return the value of the state before each token, float32 [T] of each sub-trace of a batch by its index.
 
         With `beyond` [T + 1]: the last entry is the value of the state after the last token.
         """
@@ -30,7 +30,7 @@ class CriticGroup(WorkerGroup):
     def update(
         self, batch: Batch, targets: Sequence[Targets], rng: np.random.Generator, num_epochs: int | None = None
     ) -> Pending[dict[str, float]]:
-        """The critic's optimizer steps of one training step: K epochs over the batch."""
+        """Start the critic's optimizer steps of one training step: K epochs over the batch."""
         columns = {
             "returns": TokenColumn((i, target.returns) for i, target in enumerate(targets)),
             "values": TokenColumn((i, target.values) for i, target in enumerate(targets)),

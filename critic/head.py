@@ -25,7 +25,7 @@ def value_head(init_std: float, value_range: Sequence[float] = ()) -> ScalarHead
 
 
 def bounded(x: torch.Tensor, low: float, high: float) -> torch.Tensor:
-    """Any number to one strictly between low and high, rising, in fp32.
+    """Map any number to one strictly between low and high, rising, in fp32.
 
         v     = (low + high) / 2 + (high - low) / pi * atan(x)
         dv/dx = (high - low) / pi / (1 + x^2)

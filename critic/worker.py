@@ -27,12 +27,12 @@ class CriticWorker(Worker):
 
     @needs(Memory.weights)
     def values(self, refs: Sequence[Any], grid: Grid) -> TokenColumn:
-        """Values, float32 [T] a sub-trace: index t holds the value of the state before token t."""
+        """Return values, float32 [T] a sub-trace: index t holds the value of the state before token t."""
         return self._predict(refs, grid)
 
     @needs(Memory.weights)
     def values_and_end(self, refs: Sequence[Any], grid: Grid) -> TokenColumn:
-        """The same and the value of the state after the last token, float32 [T + 1]."""
+        """Return the same and the value of the state after the last token, float32 [T + 1]."""
         own = fetch(refs, grid[self.engine.share.row])
         longer = [one_longer(own[i]) if i in own else None for i in range(len(refs))]
         return self._predict(longer, grid)
@@ -47,12 +47,14 @@ class CriticWorker(Worker):
 
     @needs(Memory.weights, Memory.gradients)
     def update(self, refs: Sequence[Any], columns: Sequence[Any], grids: Sequence[Grid]) -> UpdateResult:
-        """Value steps, one for each grid. `columns`: returns and (old) values, of each data-parallel row."""
+        """Take value steps, one for each grid. `columns`: returns and (old) values, of each data-parallel row."""
         return self._update(refs, self._own(columns), grids, self._value_loss)
 
 
 def one_longer(trace: SubTrace) -> SubTrace:
-    """The sub-trace with any token after its end: what is predicted for that one is read after all the others."""
+    """Return the sub-trace with any token after its end: what is predicted for that one is read after all the
+    others.
+    """
     return replace(
         trace,
         tokens=np.append(trace.tokens, trace.tokens[-1]),

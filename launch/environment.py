@@ -47,7 +47,8 @@ PYTHON_SOCKET = "/pymp-12345678/listener-12345678"
 
 
 def direct(addresses: Sequence[str], environment: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The variables that keep requests to these hosts, and to this machine, from every proxy; none without a proxy.
+    """Return the variables that keep requests to these hosts, and to this machine, from every proxy; none without a
+    proxy.
 
     Both spellings are set: some programs read one, some the other. What the user excepts stays excepted.
     """
@@ -69,7 +70,7 @@ def direct(addresses: Sequence[str], environment: Mapping[str, str] | None = Non
 
 
 def forget_other_ray() -> None:
-    """Takes what belongs to another Ray out of this process's environment, for one that is started here.
+    """Take what belongs to another Ray out of this process's environment, for one that is started here.
 
     Ray reads some variables when it is imported, so this comes before. Empty folders go, too: Ray believes them.
     """
@@ -82,7 +83,7 @@ def forget_other_ray() -> None:
 
 
 def expand(path: str) -> str:
-    """A path with `~` and `$VARIABLE`s put in, which shells leave alone after "=" or in quotes.
+    """Return a path with `~` and `$VARIABLE`s put in, which shells leave alone after "=" or in quotes.
 
     ValueError: there is no such user or variable.
     """
@@ -95,12 +96,12 @@ def expand(path: str) -> str:
 
 
 def ray_folder() -> Path:
-    """The folder in which Ray makes its own, as it chooses it."""
+    """Return the folder in which Ray makes its own, as it chooses it."""
     return Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp")
 
 
 def temporary_problems() -> list[str]:
-    """Why Ray, the engines or a worker can't use the folders for temporary files, one line each."""
+    """Return why Ray, the engines or a worker can't use the folders for temporary files, one line each."""
     digits = Path("/proc/sys/kernel/pid_max").read_text().strip()
     python = "TMPDIR", os.environ.get("TMPDIR", ""), PYTHON_SOCKET
     ray = "RAY_TMPDIR", os.environ.get("RAY_TMPDIR", ""), RAY_SOCKET % digits

@@ -60,7 +60,7 @@ def _of_processes(cluster: ClusterConfig) -> dict[str, str]:
 
 
 def join_ray(cluster: ClusterConfig) -> None:
-    """Joins the cluster at `ray_address`, of which this machine is a node. NodeError: it can't be joined.
+    """Join the cluster at `ray_address`, of which this machine is a node. NodeError: it can't be joined.
 
     Its processes have the environment of their node's `ray start`, and what a run adds.
     """
@@ -105,7 +105,7 @@ def _knock(address: str) -> str:
 
 
 def start_ray(cluster: ClusterConfig) -> None:
-    """Starts or joins Ray. NodeError: the raylet did not come up in `ATTEMPTS` tries, or see `join_ray`.
+    """Start or join Ray. NodeError: the raylet did not come up in `ATTEMPTS` tries, or see `join_ray`.
 
     Ray gives its raylet a fixed 30 s, which a loaded machine can miss, hence the tries.
     """
@@ -166,7 +166,7 @@ def _retake_sigterm() -> None:
 
 
 def stop_ray() -> None:
-    """Leaves Ray. Where this process started it, everything that came of it is ended, and its token removed."""
+    """Leave Ray. Where this process started it, everything that came of it is ended, and its token removed."""
     token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", ""))
     mine = token.parent.name.startswith(TOKEN_FOLDER)
     left = _of_ray | _processes_of_ray() if mine else set()

@@ -62,7 +62,7 @@ def _holder(path: Path) -> Holder | None:
 
 
 class FolderLock:
-    """Held within `with`. Makes the folders that are missing, and removes those that are empty at the end.
+    """Held within `with`. Makes the folders that are missing, and remove those that are empty at the end.
 
     LockError: another process holds it, unless `wait`: then until it does not, saying once for whom.
     """
@@ -177,12 +177,12 @@ class FolderLock:
 
 
 def run_lock(run_dir: Path, wait: bool = False) -> FolderLock:
-    """The lock of a run's folder."""
+    """Return the lock of a run's folder."""
     return FolderLock(run_dir / "run.lock", ", stop it, or choose another run= name", wait)
 
 
 def made_once(folder: Path, make: Callable[[Path], None]) -> None:
-    """Makes a cached folder unless it is there; it appears whole or not at all. `make` fills the one it is given.
+    """Make a cached folder unless it is there; it appears whole or not at all. `make` fills the one it is given.
 
     Whoever wants the same one meanwhile waits. LockError: it can't be written to.
     """

@@ -92,7 +92,8 @@ class Node:
 
 
 def find_nodes(cluster: ClusterConfig, wait_s: float = NODES_WAIT_S) -> list[Node]:
-    """`num_nodes` nodes of the joined cluster with `gpus_per_node` free GPUs, this one first, the others by address.
+    """Return `num_nodes` nodes of the joined cluster with `gpus_per_node` free GPUs, this one first, the others by
+    address.
 
     NodeError after `wait_s`: there are fewer.
     """
@@ -125,7 +126,7 @@ def _order(address: str) -> tuple[int, str]:
 
 
 def look_around(nodes: Sequence[Node], run_dir: Path, model_folder: Path, wait_s: float = LOOK_WAIT_S) -> list[Node]:
-    """The nodes with the environment that processes need there.
+    """Return the nodes with the environment that processes need there.
 
     NodeError names a node that does not see the run's folder, may not write there, has no or another model, or can't
     run this package.
@@ -166,7 +167,7 @@ def look_around(nodes: Sequence[Node], run_dir: Path, model_folder: Path, wait_s
 def look(
     address: str, marker: str, config: str, digest: str, addresses: Sequence[str] = ()
 ) -> tuple[str, dict[str, str]]:
-    """Runs on a node: (what is wrong, "" for nothing; the environment that processes need here).
+    """Run on a node and return (what is wrong, "" for nothing; the environment that processes need here).
 
     `addresses`: of all nodes, between which nothing goes through a proxy.
     """
@@ -185,7 +186,7 @@ def look(
 
 
 def interface_of(address: str) -> str:
-    """The network interface that has an address; "" when none has it by itself."""
+    """Return the network interface that has an address; "" when none has it by itself."""
     for name, addresses in psutil.net_if_addrs().items():
         if any(one.address == address for one in addresses):
             return str(name)
@@ -220,5 +221,5 @@ class ProcessOptions:
 
     @property
     def address(self) -> str:
-        """The address that a server in this process listens on."""
+        """Return the address that a server in this process listens on."""
         return self.node.address if self.node else LOOPBACK

@@ -38,7 +38,7 @@ class Machine:
 
     @staticmethod
     def read(count_gpus: bool) -> Machine:
-        """This machine. `count_gpus` False: leaves GPUs alone and says 0."""
+        """Measure this machine. `count_gpus` False: leave GPUs alone and say 0."""
         return Machine(
             num_cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
             free_memory_gb=_free_memory_bytes() / GB,
@@ -50,7 +50,7 @@ class Machine:
 
 
 def problems(cluster: ClusterConfig, machine: Machine | None = None) -> list[str]:
-    """Why a run with these settings can not start from here, one line each with number and cure; empty: it can.
+    """Return why a run with these settings can not start from here, one line each with number and cure; empty: it can.
 
     `machine` is this one by default. With `ray_address` the processes run elsewhere and only the disk, which
     holds the run's folder, is looked at.

@@ -57,7 +57,7 @@ _watched: dict[str, _Watched] = {}  # by actor id
 
 
 def watch(name: str, actor: Any, ended: Any = None, log: str = "") -> Any:
-    """Counts an actor among those without which the run can't go on; returns it.
+    """Count an actor among those without which the run can't go on; return it.
 
     An actor that keeps a process, like an engine, says by the reference `ended` that and how it has ended; `log` is
     that process's log.
@@ -67,13 +67,15 @@ def watch(name: str, actor: Any, ended: Any = None, log: str = "") -> Any:
 
 
 def forget(actors: Sequence[Any]) -> None:
-    """These are about to be ended."""
+    """Stop watching actors that are about to be ended."""
     for actor in actors:
         _watched.pop(actor._actor_id.hex(), None)
 
 
 def ignore_signals() -> None:
-    """For a process with nothing left to do: Python takes a second to end, and a signal would change the exit code."""
+    """Ignore signals, in a process with nothing left to do: Python takes a second to end, and a signal would change the
+    exit code.
+    """
     if threading.current_thread() is threading.main_thread():
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
@@ -128,20 +130,22 @@ class Supervisor:
         signal.signal(WAKE, self._woken)
 
     def cause(self, settle_s: float) -> ProcessDied | signal.Signals | None:
-        """The signal or the death that ends the run, awaited for `settle_s`: its consequence may be seen first."""
+        """Return the signal or the death that ends the run, awaited for `settle_s`: its consequence may be seen
+        first.
+        """
         deadline = time.monotonic() + settle_s
         while _watched and self._active and self._cause is None and time.monotonic() < deadline:
             time.sleep(0.05)
         return self._cause
 
     def stop_looking(self) -> None:
-        """Ray is about to be left: none of its calls may be running then."""
+        """Stop looking, before Ray is left: none of its calls may be running then."""
         self._over.set()
         if self._looking.acquire(timeout=KNOCK_TIMEOUT_S):
             self._looking.release()
 
     def end(self) -> None:
-        """From now on nothing is interrupted: the run ends, in `CLEANUP_S` or without the rest of its cleanup."""
+        """Let nothing be interrupted from now on: the run ends, in `CLEANUP_S` or without the rest of its cleanup."""
         if self._active and not self._ending:
             self._ending = True
             self._timer.daemon = True
@@ -149,7 +153,7 @@ class Supervisor:
 
     @property
     def exit_code(self) -> int:
-        """Of a run that did not end well."""
+        """Return of a run that did not end well."""
         return 128 + self._cause if isinstance(self._cause, signal.Signals) else 1
 
     def _signalled(self, number: int, frame: FrameType | None) -> None:

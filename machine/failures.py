@@ -40,7 +40,8 @@ class _Frame(NamedTuple):
 
 
 def reason(error: BaseException) -> str:
-    """An error's message as one line. Where it says too little (KeyError: 'a'), with its type and the place in code.
+    """Return an error's message as one line. Where it says too little (KeyError: 'a'), with its type and the place in
+    code.
 
     The place is the last line of a user's own code, if any was running, else the last of this code or of a library.
     Errors that came from another process of Ray's are told as they were raised there.
@@ -76,7 +77,7 @@ def _frames(error: BaseException, origin: BaseException) -> Iterator[_Frame]:
 
 
 def ending(code: int) -> str:
-    """How a process ended, by its exit code: negative, or above 128 as shells have it, for a signal."""
+    """Return how a process ended, by its exit code: negative, or above 128 as shells have it, for a signal."""
     try:
         name = signal.Signals(-code if code < 0 else code - 128).name
     except ValueError:
@@ -85,12 +86,12 @@ def ending(code: int) -> str:
 
 
 def adopt_orphans() -> None:
-    """Makes this process the parent of descendants whose own parent has died, so that `end_descendants` finds them."""
+    """Make this process the parent of descendants whose own parent has died, so that `end_descendants` finds them."""
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
 
 
 def end_descendants() -> None:
-    """Kills every descendant of this process and waits until all are gone."""
+    """Kill every descendant of this process and wait until all are gone."""
     deadline = time.monotonic() + END_TIMEOUT_S
     while (found := psutil.Process().children(recursive=True)) and time.monotonic() < deadline:
         for process in found:

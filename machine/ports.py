@@ -21,7 +21,7 @@ class ReservedPort:
         self.number: int = self._socket.getsockname()[1]
 
     def close(self) -> None:
-        """The port is whoever's; a server that listens on it goes on."""
+        """Give the port up; a server that listens on it goes on."""
         self._socket.close()
 
     def __enter__(self) -> ReservedPort:

@@ -16,7 +16,7 @@ PACKAGED = Path(__file__).resolve().parent
 
 
 def search_path(recipes_dir: Path | None = None) -> list[Path]:
-    """Folders in which names are looked up, the first match wins.
+    """Return folders in which names are looked up, the first match wins.
 
     These are `recipes_dir` when given, `recipes` of the current folder when it holds one of the groups,
     and the ones that come with slime. ValueError: `recipes_dir` holds none of the groups.
@@ -34,18 +34,18 @@ def search_path(recipes_dir: Path | None = None) -> list[Path]:
 
 
 def find(folders: list[Path], group: str, name: str) -> Path | None:
-    """The YAML file of a name, None when no folder has it."""
+    """Return the YAML file of a name, None when no folder has it."""
     paths = (folder / group / f"{name}.yaml" for folder in folders)
     return next((path for path in paths if path.is_file()), None)
 
 
 def names(folders: list[Path], group: str) -> list[str]:
-    """All names of a group, sorted."""
+    """Return all names of a group, sorted."""
     return sorted({path.stem for folder in folders for path in (folder / group).glob("*.yaml")})
 
 
 def describe(path: Path) -> str:
-    """First comment line of a YAML file that is not a directive; "" when there is none."""
+    """Return the first comment line of a YAML file that is not a directive; "" when there is none."""
     with path.open(encoding="utf-8") as lines:
         for line in lines:
             text = line.strip()

@@ -79,7 +79,7 @@ class CompactionConfig:
 
     @property
     def max_prompt_tokens(self) -> int:
-        """The longest task, with its markup, that leaves room for a turn."""
+        """Return the longest task, with its markup, that leaves room for a turn."""
         return self.context_tokens - self.reserve_tokens
 
     def __post_init__(self) -> None:

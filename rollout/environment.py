@@ -32,15 +32,15 @@ class Environment(ABC):
 
     @abstractmethod
     async def start(self) -> str:
-        """Prepares the workspace; returns the prompt."""
+        """Prepare the workspace; return the prompt."""
 
     @abstractmethod
     async def step(self, action: str) -> Step:
-        """Carries out what the agent said. A wrong action is an observation, not an exception."""
+        """Carry out what the agent said. A wrong action is an observation, not an exception."""
 
     @abstractmethod
     async def reward(self) -> float:
-        """Judges the episode, once, after it has ended for whatever reason."""
+        """Judge the episode, once, after it has ended for whatever reason."""
 
 
 class Demonstrator(ABC):
@@ -48,38 +48,38 @@ class Demonstrator(ABC):
 
     @abstractmethod
     def action(self) -> str:
-        """The next action."""
+        """Return the next action."""
 
     @abstractmethod
     def summary(self) -> str:
-        """What to carry over a compaction."""
+        """Return what to carry over a compaction."""
 
 
 # What user code answers, checked where it comes in. `what` begins the sentence of the ValueError.
 
 
 async def awaited(answer: Awaitable[Any], what: str) -> Any:
-    """The answer of an `async def`."""
+    """Return the answer of an `async def`."""
     if not inspect.isawaitable(answer):
         raise ValueError(f"{what} is {_shown(answer)}: the method must be an `async def`")
     return await answer
 
 
 def require_kind(value: object, kind: type, what: str) -> None:
-    """An object of a class of ours."""
+    """Require an object of a class of ours."""
     if not isinstance(value, kind):
         raise ValueError(f"{what} is {_shown(value)}: it must be a slime.{kind.__name__}")
 
 
 def as_text(value: object, what: str) -> str:
-    """Text that every tokenizer takes: see `clean_text`."""
+    """Return the text that every tokenizer takes: see `clean_text`."""
     if not isinstance(value, str):
         raise ValueError(f"{what} is {_shown(value)}: it must be text")
     return clean_text(str(value))
 
 
 def as_reward(value: object, what: str) -> float:
-    """A finite number of any kind, a bool too, that float32 can hold."""
+    """Return a finite number of any kind, a bool too, that float32 can hold."""
     if isinstance(value, numbers.Real | np.bool_):
         try:
             number = float(value)
@@ -91,7 +91,7 @@ def as_reward(value: object, what: str) -> float:
 
 
 def as_step(step: Any, what: str) -> Step:
-    """A Step whose observation is text, that may be None at the end, and whose `done` is a bool."""
+    """Return a Step whose observation is text, that may be None at the end, and whose `done` is a bool."""
     require_kind(step, Step, f"{what}: the step")
     if not isinstance(step.done, bool | np.bool_):
         raise ValueError(f"{what}: done is {_shown(step.done)}: it must be True or False")

@@ -23,11 +23,11 @@ class RolloutGroup:
         self._running: list[Any] = []
 
     def run(self, buffer: Any) -> None:
-        """Lets every worker play the buffer's tickets from now on."""
+        """Let every worker play the buffer's tickets from now on."""
         self._running = [worker.run.remote(buffer) for worker in self.workers]
 
     def check(self) -> None:
-        """Raises what a worker's loop raised; it should only end when stopped."""
+        """Raise what a worker's loop raised; it should only end when stopped."""
         ended, _ = ray.wait(self._running, num_returns=len(self._running), timeout=0)
         ray.get(ended)
 
@@ -35,14 +35,14 @@ class RolloutGroup:
         return [list(indices[k :: len(self.workers)]) for k in range(len(self.workers))]
 
     def evaluate(self, indices: Sequence[int], keep: int) -> list[Played]:
-        """Held-out episodes at training's settings; sub-traces come with about `keep` of them."""
+        """Return held-out episodes at training's settings; sub-traces come with about `keep` of them."""
         each = -(-keep // len(self.workers))
         shares = zip(self.workers, self._share(indices), strict=True)
         refs = [worker.evaluate.remote(share, each) for worker, share in shares]
         return self.played(refs, "evaluation")
 
     def played(self, refs: Sequence[Any], what: str) -> list[Played]:
-        """Episodes that were asked for, one reference a worker. A worker's error or death is raised at once.
+        """Return episodes that were asked for, one reference a worker. A worker's error or death is raised at once.
 
         TimeoutError: no worker got an answer of an engine, or ended an episode, for `quiet_s`.
         """
@@ -65,10 +65,10 @@ class RolloutGroup:
         return [played for part in ray.get(list(refs), timeout=60) for played in part]
 
     def demonstrate(self, indices: Sequence[int], progress: float) -> list[Any]:
-        """References for `played`, one a worker."""
+        """Return references for `played`, one a worker."""
         shares = zip(self.workers, self._share(indices), strict=True)
         return [worker.demonstrate.remote(share, progress) for worker, share in shares]
 
     def stop(self, timeout_s: float = 60.0) -> None:
-        """Ends episodes, sandboxes and clients."""
+        """End episodes, sandboxes and clients."""
         ray.get([worker.stop.remote() for worker in self.workers], timeout=timeout_s)

@@ -25,7 +25,7 @@ class Task(ABC):
 
     @abstractmethod
     def environment(self, row: TaskRow, sandbox: Sandbox) -> Environment:
-        """A fresh world for one attempt at a row."""
+        """Return a fresh world for one attempt at a row."""
 
     def player(self, renderer: Renderer, config: RolloutConfig) -> Player:
         """Return who plays the attempts of a rollout worker: the tool-calling loop, compacted by the policy's summary.
@@ -35,13 +35,15 @@ class Task(ABC):
         return ToolLoop(renderer, config)
 
     def make_rows(self, split: str, count: int, seed: int) -> list[TaskRow]:
-        """Rows for tasks that make their own. `split` is "train" or "eval"; the two never share a row."""
+        """Return rows for tasks that make their own. `split` is "train" or "eval"; the two never share a row."""
         raise ValueError(f"{type(self).__name__} makes no rows: set task.{split} to a JSONL file")
 
     def make_model(self, folder: Path, seed: int) -> None:
-        """Writes a small untrained Hugging Face folder (model and tokenizer) for tasks that ship one."""
+        """Write a small untrained Hugging Face folder (model and tokenizer) for tasks that ship one."""
         raise ValueError(f"{type(self).__name__} has no model of its own: set model.path")
 
     def demonstrate(self, row: TaskRow, rng: random.Random, progress: float = 1.0) -> Demonstrator:
-        """A script that plays the row, for recipes of kind sft. `progress` in [0, 1]: how far the run has come."""
+        """Return a script that plays the row, for recipes of kind sft. `progress` in [0, 1]: how far the run has
+        come.
+        """
         raise ValueError(f"{type(self).__name__} has no demonstrations")

@@ -147,11 +147,11 @@ class RolloutWorker:
         return Played(index, stats_of(episode, sub_traces, time.monotonic() - began, engine_s), sub_traces)
 
     async def progress(self) -> int:
-        """A number that grows with every answer of an engine and every end of an episode."""
+        """Return a number that grows with every answer of an engine and every end of an episode."""
         return self._ended + (self._engines.answered if self._engines else 0)
 
     async def run(self, buffer: Any) -> None:
-        """Plays tickets of the buffer, `episodes_in_flight` at a time, until `stop`."""
+        """Play tickets of the buffer, `episodes_in_flight` at a time, until `stop`."""
         self._lanes = [asyncio.create_task(self._lane(buffer)) for _ in range(self.settings.config.episodes_in_flight)]
         try:
             await asyncio.gather(*self._lanes)
@@ -179,7 +179,7 @@ class RolloutWorker:
             await buffer.add.remote(ticket, infos, played.stats)
 
     async def evaluate(self, indices: Sequence[int], keep: int) -> list[Played]:
-        """Plays held-out rows with training's settings; sub-traces come with the first `keep` of them."""
+        """Play held-out rows with training's settings; sub-traces come with the first `keep` of them."""
         gate = asyncio.Semaphore(self.settings.config.episodes_in_flight)
 
         async def one(place: int, index: int) -> Played:
@@ -199,7 +199,7 @@ class RolloutWorker:
         return list(await asyncio.gather(*(one(place, index) for place, index in enumerate(indices))))
 
     async def demonstrate(self, indices: Sequence[int], progress: float) -> list[Played]:
-        """Plays training rows by the task's script, in the same loop and sandbox as the policy."""
+        """Play training rows by the task's script, in the same loop and sandbox as the policy."""
         s = self.settings
         found = []
         for index in indices:
@@ -214,7 +214,7 @@ class RolloutWorker:
         return found
 
     async def stop(self) -> None:
-        """Ends the episodes; closes sandboxes and clients."""
+        """End the episodes; closes sandboxes and clients."""
         self._stopping = True
         for lane in self._lanes:
             lane.cancel()

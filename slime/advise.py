@@ -56,19 +56,19 @@ class Figure:
 
     @property
     def above(self) -> bool:
-        """Certainly above its threshold."""
+        """Return whether the value is certainly above its threshold."""
         known = self.value is not None and self.threshold is not None
         return known and self.value - CERTAIN * self.stderr > self.threshold  # type: ignore[operator]
 
     @property
     def below(self) -> bool:
-        """Certainly below its threshold."""
+        """Return whether the value is certainly below its threshold."""
         known = self.value is not None and self.threshold is not None
         return known and self.value + CERTAIN * self.stderr < self.threshold  # type: ignore[operator]
 
     @property
     def text(self) -> str:
-        """The value as people read it."""
+        """Return the value as people read it."""
         if self.value is None:
             return "not known"
         spread = f" ± {self._number(self.stderr)}" if self.stderr else ""
@@ -76,12 +76,12 @@ class Figure:
 
     @property
     def brief(self) -> str:
-        """The value alone, for the verdict."""
+        """Return the value alone, for the verdict."""
         return replace(self, stderr=0.0).text
 
     @property
     def limit(self) -> str:
-        """The threshold as people read it."""
+        """Return the threshold as people read it."""
         return "" if self.threshold is None else self._number(self.threshold) + (" %" if self.percent else "")
 
     def _number(self, value: float) -> str:
@@ -100,7 +100,7 @@ class Advice:
     figures: tuple[Figure, ...]
 
     def lines(self) -> list[str]:
-        """What `slime advise` prints."""
+        """Return what `slime advise` prints."""
         rows = [("figure", "value", "threshold", "what it says")]
         rows += [(one.name, one.text, one.limit, one.says) for one in self.figures]
         widths = [max(len(row[column]) for row in rows) for column in range(3)]
@@ -114,7 +114,7 @@ class Advice:
 
 
 def advise(rows: Rows, config: Mapping[str, Any]) -> Advice:
-    """What to do about the baseline. `config`: config.yaml as plain values.
+    """Return what to do about the baseline. `config`: config.yaml as plain values.
 
     ValueError: not a run of reinforcement learning, or fewer than MIN_STEPS training steps.
     """

@@ -63,13 +63,13 @@ def _ranks(
 
 
 def build_policy(config: Config, folder: Path, where: Placement) -> PolicyGroup:
-    """The policy's ranks, not started."""
+    """Return the policy's ranks, not started."""
     ranks = _ranks(config, POLICY, config.policy, folder, where.policy)
     return PolicyGroup(ranks, config.policy, config.cluster.start_timeout_s)
 
 
 def build_reference(config: Config, folder: Path, where: Placement) -> PolicyGroup | NoReference:
-    """The starting model, frozen, in the policy's layout, not started; nothing where no KL is asked for."""
+    """Return the starting model, frozen, in the policy's layout, not started; nothing where no KL is asked for."""
     if not config.policy.kl_coef:
         return NoReference()
     ranks = _ranks(config, REFERENCE, config.policy, folder, where.reference)
@@ -77,7 +77,7 @@ def build_reference(config: Config, folder: Path, where: Placement) -> PolicyGro
 
 
 def build_estimator(config: Config, folder: Path, where: Placement) -> Estimator:
-    """The critic's ranks, not started, or a baseline that needs none."""
+    """Return the critic's ranks, not started, or a baseline that needs none."""
     if config.advantage.baseline is not Baseline.critic:
         return EpisodeEstimator(config.advantage)
     ranks = _ranks(config, CRITIC, config.critic, folder, where.critic)
@@ -85,7 +85,7 @@ def build_estimator(config: Config, folder: Path, where: Placement) -> Estimator
 
 
 def build_servers(config: Config, folder: Path, run_dir: Path, where: Placement, key: str = "") -> list[Any]:
-    """Engine servers; each starts its SGLang process when it is made. `key`: see `EngineServer`."""
+    """Return engine servers; each starts its SGLang process when it is made. `key`: see `EngineServer`."""
     engine, cls = config.rollout.engine, ray.remote(EngineServer)
     servers = [
         cls.options(max_concurrency=SERVER_CALLS, **options.ray()).remote(
@@ -109,7 +109,7 @@ def build_servers(config: Config, folder: Path, run_dir: Path, where: Placement,
 
 
 def engine_log(run_dir: Path, number: int) -> Path:
-    """What an engine says."""
+    """Return the path of an engine's log."""
     return run_dir / "logs" / f"engine_{number}.log"
 
 
@@ -145,7 +145,7 @@ def build_rollout(config: Config, inputs: Prepared, engines: EngineGroup, where:
 def build_weights(
     config: Config, policy: PolicyGroup, engines: EngineGroup, trainers: Sequence[WorkerGroup]
 ) -> Weights:
-    """The path from the policy to the engines, not connected."""
+    """Return the path from the policy to the engines, not connected."""
     limit_s = config.cluster.start_timeout_s
     if config.cluster.sharing is Sharing.all:
         return SharedGpuWeights(policy, engines, limit_s, trainers)
@@ -153,7 +153,7 @@ def build_weights(
 
 
 def share_devices(config: Config, trainers: Sequence[WorkerGroup]) -> None:
-    """Lets roles that share a GPU work side by side, unless one of them leaves it to the others."""
+    """Let roles that share a GPU work side by side, unless one of them leaves it to the others."""
     if config.cluster.sharing is not Sharing.none and any(one.layout.offload is Offload.role for one in trainers):
         device = SharedDevice()
         for one in trainers:
@@ -161,7 +161,7 @@ def share_devices(config: Config, trainers: Sequence[WorkerGroup]) -> None:
 
 
 def build(config: Config, inputs: Prepared, run_dir: Path, where: Placement) -> Run:
-    """Starts everything side by side and waits until all of it answers."""
+    """Start everything side by side and wait until all of it answers."""
     limit_s, engine = config.cluster.start_timeout_s, config.rollout.engine
     key = secrets.token_hex(32) if where.spans_nodes else ""  # engines that others can reach serve this run alone
     servers = build_servers(config, inputs.model_folder, run_dir, where, key)

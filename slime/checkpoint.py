@@ -40,7 +40,7 @@ def _folder(run_dir: Path, step: int) -> Path:
 
 
 def steps(run_dir: Path) -> list[int]:
-    """Steps of the complete checkpoints, oldest first."""
+    """Return steps of the complete checkpoints, oldest first."""
     found = (run_dir / "checkpoints").glob("step_*/state.json")
     return sorted(int(path.parent.name.removeprefix("step_")) for path in found if not path.parent.suffix)
 
@@ -80,7 +80,7 @@ class Checkpoints:
             self._pool.shutdown(wait=False)
 
     def save(self, step: int) -> None:
-        """Takes the state after a finished step; returns when training may go on. Waits for the save before it."""
+        """Take the state after a finished step; return when training may go on. Waits for the save before it."""
         self.wait()
         part = _folder(self._run_dir, step).with_suffix(".part")
         try:
@@ -95,12 +95,12 @@ class Checkpoints:
         self._writing = self._pool.submit(self._finish, step, part, state)
 
     def check(self) -> None:
-        """Does not wait."""
+        """Do not wait."""
         if self._writing is not None and self._writing.done():
             self.wait()
 
     def wait(self, limit_s: float | None = None) -> None:
-        """Until what was saved is on the disk; `limit_s`: from now, else as long as the files grow."""
+        """Wait until what was saved is on the disk; `limit_s`: from now, else as long as the files grow."""
         if self._writing is None:
             return
         writing, self._writing = self._writing, None
@@ -175,7 +175,7 @@ def load(run_dir: Path, run: Run) -> int:
 
 
 def export(run_dir: Path, step: int | None, out: Path) -> Path:
-    """Writes the policy of a checkpoint (None: the newest) as a Hugging Face folder; needs no GPU and no engine.
+    """Write the policy of a checkpoint (None: the newest) as a Hugging Face folder; needs no GPU and no engine.
 
     ValueError: no such checkpoint, or it can't be read; `out` is taken; the model that the run started from, whose
     config and tokenizer go into the folder, is gone. OSError: the folder can't be written.

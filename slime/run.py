@@ -41,7 +41,7 @@ class Run:
 
     @property
     def roles(self) -> list[WorkerGroup]:
-        """Groups of processes that train: what a checkpoint holds."""
+        """Return the groups of processes that train: what a checkpoint holds."""
         return [self.policy, *self.estimator.roles]
 
     def score(self, batch: Batch) -> Scores:

@@ -107,5 +107,5 @@ class Config:
 
 
 def folder_of(config: Config) -> Path:
-    """The run's folder."""
+    """Return the run's folder."""
     return Path(config.runs_dir) / (config.run or config.recipe)

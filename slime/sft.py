@@ -33,7 +33,7 @@ class Drawn(NamedTuple):
 
 
 def demonstrations(config: Config, inputs: Prepared, rollout: RolloutGroup) -> Iterator[Drawn]:
-    """Endless shuffled batches of sub-traces that hold an action; one call ahead of their use.
+    """Yield endless shuffled batches of sub-traces that hold an action; one call ahead of their use.
 
     RuntimeError: no row has a demonstration with a turn, or the first MAX_WITHOUT_TURN that were drawn have none.
     """
@@ -72,7 +72,7 @@ def demonstrations(config: Config, inputs: Prepared, rollout: RolloutGroup) -> I
 
 
 def run(config: Config, inputs: Prepared, run_dir: Path, view: View, tracker: Tracker, where: Placement) -> Path:
-    """Trains `config.steps` optimizer steps and exports a Hugging Face folder; returns it."""
+    """Train `config.steps` optimizer steps and export a Hugging Face folder; return it."""
     limit_s = config.cluster.start_timeout_s
     view.phase("starting training processes and sandboxes")
     policy = build_policy(config, inputs.model_folder, where)

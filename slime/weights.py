@@ -39,7 +39,7 @@ class Weights:
         self._held: Checksums = []  # where changes are sent: of what the engines were left with
 
     def connect(self) -> None:
-        """Makes the group that weights travel over."""
+        """Make the group that weights travel over."""
         self._buckets = buckets(self.policy.weight_names().result(self.timeout_s))
         asyncio.run(self._connect())
 
@@ -59,10 +59,10 @@ class Weights:
         joining.result(self.timeout_s)
 
     def lend_memory(self) -> None:
-        """Training begins: where engines and trainers share a GPU, it may use the engines' memory. Not here."""
+        """Let training use the engines' memory where both share a GPU; nothing to do here."""
 
     def publish(self, version: int) -> float:
-        """Puts the policy's present weights into every engine under `version`; returns seconds.
+        """Put the policy's present weights into every engine under `version`; return seconds.
 
         With `rollout.engine.delta` every publication but the first sends changes only. RuntimeError: then an engine
         does not hold what the last one left there.
@@ -73,7 +73,7 @@ class Weights:
         return time.perf_counter() - began
 
     def verify(self) -> None:
-        """Proves that every engine holds the policy's weights, all of them and nothing else; takes a publication.
+        """Prove that every engine holds the policy's weights, all of them and nothing else; takes a publication.
 
         The engines hash what they hold, have it overwritten with random numbers, are sent the policy's weights
         whole, and hash again. A tensor that was not as the policy has it, or that no publication reaches, has
@@ -158,12 +158,12 @@ class SharedGpuWeights(Weights):
         self._lent = False
 
     def lend_memory(self) -> None:
-        """The engines must have no request: synchronous training."""
+        """Take the engines' memory for training; they must have no request: synchronous training."""
         asyncio.run(self._engines(EngineClient.release_memory))
         self._lent = True
 
     def publish(self, version: int) -> float:
-        """The engines take their memory back, then the weights, all of which they have lost."""
+        """Let the engines take their memory back, then the weights, all of which they have lost."""
         if self._lent:
             for freed in [trainer.free_cache() for trainer in self._trainers]:
                 freed.result(self.timeout_s)
@@ -178,7 +178,9 @@ class SharedGpuWeights(Weights):
 
 
 def different(wanted: Sequence[dict[str, str]], held: Sequence[dict[str, str]]) -> list[str]:
-    """Names of tensors whose hash differs on any tensor-parallel rank, sorted; those that one side lacks, too."""
+    """Return the names of tensors whose hash differs on any tensor-parallel rank, sorted; those that one side lacks,
+    too.
+    """
     pairs = zip(wanted, held, strict=True)
     return sorted({name for one, two in pairs for name in one.keys() | two.keys() if one.get(name) != two.get(name)})
 

@@ -12,11 +12,9 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from tree import ROOT, own_modules
 
-ROOT = Path(__file__).parent.parent
-PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-PROJECT = PYPROJECT["project"]
-OWN_FILES = PYPROJECT["tool"]["ruff"]["include"]  # patterns: a checkout holds others' files, too
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PACKAGES = ("slime", "launch", "recipes", "critic", "trainer", "rollout", "buffer", "machine")
 CHECKS = ("tests", "benchmarks", "examples", "docs", "locks")
 NOT_HERE = {"flash_attn": "flash-attn-4"}  # what is imported where it is installed: there is no build for CPUs
@@ -44,8 +42,7 @@ def distributions(root: Path, folders: Iterable[str]) -> dict[str, str]:
     Files of tests and benchmarks import each other by their bare names.
     """
     of_module = importlib.metadata.packages_distributions()
-    own_files = {path for pattern in OWN_FILES for path in root.glob(pattern) if path.suffix == ".py"}
-    files = [path for folder in folders for path in sorted(own_files) if path.is_relative_to(root / folder)]
+    files = [path for folder in folders for path in own_modules(root) if path.is_relative_to(root / folder)]
     own = {*PACKAGES, *CHECKS, *(path.stem for path in files if path.relative_to(root).parts[0] in CHECKS)}
     found: dict[str, str] = {}
     for path in files:

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import tomllib
 import typing
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+from tree import ROOT, own_modules
 
 import slime
 from slime.schema import Config
-
-ROOT = Path(__file__).parent.parent
-OWN_FILES = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["ruff"]["include"]  # patterns
 
 # Who may import whom; a folder may always import itself.
 ALLOWED = {
@@ -49,7 +46,7 @@ MAX_CONFIG_FIELDS = 120
 def violations(root: Path) -> list[str]:
     """All that breaks the rules below `root`, one line each, starting with the file and the line number."""
     found = []
-    own = {path for pattern in OWN_FILES for path in root.glob(pattern)}
+    own = own_modules(root)
     for top in ALLOWED:
         paths = sorted(path for path in own if path.relative_to(root).parts[0] == top)
         for folder in sorted({path.parent for path in paths}):
@@ -156,9 +153,9 @@ def test_the_floors_have_an_order() -> None:
 
 def test_a_class_name_exists_once() -> None:
     places: dict[str, list[str]] = {}
-    for path in sorted(path for pattern in OWN_FILES for path in ROOT.glob(pattern)):
+    for path in own_modules():
         name = path.relative_to(ROOT).as_posix()
-        if path.suffix == ".py" and name.split("/")[0] in ALLOWED.keys() - {"examples"}:
+        if name.split("/")[0] in ALLOWED.keys() - {"examples"}:
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.ClassDef):
                     places.setdefault(node.name, []).append(name)

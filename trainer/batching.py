@@ -49,7 +49,7 @@ def held_pieces(context_size: int) -> list[list[int]]:
 
 
 def pieces(start_N: torch.Tensor, length_N: torch.Tensor, numbers: list[int]) -> torch.Tensor:
-    """Indices of pieces `numbers` of each sequence i; piece k is start_N[i] + k * length_N[i] + 0, 1, ..."""
+    """Return indices of pieces `numbers` of each sequence i; piece k is start_N[i] + k * length_N[i] + 0, 1, ..."""
     found = [
         torch.arange(start + number * length, start + (number + 1) * length)
         for start, length in zip(start_N.tolist(), length_N.tolist(), strict=True)
@@ -81,13 +81,13 @@ class MicroBatch:
 
     @property
     def sequence_P(self) -> torch.Tensor:
-        """Number of the sequence that each prediction belongs to, int64."""
+        """Return the number of the sequence that each prediction belongs to, int64."""
         share = sum(self.lengths) // len(self.action_P)
         lengths_N = torch.tensor(self.lengths, device=self.action_P.device) // share
         return torch.repeat_interleave(torch.arange(len(self.lengths), device=lengths_N.device), lengths_N)
 
     def name_of(self, prediction: int) -> str:
-        """Which token a prediction of this process is: episode, sub-trace, index."""
+        """Return which token a prediction of this process is: episode, sub-trace, index."""
         place = int(self.packing.own_T[prediction])
         ends = np.cumsum(self.lengths)
         k = int(np.searchsorted(ends, place, side="right"))
@@ -96,7 +96,7 @@ class MicroBatch:
 
 
 def length_multiples(tensor: int, sequence_parallel: bool, context: int) -> tuple[int, int]:
-    """What the length of each sequence and of all together must be a multiple of, in a layout of these sizes.
+    """Return what the length of each sequence and of all together must be a multiple of, in a layout of these sizes.
 
     Context parallelism cuts every sequence into 2 `context` pieces; sequence parallelism cuts what a process then
     holds into `tensor` slices.
@@ -113,7 +113,7 @@ def micro_batch(
     multiples: tuple[int, int] = (1, 1),
     context: tuple[int, int] = (1, 0),
 ) -> MicroBatch:
-    """Packs the sub-traces named by `indices`; of them, what the process `context` = (size, rank) holds.
+    """Pack the sub-traces named by `indices`; of them, what the process `context` = (size, rank) holds.
 
     `columns[name][index]` is float32 [T] of that sub-trace. `multiples`: see `length_multiples`. Sequences are padded
     at their end; a padding sequence is added where there is none or where the whole length is no multiple. Padding
@@ -150,7 +150,7 @@ def micro_batch(
 
 
 def per_sub_trace(batch: MicroBatch, out_A: torch.Tensor) -> TokenColumn:
-    """Model outputs back on SubTrace indices: float32 [T] per sub-trace, 0 at index 0.
+    """Put model outputs back on SubTrace indices: float32 [T] per sub-trace, 0 at index 0.
 
     `out_A`: the outputs of all processes of the context-parallel group, one process's after the other's.
     """

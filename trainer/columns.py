@@ -33,7 +33,7 @@ def policy_columns(
     corrections: Sequence[Float32],
     grids: Sequence[Grid],
 ) -> dict[str, TokenColumn]:
-    """The columns above. One grid for each optimizer step of the epoch."""
+    """Return the columns above. One grid for each optimizer step of the epoch."""
     columns = {
         "advantages": TokenColumn((i, target.advantages) for i, target in enumerate(targets)),
         "weights": loss_weights(batch, sub_traces, grids, config.loss_norm),
@@ -58,13 +58,15 @@ def policy_columns(
 
 
 def token_kinds(trace: SubTrace) -> Float32:
-    """Index into TOKEN_KINDS of every token, float32 [T]: summaries first, then the sub-trace's kind."""
+    """Return the index into TOKEN_KINDS of every token, float32 [T]: summaries first, then the sub-trace's kind."""
     own = TOKEN_KINDS.index(trace.kind.value)
     return np.where(trace.summary_mask, np.float32(TOKEN_KINDS.index("summary")), np.float32(own))
 
 
 def loss_weights(batch: Batch, sub_traces: Sequence[SubTrace], grids: Sequence[Grid], norm: LossNorm) -> TokenColumn:
-    """Weight of every token in its optimizer step's loss, float32 [T] by index; see trainer/losses/averages.py."""
+    """Return the weight of every token in its optimizer step's loss, float32 [T] by index; see
+    trainer/losses/averages.py.
+    """
     weights: dict[int, Float32] = {}
     for indices in map(_indices, grids):
         items = [batch.items[i] for i in indices]
@@ -74,7 +76,9 @@ def loss_weights(batch: Batch, sub_traces: Sequence[SubTrace], grids: Sequence[G
 
 
 def nll_weights(coef: float, batch: Batch, sub_traces: Sequence[SubTrace], grids: Sequence[Grid]) -> TokenColumn:
-    """Weight of every token's negative log-likelihood: `coef` times the mean over episodes with positive reward."""
+    """Return the weight of every token's negative log-likelihood: `coef` times the mean over episodes with positive
+    reward.
+    """
     earned: dict[str, float] = {}
     for trace in sub_traces:
         earned[trace.episode_id] = earned.get(trace.episode_id, 0.0) + float(trace.rewards.sum())

@@ -127,7 +127,7 @@ class LayoutConfig:
 
     @property
     def row_size(self) -> int:
-        """Processes that work on the same sequences."""
+        """Return processes that work on the same sequences."""
         return Sizes.of(self).row_size
 
     @property
@@ -136,7 +136,7 @@ class LayoutConfig:
 
     @property
     def expert_tensor_parallel(self) -> int:
-        """Processes that share one expert's tensors."""
+        """Return processes that share one expert's tensors."""
         return self.tensor_parallel if self.expert_parallel == 1 else 1
 
 
@@ -223,6 +223,6 @@ class PolicyConfig:
 
     @property
     def correction_window(self) -> tuple[float, float]:
-        """Low and high bound of the correction's ratio."""
+        """Return the low and high bound of the correction's ratio."""
         low, high = self.correction_bounds or _CORRECTION_BOUNDS[self.correction]
         return low, high

@@ -98,10 +98,12 @@ class Saving(Protocol):
     """One rank's part of a checkpoint on its way to the disk."""
 
     def result(self) -> bytes | None:
-        """What `finish` needs from this rank; None while it is being written. OSError: it could not be written."""
+        """Return what `finish` needs from this rank; None while it is being written. OSError: it could not be
+        written.
+        """
 
     def finish(self, of_ranks: Sequence[bytes]) -> None:
-        """On rank 0, with the results of all ranks in rank order: completes the checkpoint. OSError: it could not."""
+        """Complete the checkpoint, on rank 0, with the results of all ranks in rank order. OSError: it could not."""
 
 
 class Engine(Protocol):
@@ -115,47 +117,47 @@ class Engine(Protocol):
     device: torch.device
 
     def start(self, master: str, port: int) -> None:
-        """Joins the role's process group at rank 0's address, builds the shard, reads its weights.
+        """Join the role's process group at rank 0's address, build the shard, read its weights.
 
         ValueError: the model's folder or the layout does not suit.
         """
 
     def forward(self, batches: Sequence[MicroBatch]) -> list[tuple[MicroBatch, torch.Tensor]]:
-        """Computes without gradients each micro-batch's log-probabilities, or values with a scalar head, [A].
+        """Compute without gradients each micro-batch's log-probabilities, or values with a scalar head, [A].
 
         Returns them on one process of every data-parallel row, nothing on the others.
         """
 
     def update(self, steps: Iterable[Sequence[MicroBatch]], loss: LossFunction) -> list[StepResult]:
-        """Takes one optimizer step for each list of micro-batches. RuntimeError: a gradient that is not finite."""
+        """Take one optimizer step for each list of micro-batches. RuntimeError: a gradient that is not finite."""
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yields every tensor but the head's under its Hugging Face name; all ranks must iterate.
+        """Yield every tensor but the head's under its Hugging Face name; all ranks must iterate.
 
         On rank 0 tensors are whole, on its device; the others get the same shapes and dtypes on the device "meta".
         """
 
     def weight_shapes(self) -> list[tuple[str, str, list[int]]]:
-        """(Hugging Face name, dtype, shape) of what `weights` yields, in its order."""
+        """Return (Hugging Face name, dtype, shape) of what `weights` yields, in its order."""
 
     def save(self, folder: Path) -> Saving:
-        """Copies weights, optimizer state and generators aside and writes them in the background. OSError: no room."""
+        """Copy weights, optimizer state and generators aside and write them in the background. OSError: no room."""
 
     def load(self, folder: Path) -> None:
-        """Reads what `save` wrote, in this or another layout. ValueError: it is not whole, or of another model."""
+        """Read what `save` wrote, in this or another layout. ValueError: it is not whole, or of another model."""
 
     def present(self, *memory: Memory) -> AbstractContextManager[None]:
-        """Keeps this memory on the device inside the block; before `start` it does nothing."""
+        """Keep this memory on the device inside the block; before `start` it does nothing."""
 
     def stop(self) -> None:
-        """Leaves the process group; another engine may start in this process."""
+        """Leave the process group; another engine may start in this process."""
 
 
 MakeEngine = Callable[[EngineSettings, ScalarHead | None, Sequence[str]], Engine]  # settings, head, patterns to freeze
 
 
 def megatron(settings: EngineSettings, head: ScalarHead | None, freeze: Sequence[str]) -> Engine:
-    """Makes the Megatron engine; only the processes that hold one import megatron-core."""
+    """Make the Megatron engine; only the processes that hold one import megatron-core."""
     from trainer.megatron.engine import MegatronEngine
 
     return MegatronEngine(settings, head, freeze)
@@ -169,7 +171,7 @@ W = TypeVar("W", bound=HasEngine)
 
 
 def needs(*memory: Memory) -> Callable[[Callable[Concatenate[W, P], T]], Callable[Concatenate[W, P], T]]:
-    """Declares what a worker's method needs on the device, and has it there while the method runs."""
+    """Declare what a worker's method needs on the device, and have it there while the method runs."""
 
     def decorate(method: Callable[Concatenate[W, P], T]) -> Callable[Concatenate[W, P], T]:
         @functools.wraps(method)
@@ -184,13 +186,15 @@ def needs(*memory: Memory) -> Callable[[Callable[Concatenate[W, P], T]], Callabl
 
 
 def needed(method: Callable[..., object]) -> frozenset[Memory]:
-    """What a worker's method needs on the device (`needs`)."""
+    """Return what a worker's method needs on the device (`needs`)."""
     found: frozenset[Memory] = getattr(method, "needs", frozenset())
     return found
 
 
 def learning_rate(config: OptimizerConfig, step: int) -> float:
-    """lr at optimizer step 0, 1, ...: linear warm-up, then constant or linear decay to final_lr_ratio * lr."""
+    """Return the learning rate at optimizer step 0, 1, ...: linear warm-up, then constant or linear decay to
+    final_lr_ratio * lr.
+    """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     if config.decay_steps == 0:
@@ -200,13 +204,13 @@ def learning_rate(config: OptimizerConfig, step: int) -> float:
 
 
 def require_finite_norm(grad_norm: float, step: int) -> None:
-    """RuntimeError: the gradient norm of an optimizer step is NaN or infinite."""
+    """Refuse an optimizer step. RuntimeError: its gradient norm is NaN or infinite."""
     if not grad_norm < float("inf"):
         raise RuntimeError(f"optimizer step {step}: gradient norm {grad_norm} is not finite")
 
 
 def frozen_names(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
-    """The names that match at least one pattern (`*`, `?`, `[...]`; of the whole name, case counts).
+    """Return the names that match at least one pattern (`*`, `?`, `[...]`; of the whole name, case counts).
 
     ValueError: a pattern that matches none, with the names that come nearest; nothing left to train.
     """

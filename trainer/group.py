@@ -34,7 +34,7 @@ class Answer(Protocol[T_co]):
     """What was asked of a role."""
 
     def result(self, timeout_s: float | None = None) -> T_co:
-        """Waits for it."""
+        """Wait for it."""
 
 
 class Ready(Generic[T]):
@@ -61,12 +61,12 @@ class Pending(Generic[T]):
         self._units = max(1, units)
 
     def result(self, timeout_s: float | None = None) -> T:
-        """Waits. TimeoutError names the ranks that are missing; a rank's own error passes through, at once."""
+        """Wait. TimeoutError names the ranks that are missing; a rank's own error passes through, at once."""
         self.wait(timeout_s)
         return self._finish(ray.get(self._refs, timeout=60))
 
     def wait(self, timeout_s: float | None = None) -> None:
-        """Until all ranks have answered; errors as of `result`."""
+        """Wait until all ranks have answered; errors as of `result`."""
         limit = timeout_s or self._group.timeout_s * self._units
         late, deadline = list(self._refs), time.monotonic() + limit
         while late and (left_s := deadline - time.monotonic()) > 0:
@@ -87,12 +87,12 @@ class SharedDevice:
         self._last: tuple[WorkerGroup, Pending[Any]] | None = None
 
     def wait_for_others(self, group: WorkerGroup) -> None:
-        """Until no other role is at work."""
+        """Wait until no other role is at work."""
         if self._last is not None and self._last[0] is not group:
             self._last[1].wait()
 
     def used_by(self, group: WorkerGroup, asked: Pending[Any]) -> None:
-        """Notes that the group works on what it was asked."""
+        """Note that the group works on what it was asked."""
         self._last = group, asked
 
 
@@ -133,7 +133,7 @@ class WorkerGroup:
         return Pending(self, method.__name__, [ref], lambda answers: answers[0])
 
     def start(self, timeout_s: float) -> Pending[list[int]]:
-        """Lets the ranks meet at rank 0 and build their shards."""
+        """Let the ranks meet at rank 0 and build their shards."""
         host, port = self._ask_first(Worker.address).result(timeout_s)
         return self._pending(Worker.start, self._send(Worker.start, host, port), self._started)
 
@@ -142,53 +142,53 @@ class WorkerGroup:
         return hidden_sizes
 
     def save(self, folder: Path) -> Pending[list[float]]:
-        """Begins a checkpoint in a folder of its own; the result is seconds for which each rank stood still.
+        """Begin a checkpoint in a folder of its own; the result is seconds for which each rank stood still.
 
         Ranks go on writing it: see `saved`. OSError: no room on the disk.
         """
         return self._ask(Worker.save, str(folder.resolve()))
 
     def saved(self) -> Pending[list[bytes | None]]:
-        """What each rank has written; None of one that is still writing. OSError: it could not be written."""
+        """Return what each rank has written; None of one that is still writing. OSError: it could not be written."""
         return self._ask(Worker.saved)
 
     def finish_save(self, of_ranks: Sequence[bytes]) -> Pending[None]:
-        """Makes what all ranks have `saved` one checkpoint."""
+        """Make what all ranks have `saved` one checkpoint."""
         return self._ask_first(Worker.finish_save, of_ranks)
 
     def load(self, folder: Path) -> Pending[list[None]]:
-        """Reads a checkpoint that any layout wrote. ValueError: it is not whole, or of another model."""
+        """Read a checkpoint that any layout wrote. ValueError: it is not whole, or of another model."""
         return self._ask(Worker.load, str(folder.resolve()))
 
     def free_cache(self) -> Pending[list[None]]:
-        """Gives GPU memory that is not in use back to the other processes on the GPU."""
+        """Give GPU memory that is not in use back to the other processes on the GPU."""
         return self._ask(Worker.free_cache)
 
     def grid(self, indices: Sequence[int], num_tokens: Sequence[int]) -> Grid:
-        """Micro-batches of the named sub-traces for this role's data-parallel ranks."""
+        """Return micro-batches of the named sub-traces for this role's data-parallel ranks."""
         layout = self.layout
         places = pack(num_tokens, layout.data_parallel, layout.max_tokens_per_micro_batch, quadratic=self._quadratic)
         return [[[indices[place] for place in micro] for micro in row] for row in places]
 
     def predict(self, method: Callable[[Any, Sequence[Any], Grid], TokenColumn], batch: Batch) -> Pending[TokenColumn]:
-        """Forward only, over a whole batch."""
+        """Predict over a whole batch: forward only."""
         grid = self.grid(range(len(batch.items)), [item.num_tokens for item in batch.items])
         asked = self._send(method, [item.ref for item in batch.items], grid)
         return self._pending(method, asked, TokenColumn.joined, depth([grid]))
 
     def peak_memory(self) -> dict[str, float]:
-        """The metric `<role>/peak_memory_gb`: of the rank that has the most (`Worker.peak_memory_gb`)."""
+        """Return the metric `<role>/peak_memory_gb`: of the rank that has the most (`Worker.peak_memory_gb`)."""
         return {f"{self.name}/peak_memory_gb": max(self._ask(Worker.peak_memory_gb).result())}
 
     def minibatch_grids(self, batch: Batch, num_minibatches: int, rng: np.random.Generator) -> list[Grid]:
-        """One grid for each optimizer step of an epoch: whole episodes, shuffled."""
+        """Return one grid for each optimizer step of an epoch: whole episodes, shuffled."""
         parts = split([item.episode_id for item in batch.items], num_minibatches, rng)
         return [self.grid(part, [batch.items[i].num_tokens for i in part]) for part in parts]
 
     def train(
         self, method: Update, batch: Batch, epochs: Iterable[tuple[Columns, list[Grid]]]
     ) -> Pending[dict[str, float]]:
-        """Epochs of optimizer steps; the result is per-token means and means over the optimizer steps."""
+        """Start epochs of optimizer steps; the result is per-token means and means over the optimizer steps."""
         items, asked, units = [item.ref for item in batch.items], [], 0
         for columns, grids in epochs:
             asked += self._send(method, items, self._rows(columns, grids), grids)
@@ -212,11 +212,11 @@ class PolicyGroup(WorkerGroup):
         self.config = config
 
     def logprobs(self, batch: Batch) -> Pending[TokenColumn]:
-        """Log-probabilities of a batch under the present weights."""
+        """Return log-probabilities of a batch under the present weights."""
         return self.predict(PolicyWorker.logprobs, batch)
 
     def imitate(self, batch: Batch, grid: Grid) -> Pending[dict[str, float]]:
-        """One supervised optimizer step on a batch."""
+        """Start one supervised optimizer step on a batch."""
         asked = self._send(PolicyWorker.imitate, [item.ref for item in batch.items], [grid])
         return self._pending(PolicyWorker.imitate, asked, reduced, depth([grid]))
 
@@ -229,7 +229,7 @@ class PolicyGroup(WorkerGroup):
         corrections: Sequence[Float32],
         rng: np.random.Generator,
     ) -> Pending[dict[str, float]]:
-        """The policy's optimizer steps of one training step.
+        """Start the policy's optimizer steps of one training step.
 
         `scores`: what was predicted before it. `corrections`: weight of every token's policy loss
         (trainer/losses/correction.py).
@@ -242,25 +242,25 @@ class PolicyGroup(WorkerGroup):
         return self.train(PolicyWorker.update, batch, epochs)
 
     def export(self, folder: Path) -> Pending[list[None]]:
-        """Writes a Hugging Face folder with the present weights."""
+        """Write a Hugging Face folder with the present weights."""
         return self._ask(PolicyWorker.export, str(folder.resolve()))
 
     def weight_names(self) -> Pending[list[Weight]]:
-        """(Hugging Face name, dtype, shape) of every tensor, in the order in which they are sent."""
+        """Return (Hugging Face name, dtype, shape) of every tensor, in the order in which they are sent."""
         return self._ask_first(PolicyWorker.weight_names)
 
     def address(self) -> Pending[tuple[str, int]]:
-        """Host and a port of rank 0, kept free, where it is about to meet the engines."""
+        """Return the host and a port of rank 0, kept free, where it is about to meet the engines."""
         return self._ask_first(PolicyWorker.address)
 
     def join_engines(
         self, host: str, port: int, world_size: int, name: str, backend: str, timeout_s: float
     ) -> Pending[None]:
-        """Lets rank 0 join the group over which weights go to the engines; resolved when all of them have."""
+        """Let rank 0 join the group over which weights go to the engines; resolved when all of them have."""
         return self._ask_first(PolicyWorker.join_engines, host, port, world_size, name, backend, timeout_s)
 
     def send_weights(self, changes: bool, keep_base: bool) -> Pending[int]:
-        """Broadcasts the weights to the engines; the result is bytes sent. See `PolicyWorker.send_weights`."""
+        """Broadcast the weights to the engines; the result is bytes sent. See `PolicyWorker.send_weights`."""
         return self._pending(PolicyWorker.send_weights, self._send(PolicyWorker.send_weights, changes, keep_base), sum)
 
 
@@ -272,12 +272,12 @@ class NoReference:
 
 
 def depth(grids: Sequence[Grid]) -> int:
-    """Micro-batches that a rank does one after the other."""
+    """Return micro-batches that a rank does one after the other."""
     return sum(max((len(row) for row in grid), default=0) for grid in grids)
 
 
 def reduced(results: Sequence[UpdateResult]) -> dict[str, float]:
-    """Results of updates of all ranks: per-token means, maxima, and means over the optimizer steps.
+    """Join the results of updates of all ranks: per-token means, maxima, and means over the optimizer steps.
 
     A number beyond the range of a float (a ratio that `dis` masks may be) is left out: metrics are finite.
     """
@@ -298,7 +298,7 @@ def reduced(results: Sequence[UpdateResult]) -> dict[str, float]:
 
 
 def gradient_shares(metrics: dict[str, float]) -> dict[str, float]:
-    """`gradient/<part>` sums of |d loss / d log pi| as shares of all of it: `gradient_share/<part>`."""
+    """Return `gradient/<part>` sums of |d loss / d log pi| as shares of all of it: `gradient_share/<part>`."""
     sizes = {name.removeprefix("gradient/"): size for name, size in metrics.items() if name.startswith("gradient/")}
     total = sum(sizes.values())
     rest = {name: number for name, number in metrics.items() if not name.startswith("gradient/")}

@@ -28,7 +28,7 @@ class Sizes(NamedTuple):
 
     @classmethod
     def of(cls, layout: Any) -> Sizes:
-        """Reads them off anything that has these attributes."""
+        """Read them off anything that has these attributes."""
         return cls(*(getattr(layout, name) for name in cls._fields))
 
     @property
@@ -37,14 +37,15 @@ class Sizes(NamedTuple):
 
 
 def refuse_layout(layout: Any) -> None:
-    """ValueError: a layout that works for no model, with the numbers and the nearest layout that works for one."""
+    """Refuse a layout. ValueError: it works for no model, with the numbers and the nearest layout that works for one.
+    """
     sizes = Sizes.of(layout)
     for problem in _alone(sizes):
         raise ValueError(f"{problem}: {_cure(sizes, lambda s: not any(_alone(s)))}")
 
 
 def check_layout(shape: ModelShape, layout: Any) -> None:
-    """ValueError: a layout that can't work for this model, with the numbers and the nearest layout that works.
+    """Refuse a layout. ValueError: it can't work for this model, with the numbers and the nearest layout that works.
 
     `layout` has the attributes of `Sizes`; its own numbers go together (`refuse_layout`). The nearest layout has the
     same number of processes; it changes as few settings as possible, and these by the smallest factors.
@@ -59,7 +60,7 @@ def check_layout(shape: ModelShape, layout: Any) -> None:
 
 
 def chunks_of(num_layers: int, pipeline_parallel: int, virtual_stages: int) -> list[range]:
-    """Global numbers of the layers in each chunk of the model, first to last.
+    """Return global numbers of the layers in each chunk of the model, first to last.
 
     The chunks go over the pipeline ranks, then over the virtual stages: of 8 layers on 2 ranks with 2 stages each rank
     0 has 0 1 and 4 5, rank 1 has 2 3 and 6 7. Where the layers do not divide, some chunks have one more: the last never
@@ -74,7 +75,7 @@ def chunks_of(num_layers: int, pipeline_parallel: int, virtual_stages: int) -> l
 
 @functools.cache  # asked for every tensor of every publication
 def pipeline_rank_of(layer: int, num_layers: int, pipeline_parallel: int, virtual_stages: int) -> int:
-    """The pipeline rank that has a layer."""
+    """Return the pipeline rank that has a layer."""
     chunks = chunks_of(num_layers, pipeline_parallel, virtual_stages)
     return next(number for number, layers in enumerate(chunks) if layer in layers) % pipeline_parallel
 

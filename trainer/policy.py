@@ -36,7 +36,7 @@ class PolicyWorker(Worker):
 
     @needs(Memory.weights)
     def logprobs(self, refs: Sequence[Any], grid: Grid) -> TokenColumn:
-        """Log-probabilities under the present weights, float32 [T] a sub-trace."""
+        """Return log-probabilities under the present weights, float32 [T] a sub-trace."""
         return self._predict(refs, grid)
 
     def _policy_loss(self, out_2P: torch.Tensor, batch: MicroBatch) -> SummedLoss:
@@ -92,25 +92,27 @@ class PolicyWorker(Worker):
 
     @needs(Memory.weights, Memory.gradients)
     def update(self, refs: Sequence[Any], columns: Sequence[Any], grids: Sequence[Grid]) -> UpdateResult:
-        """Policy-gradient steps, one for each grid. `columns`: of each data-parallel row; see trainer/columns.py."""
+        """Take policy-gradient steps, one for each grid. `columns`: of each data-parallel row; see
+        trainer/columns.py.
+        """
         return self._update(refs, self._own(columns), grids, self._policy_loss)
 
     @needs(Memory.weights, Memory.gradients)
     def imitate(self, refs: Sequence[Any], grids: Sequence[Grid]) -> UpdateResult:
-        """Supervised steps on the action tokens, one for each grid."""
+        """Take supervised steps on the action tokens, one for each grid."""
         return self._update(refs, {}, grids, self._sft_loss)
 
     def weight_names(self) -> list[Weight]:
-        """(Hugging Face name, dtype, shape) of every tensor, in the order in which they are sent."""
+        """Return (Hugging Face name, dtype, shape) of every tensor, in the order in which they are sent."""
         return self.engine.weight_shapes()
 
     def join_engines(self, host: str, port: int, world_size: int, name: str, backend: str, timeout_s: float) -> None:
-        """On rank 0: joins the group over which weights go to the engines; it is rank 0 there."""
+        """Join, on rank 0, the group over which weights go to the engines; it is rank 0 there."""
         self.update_group = join_update_group(host, port, 0, world_size, name, backend, timeout_s)
 
     @needs(Memory.weights)
     def send_weights(self, changes: bool = False, keep_base: bool = False) -> int:
-        """Broadcasts the weights to the engines, a bucket at a time (`buckets` of `weight_names`).
+        """Broadcast the weights to the engines, a bucket at a time (`buckets` of `weight_names`).
 
         All ranks call it: shards are gathered on rank 0, where one bucket lies at a time. `changes`: only elements
         that differ from what was sent last, which must have been told to `keep_base`. Returns bytes sent.
@@ -125,7 +127,7 @@ class PolicyWorker(Worker):
 
     @needs(Memory.weights)
     def export(self, folder: str) -> None:
-        """Writes a Hugging Face folder with the present weights (rank 0 writes, all ranks call)."""
+        """Write a Hugging Face folder with the present weights (rank 0 writes, all ranks call)."""
         weights = self.engine.weights()
         if self.settings.rank == 0:
             write_folder(weights, Path(self.settings.model_folder), Path(folder))

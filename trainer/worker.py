@@ -46,13 +46,13 @@ class Worker:
         self._saving: Saving | None = None
 
     def address(self) -> tuple[str, int]:
-        """Host and a port of this process, kept free, where a group is about to meet."""
+        """Return the host and a port of this process, kept free, where a group is about to meet."""
         self._ports.append(ReservedPort(""))
         return ray.util.get_node_ip_address(), self._ports[-1].number
 
     @needs(*Memory)
     def start(self, master: str, port: int) -> int:
-        """Joins the process group, builds the model, reads its weights. Returns the model's hidden size."""
+        """Join the process group, build the model, read its weights. Returns the model's hidden size."""
         self.engine.start(master, port)
         return self.engine.shape.hidden
 
@@ -91,7 +91,7 @@ class Worker:
 
     @needs(*Memory)
     def save(self, folder: str) -> float:
-        """Takes weights, optimizer state and generators as they are now and writes them in the background.
+        """Take weights, optimizer state and generators as they are now and write them in the background.
 
         Returns the seconds for which training stood still. All ranks call it; OSError: no room on the disk.
         """
@@ -100,22 +100,26 @@ class Worker:
         return time.perf_counter() - began
 
     def saved(self) -> bytes | None:
-        """None while `save` is still writing, then what `finish_save` wants. OSError: it could not be written."""
+        """Return what this rank has written; None while `save` is still writing, then what `finish_save` wants.
+        OSError: it could not be written.
+        """
         assert self._saving is not None
         return self._saving.result()
 
     def finish_save(self, of_ranks: Sequence[bytes]) -> None:
-        """On rank 0: makes the files of all ranks one checkpoint."""
+        """Make the files of all ranks one checkpoint, on rank 0."""
         assert self._saving is not None
         self._saving.finish(of_ranks)
 
     @needs(*Memory)
     def load(self, folder: str) -> None:
-        """Reads what `save` wrote, in this or another layout. ValueError: see the engine's `load`."""
+        """Read what `save` wrote, in this or another layout. ValueError: see the engine's `load`."""
         self.engine.load(Path(folder))
 
     def peak_memory_gb(self) -> float:
-        """Most memory this process has held, in 1e9 bytes: on its GPU since the last call, on a CPU since its start."""
+        """Return the most memory this process has held, in 1e9 bytes: on its GPU since the last call, on a CPU since
+        its start.
+        """
         if not torch.cuda.is_available():
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024e-9  # Linux counts in KiB
         peak = torch.cuda.max_memory_allocated()
@@ -123,24 +127,24 @@ class Worker:
         return peak * 1e-9
 
     def free_cache(self) -> None:
-        """Gives GPU memory that is not in use back to the other processes on the GPU."""
+        """Give GPU memory that is not in use back to the other processes on the GPU."""
         torch.cuda.empty_cache()
 
     def stop(self) -> None:
-        """Leaves the process group; another worker may start in this process."""
+        """Leave the process group; another worker may start in this process."""
         self.engine.stop()
         for port in self._ports:
             port.close()
 
 
 def fetch(refs: Sequence[Any], row: Sequence[Sequence[int]]) -> dict[int, SubTrace]:
-    """The sub-traces of one data-parallel row, by index."""
+    """Return the sub-traces of one data-parallel row, by index."""
     wanted = sorted({index for indices in row for index in indices})
     return dict(zip(wanted, resolved([refs[index] for index in wanted]), strict=True))
 
 
 def resolved(refs: list[Any]) -> list[Any]:
-    """What references lead to; what is none passes through, in unit tests."""
+    """Return what references lead to; what is none passes through, in unit tests."""
     if refs and isinstance(refs[0], ray.ObjectRef):
         return list(ray.get(refs, timeout=600))
     return refs

@@ -21,7 +21,7 @@ PATTERN = (
 
 
 def vocabulary() -> list[str]:
-    """Every token of the task, special ones first."""
+    """Return every token of the task, special ones first."""
     names = VARIABLES + OTHER_NAMES
     facts = [f"{name}={number}" for name in names for number in range(LOWEST, HIGHEST + 1)]
     signed = [sign + name for sign in "+-?" for name in VARIABLES[1:]]
@@ -31,7 +31,7 @@ def vocabulary() -> list[str]:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Word-level over `vocabulary`; text outside it becomes <unk>."""
+    """Return a word-level tokenizer over `vocabulary`; text outside it becomes <unk>."""
     tokenizer = Tokenizer(models.WordLevel({t: i for i, t in enumerate(vocabulary())}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(PATTERN), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
@@ -63,7 +63,7 @@ def _favour_copying(model: Qwen3ForCausalLM, generator: torch.Generator) -> None
 
 
 def build_model(folder: Path, seed: int) -> None:
-    """Writes an untrained Hugging Face folder; it appears whole or not at all."""
+    """Write an untrained Hugging Face folder; it appears whole or not at all."""
     tokenizer = build_tokenizer()
     config = Qwen3Config(
         vocab_size=len(tokenizer),

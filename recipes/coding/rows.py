@@ -21,13 +21,13 @@ FACTS_PER_FILE, NUM_FILES = 12, 10
 
 
 def program(constants: dict[str, int], stub: str, operator: str) -> str:
-    """The source of a solution: constants, then the stub with its operator filled in."""
+    """Return the source of a solution: constants, then the stub with its operator filled in."""
     facts = "".join(f"{name}={number};" for name, number in constants.items())
     return facts + stub.replace("?", operator)
 
 
 def stub_of(prompt: str) -> tuple[str, list[str]]:
-    """The stub and the four file names of a prompt."""
+    """Return the stub and the four file names of a prompt."""
     stub, names = prompt.split(";")
     return stub, [names[i : i + 2] for i in range(0, len(names), 2)]
 
@@ -39,7 +39,7 @@ def _value(constants: dict[str, int], signs: str, x: int) -> int:
 
 
 def make_row(identifier: str, rng: random.Random) -> TaskRow:
-    """One random row."""
+    """Return one random row."""
     digits = rng.sample(range(10), NUM_FILES)
     letters = [*VARIABLES, *rng.sample(OTHER_NAMES, NUM_FILES - len(VARIABLES))]
     names = [f"{letter}{digit}" for letter, digit in zip(letters, digits, strict=True)]
@@ -65,5 +65,5 @@ def make_row(identifier: str, rng: random.Random) -> TaskRow:
 
 
 def make_rows(split: str, count: int, seed: int) -> list[TaskRow]:
-    """`count` rows. Splits draw from different generators, and a row of one never has the files of another."""
+    """Return `count` rows. Splits draw from different generators, and a row of one never has the files of another."""
     return [make_row(f"{split}-{seed}-{i}", random.Random(f"coding {split} {seed} {i}")) for i in range(count)]

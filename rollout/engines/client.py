@@ -50,7 +50,7 @@ class Generation:
 
 
 def parse_generation(answer: dict[str, Any], cache_version: int | None = None) -> Generation:
-    """A Generation from the server's JSON. RuntimeError: ids without log-probability or without version.
+    """Return a Generation from the server's JSON. RuntimeError: ids without log-probability or without version.
 
     `cache_version`: whose keys and values the request may have met, None: always those of the sampling weights.
     """
@@ -127,7 +127,7 @@ class EngineClient:
         temperature: float = 1.0,
         rid: str | None = None,
     ) -> Generation:
-        """Samples until a stop id, the model's own end-of-text id, or `max_new_tokens`.
+        """Sample until a stop id, the model's own end-of-text id, or `max_new_tokens`.
 
         `max_new_tokens` is clamped to what the context has left. `temperature` 0 is greedy. ValueError: an id outside
         the vocabulary (it would end the server), or a prompt that leaves no room for a token.
@@ -169,7 +169,9 @@ class EngineClient:
         return self._seen_version
 
     async def score(self, ids: Sequence[int]) -> Float32:
-        """float32[len(ids) - 1]: log-probability of each id given the ones before it, under the loaded weights."""
+        """Return float32[len(ids) - 1]: log-probability of each id given the ones before it, under the loaded
+        weights.
+        """
         if not 2 <= len(ids) <= self.context_tokens:
             raise ValueError(f"can't score {len(ids)} tokens: use 2 to {self.context_tokens} (the context)")
         request = {
@@ -195,18 +197,18 @@ class EngineClient:
     # --- requests in flight
 
     async def pause(self, mode: str) -> None:
-        """Stops sampling: "retract" recomputes requests on resume, "in_place" keeps their cache, "abort" ends them."""
+        """Stop sampling: "retract" recomputes requests on resume, "in_place" keeps their cache, "abort" ends them."""
         await self._post("/pause_generation", {"mode": mode})
 
     async def resume(self) -> None:
         await self._post("/continue_generation", {"torch_empty_cache": False})
 
     async def flush(self) -> None:
-        """Empties the prefix cache. RuntimeError while requests run (not while they are retracted)."""
+        """Empty the prefix cache. RuntimeError while requests run (not while they are retracted)."""
         await self._post("/flush_cache", {})
 
     async def abort_all(self) -> None:
-        """Ends all requests; each returns what it has, with finish reason "abort"."""
+        """End all requests; each returns what it has, with finish reason "abort"."""
         await self._post("/abort_request", {"abort_all": True})
 
     # --- weights
@@ -214,7 +216,7 @@ class EngineClient:
     async def init_group(
         self, host: str, port: int, rank_offset: int, world_size: int, group_name: str, backend: str
     ) -> None:
-        """Joins the trainer's broadcast group; returns when all `world_size` members are there."""
+        """Join the trainer's broadcast group; return when all `world_size` members are there."""
         request = {
             "master_address": host,
             "master_port": port,
@@ -241,7 +243,7 @@ class EngineClient:
         flush: bool = True,
         load_format: str | None = None,
     ) -> None:
-        """Receives weights from the group's rank 0, one broadcast each in this order, and loads them.
+        """Receive weights from the group's rank 0, one broadcast each in this order, and load them.
 
         `names` are those of the Hugging Face checkpoint, `dtypes` "float32", "bfloat16", ... The prefix cache still
         holds the old weights' keys and values: `flush` empties it afterwards, which works when requests were
@@ -267,31 +269,31 @@ class EngineClient:
         await self._post("/end_weight_update", {})
 
     async def release_memory(self) -> None:
-        """Frees the GPU memory of weights and KV cache; the engine must have been started to yield it and be idle.
+        """Free the GPU memory of weights and KV cache; the engine must have been started to yield it and be idle.
 
         What was held is lost: after `resume_memory` every weight has to be published again.
         """
         await self._post("/release_memory_occupation", {"tags": ["kv_cache", "weights"]})
 
     async def resume_memory(self) -> None:
-        """Takes the memory back."""
+        """Take the memory back."""
         await self._post("/resume_memory_occupation", {"tags": ["weights", "kv_cache"]})
 
     async def set_version(self, version: int) -> None:
-        """Names the loaded weights without changing them; ends no request."""
+        """Name the loaded weights without changing them; ends no request."""
         await self._post("/update_weight_version", {"new_version": str(version), "abort_all_requests": False})
 
     async def version(self) -> int:
-        """Version of the loaded weights."""
+        """Return the version of the loaded weights."""
         return int((await self._request("GET", "/model_info", None))["weight_version"])
 
     async def checksums(self) -> list[dict[str, str]]:
-        """One {engine's tensor name: hash} per tensor-parallel rank; equal weights have equal hashes."""
+        """Return one {engine's tensor name: hash} per tensor-parallel rank; equal weights have equal hashes."""
         answer = await self._post("/weights_checker", {"action": "checksum"})
         return [rank["checksums"] for rank in answer["ranks"]]
 
     async def scramble(self) -> None:
-        """Overwrites every tensor that `checksums` covers with random numbers, until the next update."""
+        """Overwrite every tensor that `checksums` covers with random numbers, until the next update."""
         await self._post("/weights_checker", {"action": "reset_tensors"})
 
     # --- transport

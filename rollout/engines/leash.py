@@ -27,7 +27,7 @@ def _die_with_parent() -> None:
 
 
 def hold(command: list[str]) -> None:
-    """Runs `command` until it ends or standard input closes, ends all that it has started, and exits as it did.
+    """Run `command` until it ends or standard input closes, end all that it has started, and exit as it did.
 
     The leash is two processes, a keeper and its child, and each ends everything when the other has died: Ray kills the
     children of a worker that exits, and the parent of a half-started server must not be gone before the server. Both

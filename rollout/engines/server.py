@@ -45,7 +45,7 @@ def server_arguments(
     seed: int,
     yields_memory: bool = False,
 ) -> list[str]:
-    """Arguments of `python -m sglang.launch_server`. Requests and answers are token ids; versions start at 0.
+    """Return arguments of `python -m sglang.launch_server`. Requests and answers are token ids; versions start at 0.
 
     `yields_memory`: the engine can give its GPU memory away between rollouts (`EngineClient.release_memory`).
     """
@@ -89,7 +89,7 @@ def server_arguments(
 
 
 def server_environment(config: EngineConfig, cpu: bool, threads: int, key: str = "") -> dict[str, str]:
-    """Environment variables of an engine, the only place that sets any."""
+    """Return environment variables of an engine, the only place that sets any."""
     variables = {
         # torch would take every core for one engine.
         "OMP_NUM_THREADS": str(threads),
@@ -116,7 +116,7 @@ def server_environment(config: EngineConfig, cpu: bool, threads: int, key: str =
 
 
 def asks_for_key(url: str) -> bool:
-    """Whether a server refuses a request that comes without a key."""
+    """Return whether a server refuses a request that comes without a key."""
     try:
         with DIRECT.open(f"{url}/model_info", timeout=60):
             return False
@@ -167,7 +167,7 @@ class EngineServer:
             )
 
     def start(self) -> str:
-        """Waits until the server serves and returns its address.
+        """Wait until the server serves and return its address.
 
         RuntimeError with the reason when it dies; TimeoutError after `config.start_timeout_s`. Both name the log, and
         have its last lines as a note.
@@ -190,13 +190,13 @@ class EngineServer:
         return self._process.poll() is None
 
     def watch(self) -> str:
-        """Waits until the server has ended and says how: "was killed by SIGKILL ..."; "" when that was `stop`."""
+        """Wait until the server has ended and say how: "was killed by SIGKILL ..."; "" when that was `stop`."""
         while self.alive():
             time.sleep(LEASH_INTERVAL_S)
         return "" if self._stopped else self._ending()
 
     def stop(self) -> None:
-        """Kills the server and everything it started. Nothing is lost: an engine keeps no state."""
+        """Kill the server and everything it started. Nothing is lost: an engine keeps no state."""
         self._stopped = True
         if self._process.stdin is not None:
             self._process.stdin.close()  # the leash ends all of it
@@ -250,7 +250,7 @@ class EngineServer:
 
 
 def crash_in(log: Sequence[str]) -> str:
-    """The first process of a server's that died, and how, by SGLang's log; "" for none.
+    """Return the first process of a server's that died, and how, by SGLang's log; "" for none.
 
     SGLang then ends itself by SIGKILL, so that its own end says nothing.
     """
@@ -259,13 +259,13 @@ def crash_in(log: Sequence[str]) -> str:
 
 
 def exception_in(log: Sequence[str]) -> str:
-    """The last exception or refused argument in a server's log; "" for none."""
+    """Return the last exception or refused argument in a server's log; "" for none."""
     found = [match["reason"] for match in map(RAISED.match, log) if match]
     return found[-1] if found else ""
 
 
 def serve() -> None:
-    """SGLang's server, for those who know the key that stands in the environment.
+    """Run SGLang's server for those who know the key that stands in the environment.
 
     It is SGLang's own check. Given as an argument, the key would stand in the list of processes and in the log.
     """

@@ -57,11 +57,11 @@ class Renderer:
         return [*self._markup(around[0]), *inner, *self._markup(around[1] + after)]
 
     def prompt(self, text: str) -> list[int]:
-        """The task, up to where the policy speaks."""
+        """Return the task, up to where the policy speaks."""
         return self._wrapped(self._t.user, self._content(text), self._t.reply)
 
     def observation(self, text: str, max_tokens: int) -> list[int]:
-        """A tool's answer, up to where the policy speaks; its middle is left out where it would be longer."""
+        """Return a tool's answer, up to where the policy speaks; its middle is left out where it would be longer."""
         ids = self._content(text)
         room = max_tokens - len(self._wrapped(self._t.tool, [], self._t.reply))
         if len(ids) > room:
@@ -70,23 +70,23 @@ class Renderer:
         return self._wrapped(self._t.tool, ids, self._t.reply)
 
     def after_compaction(self, task: str, summary_ids: list[int], kept_ids: list[int]) -> list[int]:
-        """The context that goes on after a summary: task, summary, the kept steps."""
+        """Return the context that goes on after a summary: task, summary, the kept steps."""
         opening = self._wrapped(self._t.user, self._content(task))
         return [*opening, *self._wrapped(self._t.summary, summary_ids, self._t.reply), *kept_ids]
 
     def closing(self, output_ids: np.ndarray) -> list[int]:
-        """What a turn lacks to be closed as the template closes turns: its stop id after another end of turn."""
+        """Return what a turn lacks to be closed as the template closes turns: its stop id after another end of turn."""
         return [] if len(output_ids) and output_ids[-1] == self.stop_id else [self.stop_id]
 
     def said(self, output_ids: np.ndarray) -> list[int]:
-        """What the policy said: a turn's ids without the one that ends it."""
+        """Return what the policy said: a turn's ids without the one that ends it."""
         ids: list[int] = output_ids.tolist()
         return ids[:-1] if ids and ids[-1] in self.stop_ids else ids
 
     def sampled_text(self, output_ids: np.ndarray) -> str:
-        """The same as text."""
+        """Return the same as text."""
         return clean_text(self._tokenizer.decode(self.said(output_ids), clean_up_tokenization_spaces=False))
 
     def encode_reply(self, text: str) -> list[int]:
-        """A scripted turn of the policy, stop token included."""
+        """Return a scripted turn of the policy, stop token included."""
         return [*self._content(text), self.stop_id]

@@ -37,14 +37,15 @@ TEMPLATES = {
 
 
 def find_template(name: str) -> Template:
-    """A template by its name. ValueError: there is none of that name."""
+    """Return a template by its name. ValueError: there is none of that name."""
     if name not in TEMPLATES:
         raise ValueError(f"model.template={name!r}: known templates are {', '.join(TEMPLATES)}")
     return TEMPLATES[name]
 
 
 def end_ids(model_folder: Path) -> list[int]:
-    """The ids at which an engine ends a turn of the model by itself: what its configuration calls end of sequence.
+    """Return the ids at which an engine ends a turn of the model by itself: what its configuration calls end of
+    sequence.
 
     ValueError: an `eos_token_id` that is neither an id nor a list of ids.
     """

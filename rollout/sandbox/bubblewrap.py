@@ -37,7 +37,7 @@ _numbers = itertools.count(1)
 
 
 class BubblewrapSandbox:
-    """One sandbox. RuntimeError from any method: it is gone; the message names it and says why.
+    """One sandbox. RuntimeError from any method: it is gone; the message names it and say why.
 
     `write_files` and `read_file` raise OSError where the workspace itself refuses, for example when it is full.
     """
@@ -55,7 +55,7 @@ class BubblewrapSandbox:
         self._lost = ""  # why it is gone
 
     async def open(self) -> None:
-        """Waits until it serves. RuntimeError: it did not start."""
+        """Wait until it serves. RuntimeError: it did not start."""
         if self._lost:
             raise RuntimeError(f"{self.name} is gone: {self._lost}")
         # It takes two turns of the loop and is neither cancelled nor loses its socket meanwhile: libuv, on which Ray's
@@ -86,7 +86,7 @@ class BubblewrapSandbox:
         return await self._run({"op": "run", "argv": argv, "stdin": stdin})
 
     async def reset(self) -> bool:
-        """Makes it as new. False: it can't be used again."""
+        """Make it as new. False: it can't be used again."""
         if self._asking or not self.alive:
             return False
         try:
@@ -98,11 +98,11 @@ class BubblewrapSandbox:
 
     @property
     def alive(self) -> bool:
-        """Whether its processes are there."""
+        """Return whether its processes are there."""
         return not self._lost and self._process.poll() is None
 
     def kill(self, cause: str) -> None:
-        """Ends all its processes; does not wait."""
+        """End all its processes; does not wait."""
         self._lost = self._lost or cause
         self._process.kill()  # the rest dies with it (PR_SET_PDEATHSIG)
         if self._connection is None:
@@ -111,7 +111,7 @@ class BubblewrapSandbox:
             self._connection.add_done_callback(_hang_up)
 
     async def gone(self) -> None:
-        """Waits until a killed sandbox has ended. TimeoutError names it."""
+        """Wait until a killed sandbox has ended. TimeoutError names it."""
         try:
             async with asyncio.timeout(END_TIMEOUT_S):
                 while self._process.poll() is None:
@@ -136,7 +136,7 @@ class BubblewrapSandbox:
         return RunResult(**answer)
 
     async def _ask(self, request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
-        """Sends a request and returns its answer. TimeoutError: the sandbox was ended for not answering."""
+        """Sends a request and return its answer. TimeoutError: the sandbox was ended for not answering."""
         async with self._turn:
             if not self.alive:
                 self.kill(f"it ended: {self._last_words()}")
@@ -289,7 +289,7 @@ def _hang_up(connection: asyncio.Task[_Streams]) -> None:
 
 
 def run_once(jail: Jail, source: str, timeout_s: float = START_TIMEOUT_S) -> dict[str, Any]:
-    """Starts a sandbox, runs one program, ends it; blocking. RuntimeError: it did not work."""
+    """Start a sandbox, run one program, end it; blocking. RuntimeError: it did not work."""
     process, ours, messages = start(jail)
     try:
         ours.settimeout(timeout_s)
@@ -309,13 +309,13 @@ def run_once(jail: Jail, source: str, timeout_s: float = START_TIMEOUT_S) -> dic
 
 
 def encode(message: dict[str, Any]) -> bytes:
-    """A frame: 4 bytes length, JSON."""
+    """Return a frame: 4 bytes length, JSON."""
     body = json.dumps(message).encode()
     return struct.pack(">I", len(body)) + body
 
 
 def answer_bytes(header: bytes) -> int:
-    """Length of an answer. ValueError: longer than any answer is."""
+    """Return the length of an answer. ValueError: longer than any answer is."""
     num_bytes = int(struct.unpack(">I", header)[0])
     if num_bytes > MAX_ANSWER_BYTES:
         raise ValueError(f"an answer of {num_bytes} bytes is announced; at most {MAX_ANSWER_BYTES} are possible")
@@ -323,7 +323,7 @@ def answer_bytes(header: bytes) -> int:
 
 
 def decode(body: bytes) -> dict[str, Any]:
-    """The object in a frame. ValueError: there is none."""
+    """Return the object in a frame. ValueError: there is none."""
     answer = json.loads(body)
     if not isinstance(answer, dict):
         raise ValueError(f"an answer is a {type(answer).__name__}, not an object")

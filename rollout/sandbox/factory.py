@@ -10,7 +10,7 @@ from rollout.sandbox.unsafe import SubprocessPool
 
 
 def probe(config: SandboxConfig) -> str | None:
-    """Runs a program in a bubblewrap sandbox; None when that works, else the reason in one line. Blocks."""
+    """Run a program in a bubblewrap sandbox; None when that works, else the reason in one line. Blocks."""
     try:
         answer = run_once(build_jail(config), "import os; print(6 * 7, os.getuid() != 0)")
     except RuntimeError as error:
@@ -21,7 +21,7 @@ def probe(config: SandboxConfig) -> str | None:
 
 
 def make_pool(config: SandboxConfig) -> SandboxPool:
-    """A pool of bubblewrap sandboxes; of plain subprocesses only where those fail and the config allows it.
+    """Return a pool of bubblewrap sandboxes; of plain subprocesses only where those fail and the config allows it.
 
     RuntimeError: no sandbox works here; the message says why and what to do. Call it in the thread of the event loop
     that will use the pool.

@@ -20,27 +20,28 @@ class Sandbox(Protocol):
     """A workspace of one episode, cut off from network, host files and other episodes."""
 
     async def write_files(self, files: dict[str, str]) -> None:
-        """Puts text files into the workspace. ValueError: a path that leaves it or is none, or what is no text."""
+        """Put text files into the workspace. ValueError: a path that leaves it or is none, or what is no text."""
 
     async def read_file(self, path: str) -> str:
-        """Text of a workspace file. FileNotFoundError: there is none; ValueError: path leaves the workspace."""
+        """Return the text of a workspace file. FileNotFoundError: there is none; ValueError: path leaves the workspace.
+        """
 
     async def run_python(self, source: str, stdin: str = "") -> RunResult:
-        """Runs a Python program in the workspace, in a process of its own."""
+        """Run a Python program in the workspace, in a process of its own."""
 
     async def run(self, argv: list[str], stdin: str = "") -> RunResult:
-        """Runs a command in the workspace."""
+        """Run a command in the workspace."""
 
 
 def require_text(**values: object) -> None:
-    """ValueError names what is not text."""
+    """Require text. ValueError names what is none."""
     for name, value in values.items():
         if not isinstance(value, str):
             raise ValueError(f"{name} must be text, found {type(value).__name__}")
 
 
 def require_files(files: object) -> None:
-    """ValueError: not {path: text}."""
+    """Require {path: text}. ValueError: it is not."""
     if not isinstance(files, dict):
         raise ValueError(f"files must be {{path: text}}, found {type(files).__name__}")
     for path, text in files.items():
@@ -48,7 +49,7 @@ def require_files(files: object) -> None:
 
 
 def require_argv(argv: object) -> None:
-    """ValueError: not a list of texts, or an empty one."""
+    """Require a list of texts. ValueError: it is none, or empty."""
     if not isinstance(argv, list | tuple) or not argv:
         raise ValueError(f"argv={argv!r}: must be a list with a command and its arguments")
     require_text(**{f"argv[{number}]": argument for number, argument in enumerate(argv)})
@@ -58,10 +59,10 @@ class SandboxPool(Protocol):
     """Lends sandboxes, one per episode."""
 
     async def acquire(self) -> Sandbox:
-        """A sandbox with an empty workspace. RuntimeError names the cause when none can be started."""
+        """Return a sandbox with an empty workspace. RuntimeError names the cause when none can be started."""
 
     async def release(self, sandbox: Sandbox) -> None:
-        """Takes a sandbox back: every process in it is dead and its workspace empty afterwards."""
+        """Take a sandbox back: every process in it is dead and its workspace empty afterwards."""
 
     async def close(self) -> None:
-        """Ends all sandboxes."""
+        """End all sandboxes."""

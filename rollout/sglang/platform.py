@@ -61,11 +61,11 @@ class _StubFinder(MetaPathFinder, Loader):
         return _StubModule(spec.name)
 
     def exec_module(self, module: ModuleType) -> None:
-        """A stub has nothing to run."""
+        """Run nothing: a stub has no code."""
 
 
 def install_stubs() -> tuple[str, ...]:
-    """Makes the absent ones of OPTIONAL_PACKAGES importable and returns their names.
+    """Make the absent ones of OPTIONAL_PACKAGES importable and return their names.
 
     The finder goes to the end of sys.meta_path, so an installed package always wins. transformers is asked first
     and remembers the answer: it keeps seeing that torchvision is absent.
@@ -80,7 +80,7 @@ def install_stubs() -> tuple[str, ...]:
 
 
 def activate() -> str | None:
-    """Name of the platform class for SGLang, or None where a CUDA device is available."""
+    """Return the name of the platform class for SGLang, or None where a CUDA device is available."""
     import torch
 
     install_stubs()

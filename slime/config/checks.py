@@ -29,7 +29,7 @@ RANGES = {setting.key: setting.bounds for setting in settings().values() if sett
 
 
 def check(config: Config) -> None:
-    """Refuses what can not work, before any process starts. ConfigError: the first problem found.
+    """Refuse what can not work, before any process starts. ConfigError: the first problem found.
 
     Reads nothing but the model's config.json and the rows of `task.train` and `task.eval`, where they exist;
     what does not exist, or not whole, is told by `missing`.
@@ -40,7 +40,7 @@ def check(config: Config) -> None:
 
 
 def missing(config: Config) -> list[str]:
-    """Files that the run reads and that are not there, or not whole, one line each."""
+    """Return files that the run reads and that are not there, or not whole, one line each."""
     found = []
     package = config.task.target.partition(":")[0].partition(".")[0]
     if find_spec(package) is None and PathFinder.find_spec(package, [str(Path.cwd())]) is None:
@@ -64,7 +64,7 @@ def missing(config: Config) -> list[str]:
 
 
 def get(config: Any, key: str) -> Any:
-    """Value of a dotted key."""
+    """Return the value of a dotted key."""
     for name in key.split("."):
         config = config[name] if isinstance(config, dict) else getattr(config, name)
     return config
@@ -211,7 +211,7 @@ def _model(config: Config) -> Iterator[str]:
 
 
 def check_model(config: Config, folder: Path) -> None:
-    """`check` and `missing` about the model, for one that a task has made. ConfigError: the first problem found."""
+    """Do `check` and `missing` about the model, for one that a task has made. ConfigError: the first problem found."""
     for part in (unsuited, broken):
         for problem in part(config, folder):
             raise ConfigError(problem)

@@ -62,7 +62,7 @@ class _Layer:
 
 
 def load(arguments: list[str], recipes_dir: Path | None = None) -> Loaded:
-    """Composes and checks the configuration that `recipe=NAME [model=NAME] [cluster=NAME] [key=value ...]` asks for.
+    """Compose and check the configuration that `recipe=NAME [model=NAME] [cluster=NAME] [key=value ...]` asks for.
 
     `recipes_dir` is searched before `./recipes` and the recipes that come with slime.
     ConfigError: every mistake of the user's, in one line.
@@ -113,8 +113,8 @@ def _compose(arguments: list[str], recipes_dir: Path | None) -> tuple[Loaded, li
 
 
 def load_start(loaded: Loaded, recipes_dir: Path | None = None) -> Config | None:
-    """The warm start's own configuration; None where there is none. ConfigError: it is no recipe of kind sft, or as of
-    `load`.
+    """Return the warm start's own configuration; None where there is none. ConfigError: it is no recipe of kind sft, or
+    as of `load`.
     """
     if not loaded.start:
         return None
@@ -166,12 +166,12 @@ def _with_values(config: Any, values: Mapping[str, Any]) -> Any:
 
 
 def dump(config: Config) -> str:
-    """The configuration as YAML, every key; `parse` gives it back."""
+    """Return the configuration as YAML, every key; `parse` gives it back."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
 def parse(text: str) -> Config:
-    """The configuration that `dump` wrote. ConfigError: it does not fit this version's keys and types."""
+    """Return the configuration that `dump` wrote. ConfigError: it does not fit this version's keys and types."""
     try:
         return _to_object(OmegaConf.merge(_schema(), OmegaConf.create(text)))
     except (OmegaConfBaseException, YAMLError) as error:
@@ -179,7 +179,7 @@ def parse(text: str) -> Config:
 
 
 def differences(old_yaml: str, config: Config) -> list[str]:
-    """Keys whose values differ between a dumped configuration and this one, as `key: old -> new`."""
+    """Return keys whose values differ between a dumped configuration and this one, as `key: old -> new`."""
     old, new = (leaves(OmegaConf.to_container(OmegaConf.create(text))) for text in (old_yaml, dump(config)))
     keys = [*new, *(key for key in old if key not in new)]
     return [
@@ -190,7 +190,7 @@ def differences(old_yaml: str, config: Config) -> list[str]:
 
 
 def leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as {dotted key: value}; an empty dict counts as a value."""
+    """Return nested dicts as {dotted key: value}; an empty dict counts as a value."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict) and value:

@@ -27,7 +27,7 @@ _OF_A_CRITIC = ("critic", *(f"advantage.lambda_{name}" for name in ("policy", "c
 
 
 def without_effect(config: Config, given: Collection[str]) -> Iterator[str]:
-    """Why a key among `given` changes nothing in this run, with the value that would let it."""
+    """Yield why a key among `given` changes nothing in this run, with the value that would let it."""
     for keys, reason in _idle(config):
         for key in given:
             if any(key == one or key.startswith(f"{one}.") for one in keys):

@@ -18,7 +18,9 @@ _TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str:
 
 
 def hint(key: str) -> Any:
-    """Type that the schema gives a dotted key; Any below a mapping. ConfigError: unknown key, with the nearest."""
+    """Return the type that the schema gives a dotted key; Any below a mapping. ConfigError: unknown key, with the
+    nearest.
+    """
     if mapping_of(key) not in ("", key):
         return Any
     kind: Any = Config
@@ -36,7 +38,7 @@ def mapping_of(key: str) -> str:
 
 
 def all_keys(kind: Any = Config, prefix: str = "") -> list[str]:
-    """Dotted keys of sections and of settings, in the schema's order."""
+    """Return dotted keys of sections and of settings, in the schema's order."""
     keys = []
     for name, of in hints(kind).items():
         keys.append(prefix + name)
@@ -57,7 +59,7 @@ def _unknown_key(key: str, section: str) -> str:
 
 
 def expected(of: Any) -> str:
-    """What a value of a type looks like."""
+    """Return what a value of a type looks like."""
     if isinstance(of, type) and issubclass(of, Enum):
         return f"must be one of {', '.join(member.value for member in of)}"
     if get_origin(of) is list:
@@ -67,7 +69,7 @@ def expected(of: Any) -> str:
 
 
 def nearest(key: str, keys: Sequence[str]) -> list[str]:
-    """The key that was meant, or some of those that may have been; none where nothing is like it.
+    """Return the key that was meant, or some of those that may have been; none where nothing is like it.
 
     The last part counts most: `policy.lr` is policy.optimizer.lr, though policy.kl has fewer letters to change. Of
     equals the one in the same section is nearer, then the one whose whole section is more alike, then the shorter one.

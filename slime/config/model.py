@@ -40,7 +40,7 @@ OTHER_TOKENIZERS = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model"
 
 
 def unsuited(config: Config, folder: Path) -> Iterator[str]:
-    """What the settings ask of a model that its config.json does not give."""
+    """Yield what the settings ask of a model that its config.json does not give."""
     path = folder / "config.json"
     try:
         shape = read_shape(folder)
@@ -112,7 +112,7 @@ def _megatron_options(role: str, shape: ModelShape, layout: LayoutConfig, option
 
 
 def broken(config: Config, folder: Path) -> Iterator[str]:
-    """What of the weights and the tokenizer is missing, cut off, or does not go with config.json."""
+    """Yield what of the weights and the tokenizer is missing, cut off, or does not go with config.json."""
     try:
         shape = read_shape(folder)
         check_weights(folder, shape)

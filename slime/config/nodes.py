@@ -15,7 +15,7 @@ ENGINES, POLICY, REFERENCE, CRITIC = "rollout.engine", "policy", "reference", "c
 
 
 def layouts(config: Config) -> list[tuple[str, LayoutConfig]]:
-    """Roles of training processes in a run of this kind. The last one's size is the first to give way."""
+    """Return roles of training processes in a run of this kind. The last one's size is the first to give way."""
     found = [(POLICY, config.policy.layout)]
     if config.kind is Kind.ppo and config.advantage.baseline is Baseline.critic:
         found.append((CRITIC, config.critic.layout))
@@ -23,12 +23,12 @@ def layouts(config: Config) -> list[tuple[str, LayoutConfig]]:
 
 
 def has_engines(config: Config) -> bool:
-    """Whether a run samples: a warm start plays scripts."""
+    """Return whether a run samples: a warm start plays scripts."""
     return config.kind is Kind.ppo
 
 
 def has_reference(config: Config) -> bool:
-    """Whether the starting model is loaded once more."""
+    """Return whether the starting model is loaded once more."""
     return config.kind is Kind.ppo and config.policy.kl_coef > 0
 
 
@@ -61,7 +61,7 @@ def placed(config: Config) -> dict[str, list[int]]:
 
 
 def unplaced(config: Config) -> Iterator[str]:
-    """Why the roles do not fit the nodes, though there are GPUs enough in all."""
+    """Yield why the roles do not fit the nodes, though there are GPUs enough in all."""
     cluster, wanted = config.cluster, bundles(config)
     if cluster.num_nodes > 1 and not cluster.ray_address:
         yield (
@@ -94,7 +94,7 @@ def _enough(wanted: list[Bundles], gpus_per_node: int) -> int:
 
 
 def crowded(config: Config) -> Iterator[str]:
-    """Why the roles can not have the GPUs that they ask for, or do not work on CPUs."""
+    """Yield why the roles can not have the GPUs that they ask for, or do not work on CPUs."""
     cluster, engine = config.cluster, config.rollout.engine
     if cluster.gpus_per_node == 0:
         if cluster.sharing is not Sharing.none:

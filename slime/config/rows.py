@@ -25,7 +25,7 @@ class Overlong(NamedTuple):
 
 
 def row_problems(config: Config) -> Iterator[str]:
-    """What is wrong with the files of task.train and task.eval; nothing of files that are not there."""
+    """Yield what is wrong with the files of task.train and task.eval; nothing of files that are not there."""
     rows: dict[str, list[TaskRow]] = {}
     for split in SPLITS:
         given = getattr(config.task, split)
@@ -40,7 +40,7 @@ def row_problems(config: Config) -> Iterator[str]:
 
 
 def split_problems(config: Config, train: Sequence[TaskRow], evaluation: Sequence[TaskRow]) -> Iterator[str]:
-    """Why these rows can't be trained on and evaluated on."""
+    """Yield why these rows can't be trained on and evaluated on."""
     shared = {row.id for row in train} & {row.id for row in evaluation}
     if shared:
         yield f"task row {min(shared)!r} is in both the training and the evaluation rows: evaluate on rows of their own"
@@ -52,7 +52,7 @@ def split_problems(config: Config, train: Sequence[TaskRow], evaluation: Sequenc
 
 
 def overlong(config: Config, split: str, rows: Sequence[TaskRow], model_folder: Path) -> Overlong | None:
-    """Rows whose prompt leaves no room for a turn, of those that the run plays; None: there is none.
+    """Return rows whose prompt leaves no room for a turn, of those that the run plays; None: there is none.
 
     Read are `TaskRow.prompt`s, not what `Environment.start` makes of them. A prompt has no more tokens than bytes, so
     that only those with more bytes than room are tokenized, the longest first and MAX_BYTES of them.
@@ -92,7 +92,7 @@ def overlong(config: Config, split: str, rows: Sequence[TaskRow], model_folder: 
 
 
 def no_turn(config: Config, stats: Sequence[EpisodeStats]) -> str:
-    """Why nothing was sampled in these episodes."""
+    """Return why nothing was sampled in these episodes."""
     shortest = min(one.prompt_tokens for one in stats)
     return (
         f"the prompts of {len(stats)} episodes leave no room for a turn: the shortest has {shortest} tokens, "

@@ -58,7 +58,7 @@ class Failures:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """An error of this block is told before anything is stopped, then it passes."""
+        """Tell an error of this block before anything is stopped, then let it pass."""
         try:
             yield
         except self._refused:
@@ -69,7 +69,7 @@ class Failures:
 
     @contextmanager
     def aside(self, what: str) -> Iterator[None]:
-        """An error of this block ends nothing. It is kept, and told when there was none before it."""
+        """Keep an error of this block, which ends nothing; it is told when there was none before it."""
         try:
             yield
         except Exception as error:  # noqa: BLE001 (see the class)

@@ -28,7 +28,8 @@ Float64 = NDArray[np.float64]
 
 
 def rollout_metrics(batch: Batch) -> dict[str, float]:
-    """Numbers of a batch's episodes: means over those with a turn, sums where the name says tokens_generated or num_.
+    """Return numbers of a batch's episodes: means over those with a turn, sums where the name says tokens_generated or
+    num_.
 
     An episode in which nothing was sampled is told by num_without_turn and counts in no mean; without any other there
     are no means.
@@ -80,7 +81,7 @@ def rollout_metrics(batch: Batch) -> dict[str, float]:
 
 
 def staleness_metrics(sub_traces: Sequence[SubTrace], version: int) -> dict[str, float]:
-    """Weight versions between a token's sampling and its training: lag_i = version - versions_i.
+    """Return the weight versions between a token's sampling and its training: lag_i = version - versions_i.
 
     `version`: that of the weights which the step starts from. lag_share_k is the share of action tokens with lag k,
     0 <= k < 8, lag_share_8_up that of older ones; all nine are always there and sum to 1. stale_fraction is that of
@@ -104,7 +105,7 @@ def staleness_metrics(sub_traces: Sequence[SubTrace], version: int) -> dict[str,
 def engine_metrics(
     sub_traces: Sequence[SubTrace], old_logprobs: Mapping[int, Float32], version: int
 ) -> dict[str, float]:
-    """How far the engine's probabilities mu lie from the trainer's pi_old before the step.
+    """Return how far the engine's probabilities mu lie from the trainer's pi_old before the step.
 
     With l_i = log pi_old(i) - log mu(i), rho_i = exp(l_i), over all action tokens i:
 
@@ -137,7 +138,7 @@ def engine_metrics(
 
 
 def correction_metrics(sub_traces: Sequence[SubTrace], weights: Sequence[Float32]) -> dict[str, float]:
-    """The weights c_i that policy losses are multiplied with (trainer/losses/correction.py), over action tokens.
+    """Return the weights c_i that policy losses are multiplied with (trainer/losses/correction.py), over action tokens.
 
     correction_mean is the mean of c_i, correction_masked the share with c_i = 0. `weights[k]`: float32 [T].
     ValueError: no action token.
@@ -149,7 +150,7 @@ def correction_metrics(sub_traces: Sequence[SubTrace], weights: Sequence[Float32
 def reference_metrics(
     sub_traces: Sequence[SubTrace], old_logprobs: Mapping[int, Float32], reference_logprobs: Mapping[int, Float32]
 ) -> dict[str, float]:
-    """How far the policy has moved from the reference model before the step; {} without one.
+    """Return how far the policy has moved from the reference model before the step; {} without one.
 
     reference_kl is the mean of exp(-d_i) - 1 + d_i, d_i = log pi_old(i) - log pi_ref(i): the k3 estimator of
     KL(pi_old || pi_ref) (Schulman 2020). Both: float32 [T] of each sub-trace by its index. ValueError: a
@@ -165,7 +166,7 @@ def reference_metrics(
 
 
 def advantage_metrics(sub_traces: Sequence[SubTrace], targets: Sequence[Targets]) -> dict[str, float]:
-    """Mean, standard deviation (divided by I) and largest size of the advantages of action tokens.
+    """Return mean, standard deviation (divided by I) and largest size of the advantages of action tokens.
 
     ValueError: no action token.
     """

@@ -38,7 +38,7 @@ _MAX_TABLE_TEXT = 20_000  # characters of one episode in a W&B table
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:
-    """The run's metrics in step order, one mapping a step; a torn last line is left out.
+    """Return the run's metrics in step order, one mapping a step; a torn last line is left out.
 
     Returns an empty list when there is no metrics.jsonl. ValueError names a line that is not an object with a step.
     """
@@ -55,7 +55,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, float]]:
 
 
 def readable_text(record: Mapping[str, Any]) -> str:
-    """An episode as plain text: one paragraph a sub-trace, what the policy sampled in ⟦ ⟧."""
+    """Return an episode as plain text: one paragraph a sub-trace, what the policy sampled in ⟦ ⟧."""
     parts: list[str] = []
     for number, sub_trace in enumerate(record.get("sub_traces", ()), start=1):
         text: list[str] = []
@@ -105,11 +105,11 @@ class Tracker:
 
     @property
     def elapsed_s(self) -> float:
-        """Seconds since the run first started; time between a stop and its resume does not count."""
+        """Return seconds since the run first started; time between a stop and its resume does not count."""
         return self._time_before_s + time.monotonic() - self._started_s
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Appends one step. ValueError: a metric that is not a finite number, or a step that is already there."""
+        """Append one step. ValueError: a metric that is not a finite number, or a step that is already there."""
         if step <= self._last_step:
             raise ValueError(f"step {step} is not above step {self._last_step}, the last one logged: log a step once")
         row: dict[str, float] = {"step": step, "time_s": round(self.elapsed_s, 3)}
@@ -119,7 +119,7 @@ class Tracker:
         self._mirror(lambda mirror: mirror.log(row))
 
     def episodes(self, step: int, split: str, records: Iterable[Mapping[str, Any]]) -> None:
-        """Appends sample episodes of a step. ValueError: unknown split, or a number that is not finite."""
+        """Append sample episodes of a step. ValueError: unknown split, or a number that is not finite."""
         if split not in SPLITS:
             raise ValueError(f"split={split!r}: must be one of {', '.join(SPLITS)}")
         rows = [{**record, "step": step, "split": split} for record in records]
@@ -135,7 +135,7 @@ class Tracker:
         self._mirror(lambda mirror: mirror.episodes(step, split, rows))
 
     def close(self) -> None:
-        """Closes the files and finishes the W&B run. Closing twice is allowed."""
+        """Close the files and finish the W&B run. Closing twice is allowed."""
         self._metrics.close()
         self._episodes.close()
         self._mirror(lambda mirror: mirror.close())
@@ -262,7 +262,7 @@ def _number(name: str, step: int, value: Any) -> float:
 
 
 def _append(out: Any, lines: str) -> None:
-    """Writes whole lines and waits until they are on the disk."""
+    """Writes whole lines and wait until they are on the disk."""
     try:
         out.write(lines.encode("ascii") + b"\n")
         out.flush()

@@ -54,7 +54,7 @@ _COLUMNS = (
 
 
 def sparkline(values: Sequence[float], width: int, ascii_only: bool = False) -> str:
-    """`values` as at most `width` bars from the smallest to the largest; buckets show their mean.
+    """Return `values` as at most `width` bars from the smallest to the largest; buckets show their mean.
 
     No values or no width gives "". Equal values are drawn at the lowest level.
     """
@@ -70,7 +70,7 @@ def sparkline(values: Sequence[float], width: int, ascii_only: bool = False) -> 
 
 
 def duration(seconds: float) -> str:
-    """Seconds as 8s, 3:05 or 1:02:05."""
+    """Return seconds as 8s, 3:05 or 1:02:05."""
     whole = max(0, round(seconds))
     if whole < 60:
         return f"{whole}s"
@@ -80,7 +80,7 @@ def duration(seconds: float) -> str:
 
 
 def count(number: float) -> str:
-    """A count in at most five characters: 950, 12.3k, 4.5M."""
+    """Return a count in at most five characters: 950, 12.3k, 4.5M."""
     for limit, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if number >= limit:
             scaled = number / (1e3 if unit == "k" else limit)
@@ -89,12 +89,12 @@ def count(number: float) -> str:
 
 
 def rate(tokens_per_s: float | None) -> str:
-    """A rate as `count`; "-" where it was not measured."""
+    """Return a rate as `count`; "-" where it was not measured."""
     return "-" if tokens_per_s is None else count(tokens_per_s)
 
 
 def cells(weights: Sequence[float], width: int) -> list[int]:
-    """`width` cells shared in proportion to `weights`, largest remainders first; they sum to `width`."""
+    """Return `width` cells shared in proportion to `weights`, largest remainders first; they sum to `width`."""
     total = sum(weights)
     if total <= 0 or width < 1:
         return [0] * len(weights)
@@ -160,7 +160,7 @@ class View:
 
     @property
     def eta_s(self) -> float | None:
-        """Seconds that the remaining steps will take at the pace of the last ones; None before the first."""
+        """Return seconds that the remaining steps will take at the pace of the last ones; None before the first."""
         recent = self._step_times_s[-_STEPS_FOR_ETA:]
         if not recent:
             return None
@@ -169,7 +169,7 @@ class View:
         return max(0.0, (self.total_steps - self.step_number) * pace_s - spent_s)
 
     def phase(self, name: str) -> None:
-        """What the run does now. Plain output names each phase once, until the first step is done."""
+        """Show what the run does now. Plain output names each phase once, until the first step is done."""
         self.phase_name = name
         if self._live is None and not self.last and name not in self._phases_told:
             self._phases_told.add(name)
@@ -177,12 +177,12 @@ class View:
         self._refresh()
 
     def rollout(self, finished: int, wanted: int, in_flight: int, tokens_per_s: float | None) -> None:
-        """Shows the progress of the current step: episodes done, needed and running, tokens sampled a second."""
+        """Show the progress of the current step: episodes done, needed and running, tokens sampled a second."""
         self.progress = (finished, wanted, in_flight)
         self._tokens_per_s = tokens_per_s
 
     def step(self, metrics: Mapping[str, float]) -> None:
-        """The end of a step: everything that was measured; keys that are missing are shown as '-'."""
+        """Show the end of a step: everything that was measured; keys that are missing are shown as '-'."""
         self._remember(metrics)
         self.progress = (0, self.progress[1], self.progress[2])
         self._tokens_per_s = None
@@ -192,14 +192,14 @@ class View:
         self._refresh()
 
     def note(self, text: str) -> None:
-        """A line that stays: a checkpoint, a warning."""
+        """Print a line that stays: a checkpoint, a warning."""
         if self._live is None:
             self._print(f"  {text}")
         else:
             self._live.console.print(Text(text), soft_wrap=True)
 
     def final(self, text: str) -> None:
-        """Ends the panel and writes the run's last words below it."""
+        """End the panel and write the run's last words below it."""
         self._stop()
         self._print(text)
 

@@ -20,7 +20,7 @@ def record(
     targets: Sequence[Targets] | None,
     names: Any,
 ) -> dict[str, Any]:
-    """One episode for people to read: every token as text with what was measured on it."""
+    """Return one episode for people to read: every token as text with what was measured on it."""
     cards = []
     for place, trace in enumerate(sub_traces):
         target = targets[place] if targets else None
@@ -74,15 +74,15 @@ class Watch:
         self.view.phase(name)
 
     def note(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line that stays."""
         self.view.note(text)
 
     def rollout(self, counts: Counts) -> None:
-        """Shows the progress of the episodes that training waits for."""
+        """Show the progress of the episodes that training waits for."""
         self.view.rollout(counts.finished, counts.wanted, counts.in_flight, counts.tokens_per_s)
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """The end of a step."""
+        """Record the end of a step."""
         self.tracker.log(step, metrics)
         self.view.step({"step": step, "time_s": self.tracker.elapsed_s, **metrics})
 
@@ -92,7 +92,7 @@ class Watch:
     def sample(
         self, step: int, split: str, batch: Batch, sub_traces: Sequence[SubTrace], targets: Sequence[Targets]
     ) -> None:
-        """Keeps some of a step's episodes, with values and advantages, when it is the step for it."""
+        """Keep some of a step's episodes, with values and advantages, at the steps for it."""
         if step % self._every and step != 1:
             return
         places: dict[str, list[int]] = {}
@@ -107,7 +107,7 @@ class Watch:
         self.tracker.episodes(step, split, records)
 
     def sample_played(self, step: int, split: str, played: Sequence[Played]) -> None:
-        """Keeps evaluation episodes."""
+        """Keep evaluation episodes."""
         records = [
             record(self._rows[split][one.row].prompt, one.stats, one.sub_traces, None, self._token_texts)
             for one in played

@@ -43,7 +43,7 @@ _TIME_PARTS = (
 
 
 def write_report(run_dir: Path) -> Path:
-    """Writes `run_dir`/report.html and returns its path; the page appears whole or not at all.
+    """Write `run_dir`/report.html and return its path; the page appears whole or not at all.
 
     ValueError when the run has no metrics yet. Curves whose metrics were never logged are left out.
     """
@@ -78,7 +78,7 @@ def write_report(run_dir: Path) -> Path:
 
 
 def write_curve(run_dir: Path, out: Path) -> Path:
-    """Writes the held-out pass rate over training as a standalone SVG. ValueError when nothing was evaluated."""
+    """Write the held-out pass rate over training as a standalone SVG. ValueError when nothing was evaluated."""
     series = pass_rate(_rows(run_dir))
     if not series.points:
         raise ValueError(f"{run_dir / METRICS_FILE}: no step has eval/pass_rate: set eval.every and run again")
@@ -98,7 +98,7 @@ def _rows(run_dir: Path) -> list[dict[str, float]]:
 
 
 def read_config(run_dir: Path) -> dict[str, Any]:
-    """The run's config.yaml as plain values; empty when there is none. ValueError: it is not YAML."""
+    """Return the run's config.yaml as plain values; empty when there is none. ValueError: it is not YAML."""
     path = run_dir / CONFIG_FILE
     if not path.is_file():
         return {}

@@ -76,7 +76,7 @@ class _Axes:
 
 
 def short(value: float) -> str:
-    """A number in few characters: 0.412, 1.2e-05, 12.4k."""
+    """Return a number in few characters: 0.412, 1.2e-05, 12.4k."""
     size = abs(value)
     if size == 0:
         return "0"
@@ -95,7 +95,7 @@ def percent(value: float) -> str:
 
 
 def thin(points: Points, limit: int = MAX_POINTS) -> list[tuple[float, float]]:
-    """At most `limit` points: means of equal buckets, each at its last step; short series stay as they are."""
+    """Return at most `limit` points: means of equal buckets, each at its last step; short series stay as they are."""
     if len(points) <= limit:
         return list(points)
     edges = [index * len(points) // limit for index in range(limit + 1)]
@@ -104,7 +104,7 @@ def thin(points: Points, limit: int = MAX_POINTS) -> list[tuple[float, float]]:
 
 
 def ticks(low: float, high: float, wanted: int) -> list[float]:
-    """Round values (1, 2 or 5 times a power of ten) that lie in [low, high], about `wanted` of them."""
+    """Return round values (1, 2 or 5 times a power of ten) that lie in [low, high], about `wanted` of them."""
     if high <= low:
         return [low]
     raw = (high - low) / max(wanted, 1)
@@ -115,7 +115,7 @@ def ticks(low: float, high: float, wanted: int) -> list[float]:
 
 
 def figure(chart: Chart, wide: bool = False) -> str:
-    """The chart as an HTML <figure>; `wide` also has a narrow picture that phones get instead."""
+    """Return the chart as an HTML <figure>; `wide` also has a narrow picture that phones get instead."""
     kept = [series for series in chart.series if series.points]
     if not kept:
         return ""
@@ -138,7 +138,7 @@ def figure(chart: Chart, wide: bool = False) -> str:
 
 
 def svg(chart: Chart, width: int, height: int) -> str:
-    """The picture alone: grid, axes, curves, a crosshair, and a sentence for those who cannot see it."""
+    """Return the picture alone: grid, axes, curves, a crosshair, and a sentence for those who cannot see it."""
     series = [_thinned(one) for one in chart.series if one.points]
     layers = _stack(series) if chart.stacked else [list(one.points) for one in series]
     axes = _axes(chart, series, layers, width, height)
@@ -305,7 +305,7 @@ _LEGEND_WIDTH = 230
 
 
 def standalone(chart: Chart, width: int = 760, height: int = 320) -> str:
-    """The chart as an SVG file of its own: title above, light or dark as the reader's screen is.
+    """Return the chart as an SVG file of its own: title above, light or dark as the reader's screen is.
 
     Several curves are named on the right, in the order of their last values.
     """

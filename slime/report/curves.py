@@ -179,12 +179,12 @@ _BESIDE = (("return", 1), ("value", 2))
 
 
 def points(rows: Rows, name: str, less: float = 0.0) -> list[tuple[float, float]]:
-    """(step, value) wherever the metric was logged."""
+    """Return (step, value) wherever the metric was logged."""
     return [(row["step"], row[name] - less) for row in rows if name in row]
 
 
 def pass_rate(rows: Rows) -> Series:
-    """The held-out curve with its standard errors."""
+    """Return the held-out curve with its standard errors."""
     evals = [row for row in rows if "eval/pass_rate" in row]
     errors = [row.get("eval/pass_rate_stderr", 0.0) for row in evals]
     return Series(
@@ -197,7 +197,7 @@ def pass_rate(rows: Rows) -> Series:
 
 
 def curves(rows: Rows) -> str:
-    """All figures, under headings; a heading without figures is left out."""
+    """Return all figures, under headings; a heading without figures is left out."""
     groups = (
         ("Policy update", [chart(rows, panel) for panel in UPDATE]),
         ("Engine, trainer, reference", [*(chart(rows, panel) for panel in DIVERGENCE), lag_shares(rows)]),
@@ -216,7 +216,7 @@ def curves(rows: Rows) -> str:
 
 
 def learned(rows: Rows) -> Chart:
-    """Held-out pass rate and training reward."""
+    """Return held-out pass rate and training reward."""
     reward = points(rows, "rollout/reward_mean")
     window = max(5, len(reward) // 40)
     series: list[Series] = [pass_rate(rows)]
@@ -234,7 +234,7 @@ def learned(rows: Rows) -> Chart:
 
 
 def chart(rows: Rows, panel: Panel) -> Chart:
-    """A panel with the numbers of a run."""
+    """Return a panel with the numbers of a run."""
     series = []
     for curve in panel.curves:
         found = [point for point in points(rows, curve.metric, curve.less) if point[1] > 0 or not panel.log]
@@ -247,7 +247,7 @@ def chart(rows: Rows, panel: Panel) -> Chart:
 
 
 def lag_shares(rows: Rows) -> Chart:
-    """Action tokens by their lag, stacked: one layer a lag, the last for all older ones."""
+    """Return action tokens by their lag, stacked: one layer a lag, the last for all older ones."""
     own = len(_LAGS) - 1
     layers: list[list[tuple[float, float]]] = [[] for _ in _LAGS]
     for row in rows:
@@ -266,7 +266,8 @@ def lag_shares(rows: Rows) -> Chart:
 
 
 def by_place(rows: Rows, place: str) -> Chart:
-    """The critic's mean value beside the mean return, by fifth of the episode or by turn, at the last step that has it.
+    """Return the critic's mean value beside the mean return, by fifth of the episode or by turn, at the last step that
+    has it.
 
     `place`: position or turn. Bins without tokens are not logged and not drawn.
     """
@@ -289,7 +290,7 @@ def by_place(rows: Rows, place: str) -> Chart:
 
 
 def speed(rows: Rows) -> Chart:
-    """Sampled tokens per second, over the time in which episodes ran."""
+    """Return sampled tokens per second, over the time in which episodes ran."""
     rates = [(row["step"], row["rollout/tokens_per_s"]) for row in rows if "rollout/tokens_per_s" in row]
     return Chart("Sampled tokens per second", [Series("tokens/s", rates, 2)], "While episodes ran, all engines.")
 

@@ -52,7 +52,7 @@ class _Line:
 
 
 def choose(path: Path) -> list[dict[str, Any]]:
-    """At most MAX_EPISODES episodes in step order, evenly over the run, high and low rewards alike.
+    """Return at most MAX_EPISODES episodes in step order, evenly over the run, high and low rewards alike.
 
     The first and the last evaluation are always among them. The file is read twice, a line at a time. A torn last
     line is left out; ValueError names a line that is not an episode.
@@ -117,7 +117,9 @@ def _both_ends(lines: Sequence[_Line], wanted: int) -> list[_Line]:
 
 
 def scale(records: Iterable[Mapping[str, Any]]) -> Scale:
-    """The colour scale of all shown episodes: 95th percentile of |advantage|; 0..1 or the wider range of values."""
+    """Return the colour scale of all shown episodes: 95th percentile of |advantage|; 0..1 or the wider range of
+    values.
+    """
     advantages, values = [], []
     for record in records:
         for sub_trace in record.get("sub_traces", ()):
@@ -135,7 +137,7 @@ def scale(records: Iterable[Mapping[str, Any]]) -> Scale:
 
 
 def render(records: Sequence[Mapping[str, Any]]) -> str:
-    """All groups, one <section> a step and split; "" when there are no episodes."""
+    """Return all groups, one <section> a step and split; "" when there are no episodes."""
     colours = scale(records)
     parts: list[str] = []
     last = (int(records[-1]["step"]), str(records[-1]["split"])) if records else None

@@ -40,12 +40,12 @@ class Prepared:
 
 
 def digest(value: Any) -> str:
-    """A short name for a value that JSON can hold."""
+    """Return a short name for a value that JSON can hold."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
 def make_task(config: Config) -> Task:
-    """The recipe's task, from an installed module or one in the current folder, where Ray's workers look, too.
+    """Return the recipe's task, from an installed module or one in the current folder, where Ray's workers look, too.
 
     ConfigError: its target can't be imported or is not a Task.
     """
@@ -91,8 +91,8 @@ def _rows(config: Config, task: Task, split: str, count: int) -> list[TaskRow]:
 
 
 def untrained_model(config: Config, task: Task) -> Path:
-    """The folder of model.path, or the task's own small model, made when it is missing. ConfigError: `make_model` has
-    none or writes none.
+    """Return the folder of model.path, or the task's own small model, made when it is missing. ConfigError:
+    `make_model` has none or writes none.
     """
     if config.model.path:
         return Path(config.model.path).resolve()
@@ -112,7 +112,9 @@ def untrained_model(config: Config, task: Task) -> Path:
 
 
 def start_folder(config: Config, start: Config) -> Path:
-    """Where the result of the warm start is cached; it changes with all that its training reads, also model files."""
+    """Return where the result of the warm start is cached; it changes with all that its training reads, also model
+    files.
+    """
     kept = {"seed", "steps", "task", "model", "policy", "sft"}
     relevant = {key: value for key, value in asdict(start).items() if key in kept}
     relevant |= {key: asdict(start.rollout)[key] for key in ("max_turns", "max_turn_tokens", "compaction")}
@@ -123,8 +125,8 @@ def start_folder(config: Config, start: Config) -> Path:
 
 
 def first_model(config: Config, task: Task, start: Config | None) -> Path:
-    """A folder with the shape that training begins with: the start's result where it is there, else what it begins
-    with. ConfigError: it does not go with the settings.
+    """Return a folder with the shape that training begins with: the start's result where it is there, else what it
+    begins with. ConfigError: it does not go with the settings.
     """
     if start is None:
         folder = untrained_model(config, task)
@@ -136,7 +138,7 @@ def first_model(config: Config, task: Task, start: Config | None) -> Path:
 
 
 def prepare(config: Config, start: Config | None = None) -> Prepared:
-    """Rows and model of a run, and with them all that can be known before a process starts.
+    """Return rows and model of a run, and with them all that can be known before a process starts.
 
     `start`: the recipe that makes the model to start from. Rows whose prompt leaves no room for a turn are named on
     stderr; only where there are no others, they are refused. ConfigError names what is wrong with either recipe.

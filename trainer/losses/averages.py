@@ -8,7 +8,7 @@ from trainer.config import LossNorm
 
 
 def normaliser_weights(episode_of: Sequence[str], num_actions: Sequence[int], norm: LossNorm) -> list[float]:
-    """Weight w_k of every token of sub-trace k, for the sub-traces of one optimizer step.
+    """Return the weight w_k of every token of sub-trace k, for the sub-traces of one optimizer step.
 
     With N = sum_k n_k action tokens in the step, n_k = num_actions[k], and the trainer's L = sum w l / N:
 
@@ -42,7 +42,7 @@ def normaliser_weights(episode_of: Sequence[str], num_actions: Sequence[int], no
 
 
 def positive_weights(num_actions: Sequence[int], positive: Sequence[bool], coef: float = 1.0) -> list[float]:
-    """Weight w_k of every token's negative log-likelihood (positive-example loss: VAPO, arXiv 2504.05118).
+    """Return the weight w_k of every token's negative log-likelihood (positive-example loss: VAPO, arXiv 2504.05118).
 
     `positive[k]`: sub-trace k belongs to an episode with reward above 0. With N action tokens in the optimizer step, P
     of them in positive episodes, and the trainer's L = sum w l / N:

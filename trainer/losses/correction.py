@@ -22,7 +22,7 @@ Float64 = NDArray[np.float64]
 def correction_weights(
     sub_traces: Sequence[SubTrace], old_logprobs: Sequence[Float32], kind: Correction, low: float, high: float
 ) -> list[Float32]:
-    """Weight c of each token's policy loss, float32 [T] for each sub-trace, in their order: l becomes c l.
+    """Return the weight c of each token's policy loss, float32 [T] for each sub-trace, in their order: l becomes c l.
 
     rho = pi_old / mu at each action token; pi_old: the trainer's policy before the step, `old_logprobs[k]` float32 [T];
     mu: the engine's, `SubTrace.logprobs`. Read only where action_mask is True.

@@ -21,7 +21,7 @@ class Divergence(str, Enum):
 
 
 def distill_advantages(logprobs_T: torch.Tensor, teacher_logprobs_T: torch.Tensor) -> torch.Tensor:
-    """Advantage of each sampled token y, constant, [T]; alone or added to a task's advantage with a weight.
+    """Return the advantage of each sampled token y, constant, [T]; alone or added to a task's advantage with a weight.
 
         A = sg[log pi_T(y) - log pi_theta(y)]
 
@@ -37,7 +37,7 @@ def distill_advantages(logprobs_T: torch.Tensor, teacher_logprobs_T: torch.Tenso
 def distill(
     logprobs_TV: torch.Tensor, teacher_logprobs_TV: torch.Tensor, kind: Divergence, mix: float = 0.5
 ) -> torch.Tensor:
-    """Divergence of whole distributions, one loss a token, [T]; summed and divided by N as every loss.
+    """Compute the divergence of whole distributions, one loss a token, [T]; summed and divided by N as every loss.
 
         reverse_kl      sum_v pi(v) (log pi(v) - log pi_T(v))
         forward_kl      sum_v pi_T(v) (log pi_T(v) - log pi(v))
@@ -72,7 +72,7 @@ def distill(
 
 
 def with_tail(logprobs_TK: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities of K chosen tokens and, last, of all others together: [T, K + 1].
+    """Return log-probabilities of K chosen tokens and, last, of all others together: [T, K + 1].
 
         p_tail = 1 - sum_k p_k, at least TAIL_FLOOR
 

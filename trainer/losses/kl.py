@@ -14,7 +14,8 @@ from trainer.losses.token import require_same_shape
 
 
 def kl(logprobs_T: torch.Tensor, reference_logprobs_T: torch.Tensor, estimator: KL) -> torch.Tensor:
-    """Per-token estimate of KL(pi_theta || pi_ref), differentiable, [T] (Schulman 2020, "Approximating KL Divergence").
+    """Return the per-token estimate of KL(pi_theta || pi_ref), differentiable, [T] (Schulman 2020, "Approximating KL
+    Divergence").
 
     With d = log pi_theta - log pi_ref at the sampled token, expectations over tokens sampled from pi_theta:
 
@@ -40,7 +41,7 @@ def kl(logprobs_T: torch.Tensor, reference_logprobs_T: torch.Tensor, estimator: 
 
 
 def kl_reward(old_logprobs: Float32, reference_logprobs: Float32, estimator: KL) -> Float32:
-    """The same numbers for the driver, where they are subtracted from rewards: float32 [T], float64 inside.
+    """Return the same numbers for the driver, where they are subtracted from rewards: float32 [T], float64 inside.
 
     Tokens were sampled from pi_old here. Which estimator suits a reward: see `kl`. k3 beyond float32 is inf; the
     advantages refuse such a reward by name.

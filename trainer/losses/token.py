@@ -17,12 +17,13 @@ class TokenLoss(NamedTuple):
 
 
 def nll(logprobs_T: torch.Tensor) -> torch.Tensor:
-    """Negative log-likelihood, the supervised loss: l = -log pi_theta."""
+    """Return the negative log-likelihood, the supervised loss: l = -log pi_theta."""
     return -logprobs_T
 
 
 def clip_window(clip_low: float, clip_high: float) -> tuple[float, float]:
-    """(1 - clip_low, 1 + clip_high): the window of a ratio. clip_low >= 1 or clip_high = inf: no bound on that side.
+    """Return (1 - clip_low, 1 + clip_high): the window of a ratio. clip_low >= 1 or clip_high = inf: no bound on that
+    side.
 
     ValueError: a clip that is negative or NaN.
     """
@@ -32,7 +33,9 @@ def clip_window(clip_low: float, clip_high: float) -> tuple[float, float]:
 
 
 def require_same_shape(**tensors: torch.Tensor) -> None:
-    """ValueError: two of the named tensors differ in shape (broadcasting would make numbers out of nothing)."""
+    """Refuse tensors. ValueError: two of the named ones differ in shape (broadcasting would make numbers out of
+    nothing).
+    """
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if len(set(shapes.values())) > 1:
         listed = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
@@ -40,7 +43,7 @@ def require_same_shape(**tensors: torch.Tensor) -> None:
 
 
 def require_finite(loss_T: torch.Tensor, mask_T: torch.Tensor, name_of: Callable[[int], str]) -> None:
-    """Stops a NaN or infinite loss before it becomes a gradient.
+    """Stop a NaN or infinite loss before it becomes a gradient.
 
     `name_of(i)` is what people call token i. Only tokens with mask_T True are looked at. ValueError: names the first
     bad token, its loss, and how many there are.

@@ -17,7 +17,8 @@ class ValueLoss(NamedTuple):
 
 
 def value(values_T: torch.Tensor, old_values_T: torch.Tensor, returns_T: torch.Tensor, clip: float) -> ValueLoss:
-    """Half squared error; with clip > 0 the larger of clipped and unclipped (PPO2; VC-PPO, arXiv 2503.01491).
+    """Return half the squared error; with clip > 0 the larger of clipped and unclipped (PPO2; VC-PPO, arXiv
+    2503.01491).
 
         l = 1/2 (v - ret)^2
         l = 1/2 max((v - ret)^2, (v_old + clip(v - v_old, -c, c) - ret)^2)     with c = clip > 0

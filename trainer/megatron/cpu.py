@@ -180,7 +180,7 @@ def _type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
 
 @functools.cache
 def enable() -> None:
-    """Makes `import megatron.core` usable; call it before that import. Idempotent."""
+    """Make `import megatron.core` usable; call it before that import. Idempotent."""
     # megatron-core says at import, module by module, that Apex and Transformer Engine are absent; we don't use them.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
     warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"megatron\.")

@@ -52,7 +52,7 @@ class MegatronEngine:
         self.residence: Residence | None = None
 
     def start(self, master: str, port: int) -> None:
-        """Joins the process group, builds this rank's chunks of the model, reads their weights."""
+        """Join the process group, build this rank's chunks of the model, read their weights."""
         s = self.settings
         self.shape = read_shape(Path(s.model_folder))
         check_layout(self.shape, s.layout)
@@ -93,7 +93,7 @@ class MegatronEngine:
 
     @property
     def models(self) -> list[Any]:
-        """The bare models of this rank's chunks."""
+        """Return the bare models of this rank's chunks."""
         return [chunk if self.settings.frozen else chunk.module for chunk in self.chunks]
 
     def _parameter_names(self) -> list[str]:
@@ -147,7 +147,8 @@ class MegatronEngine:
         return found
 
     def forward(self, batches: Sequence[MicroBatch]) -> list[tuple[MicroBatch, torch.Tensor]]:
-        """Log-probabilities, or values, [A] of each micro-batch, on one process of every data-parallel row."""
+        """Return the log-probabilities, or values, [A] of each micro-batch, on one process of every data-parallel row.
+        """
         for chunk in self.chunks:
             chunk.eval()
         with torch.no_grad():
@@ -166,7 +167,7 @@ class MegatronEngine:
         return torch.cat(shares)
 
     def update(self, steps: Iterable[Sequence[MicroBatch]], loss: LossFunction) -> list[StepResult]:
-        """One optimizer step for each list of micro-batches. RuntimeError: a gradient that is not finite."""
+        """Take one optimizer step for each list of micro-batches. RuntimeError: a gradient that is not finite."""
         results = [self._step(batches, loss) for batches in steps]
         optimizer.gather_weights(self.chunks)
         return results
@@ -186,26 +187,26 @@ class MegatronEngine:
         return StepResult(float(grad_norm), lr, tuple(losses) if self._reports_losses else ())
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every tensor but the head's under its Hugging Face name; see trainer/megatron/hf.py."""
+        """Return every tensor but the head's under its Hugging Face name; see trainer/megatron/hf.py."""
         return hf.export(self.models, self.shape, value_head=self.head is not None)
 
     def weight_shapes(self) -> list[tuple[str, str, list[int]]]:
-        """(Hugging Face name, dtype, shape) of every tensor of the model."""
+        """Return (Hugging Face name, dtype, shape) of every tensor of the model."""
         return weight_shapes(self.shape, str(model.DTYPES[self.settings.layout.precision]).removeprefix("torch."))
 
     def save(self, folder: Path) -> Saving:
-        """Begins a checkpoint; see trainer/megatron/storage/checkpoint.py."""
+        """Begin a checkpoint; see trainer/megatron/storage/checkpoint.py."""
         return checkpoint.begin(folder, self.chunks, self.optimizer, self.updates_done)
 
     def load(self, folder: Path) -> None:
-        """Reads a checkpoint that any layout wrote. ValueError: see `checkpoint.load`."""
+        """Read a checkpoint that any layout wrote. ValueError: see `checkpoint.load`."""
         self.updates_done = checkpoint.load(folder, self.chunks, self.optimizer)
 
     def present(self, *memory: Memory) -> AbstractContextManager[None]:
-        """The memory is on the device inside the block (trainer/megatron/offload.py)."""
+        """Keep the memory on the device inside the block (trainer/megatron/offload.py)."""
         return nullcontext() if self.residence is None else self.residence.present(*memory)
 
     def stop(self) -> None:
-        """Leaves the process group; another engine may start in this process."""
+        """Leave the process group; another engine may start in this process."""
         optimizer.unwrap_ddp(self.chunks)
         model.leave_process()

@@ -31,7 +31,7 @@ from trainer.models.shape import ModelShape  # noqa: E402
 
 
 def named(models: Sequence[Any]) -> dict[str, torch.Tensor]:
-    """This process's tensors under the names that they have in the whole model (`Entry.ours`).
+    """Return this process's tensors under the names that they have in the whole model (`Entry.ours`).
 
     A chunk counts its layers from its first one, a process its experts from its first one. On the last pipeline stage
     a tied projection is a copy of the embedding, and called so.
@@ -54,7 +54,7 @@ def named(models: Sequence[Any]) -> dict[str, torch.Tensor]:
 
 
 def load(models: Sequence[Any], shape: ModelShape, folder: Path, value_head: bool = False) -> None:
-    """Reads a folder's weights into this process's chunks.
+    """Read a folder's weights into this process's chunks.
 
     ValueError, on all processes alike: see `headers` and `check_headers`.
     """
@@ -111,7 +111,8 @@ def _own_part(read: Sequence[Any], entry: Entry, shape: ModelShape, size: int, r
 
 
 def export(models: Sequence[Any], shape: ModelShape, value_head: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor under its Hugging Face name, in the order of `entries`; all processes of the role must iterate.
+    """Yield every tensor under its Hugging Face name, in the order of `entries`; all processes of the role must
+    iterate.
 
     On the role's rank 0 tensors are whole, on its device. The others get tensors of the same shapes and dtypes on the
     device "meta", which hold nothing.

@@ -43,7 +43,7 @@ DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
 def start_process(
     rank: int, layout: LayoutConfig, master: str, port: int, seed: int, timeout_s: float, threads: int
 ) -> None:
-    """Joins the role's process group and makes megatron's parallel groups."""
+    """Join the role's process group and make megatron's parallel groups."""
     cuda = torch.cuda.is_available()
     if not cuda:
         torch.set_num_threads(threads)
@@ -69,7 +69,7 @@ def start_process(
 
 
 def leave_process() -> None:
-    """Undoes `start_process`; the same process may start anew, in another layout."""
+    """Undo `start_process`; the same process may start anew, in another layout."""
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
 
@@ -171,7 +171,7 @@ class ScoringGPT(GPTModel):
 def build_models(
     shape: ModelShape, layout: LayoutConfig, output_layer: Any = None, options: Mapping[str, Any] | None = None
 ) -> list[ScoringGPT]:
-    """This process's chunks, one for each virtual stage, without weights.
+    """Build this process's chunks, one for each virtual stage, without weights.
 
     `output_layer(config)` replaces the vocabulary projection (a value head). `options`: see `transformer_config`.
     """

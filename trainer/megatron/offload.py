@@ -35,7 +35,7 @@ class Shelf:
         self._kept: list[tuple[torch.UntypedStorage, int, list[torch.Tensor]]] = []
 
     def put(self, storages: Sequence[torch.UntypedStorage], keep: bool = True) -> None:
-        """Takes the bytes of storages (without `keep` only their sizes) and empties them. The shelf must be free."""
+        """Take the bytes of storages (without `keep` only their sizes) and empty them. The shelf must be free."""
         assert not self._kept, "the shelf is taken"
         for storage in storages:
             size, pieces = storage.nbytes(), []
@@ -49,7 +49,7 @@ class Shelf:
             storage.resize_(0)
 
     def give_back(self) -> None:
-        """Fills the storages again: with what they had, or with zeros."""
+        """Fill the storages again: with what they had, or with zeros."""
         for storage, size, pieces in self._kept:
             storage.resize_(size)
             if not pieces:
@@ -72,7 +72,7 @@ def _finish_copies() -> None:
 
 
 def storages(tensors: Iterable[torch.Tensor], but: Iterable[torch.Tensor] = ()) -> list[torch.UntypedStorage]:
-    """The memory behind tensors, each once, without that of the tensors `but`; none that is empty."""
+    """Return the memory behind tensors, each once, without that of the tensors `but`; none that is empty."""
     seen = {0, *(tensor.untyped_storage().data_ptr() for tensor in but)}
     found = []
     for tensor in tensors:
@@ -84,19 +84,19 @@ def storages(tensors: Iterable[torch.Tensor], but: Iterable[torch.Tensor] = ()) 
 
 
 def weights_of(chunks: Sequence[Any]) -> list[torch.Tensor]:
-    """Parameters and buffers of a rank's model chunks, which may be wrapped for data parallelism."""
+    """Return parameters and buffers of a rank's model chunks, which may be wrapped for data parallelism."""
     models = [getattr(chunk, "module", chunk) for chunk in chunks]
     return [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
 
 
 def gradients_of(chunks: Sequence[Any]) -> list[torch.Tensor]:
-    """The buffers into which megatron-core sums gradients; none for bare models."""
+    """Return the buffers into which megatron-core sums gradients; none for bare models."""
     wrapped = [chunk for chunk in chunks if hasattr(chunk, "module")]
     return [buffer.grad_data for chunk in wrapped for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
 
 
 def state_of(optimizer: Any) -> list[torch.Tensor]:
-    """What Megatron's optimizer steps on and what it remembers. In fp32 it steps on views of the weights."""
+    """Return what Megatron's optimizer steps on and what it remembers. In fp32 it steps on views of the weights."""
     chained = getattr(optimizer, "chained_optimizers", [optimizer])
     inner = [one.optimizer for one in chained if getattr(one, "optimizer", None) is not None]
     steps_on = [parameter for one in inner for group in one.param_groups for parameter in group["params"]]
@@ -118,7 +118,7 @@ class Residence:
 
     @contextmanager
     def present(self, *memory: Memory) -> Iterator[None]:
-        """The memory is on the device inside the block; what was there before it stays there after it."""
+        """Keep the memory on the device inside the block; what was there before it stays there after it."""
         wanted = self.away.intersection(memory)
         for kind in Memory:
             if kind in wanted:

@@ -97,7 +97,7 @@ def _use_group_step_adam() -> None:
 def freeze(
     models: Sequence[Any], own: Mapping[str, torch.Tensor], names: Sequence[str], patterns: Sequence[str]
 ) -> None:
-    """Parameters whose name in the whole model matches one of the patterns get no gradient.
+    """Take the gradient from parameters whose name in the whole model matches one of the patterns.
 
     Call it before `wrap_ddp`, with this process's chunks, its tensors by name, and the names of all processes'
     tensors. ValueError: see `frozen_names`.
@@ -112,7 +112,7 @@ def freeze(
 
 
 def wrap_ddp(models: Sequence[Any]) -> list[DistributedDataParallel]:
-    """Megatron data parallelism around each of this rank's chunks, with gradients summed in fp32.
+    """Put Megatron's data parallelism around each of this rank's chunks, with gradients summed in fp32.
 
     Where several ranks sum gradients, a bucket of them is on its way while those of earlier layers are computed. On
     pipeline stages but the first, and in virtual stages but the first, all are one bucket: they have time. After an
@@ -138,7 +138,7 @@ def wrap_ddp(models: Sequence[Any]) -> list[DistributedDataParallel]:
 
 
 def unwrap_ddp(chunks: Sequence[Any]) -> None:
-    """Empties the wrappers, which are of no use then; frozen chunks have none.
+    """Empty the wrappers, which are of no use then; frozen chunks have none.
 
     Wrapper -> autograd's nodes -> megatron's hooks on them -> wrapper is a circle that no collector sees, and from it
     hang model, optimizer, and the process groups with their threads.
@@ -149,14 +149,14 @@ def unwrap_ddp(chunks: Sequence[Any]) -> None:
 
 
 def gather_weights(chunks: Sequence[DistributedDataParallel]) -> None:
-    """Makes all weights on all ranks those of the last optimizer step; all ranks call it."""
+    """Make all weights on all ranks those of the last optimizer step; all ranks call it."""
     for chunk in chunks:
         if chunk.ddp_config.overlap_param_gather:
             chunk.start_param_sync(force_sync=True)
 
 
 def build_optimizer(chunks: Sequence[DistributedDataParallel], config: OptimizerConfig, precision: Precision) -> Any:
-    """Megatron's distributed optimizer over this rank's model chunks."""
+    """Return Megatron's distributed optimizer over this rank's model chunks."""
     _use_group_step_adam()
     settings = megatron_optimizer.OptimizerConfig(
         optimizer="adam",

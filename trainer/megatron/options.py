@@ -16,12 +16,12 @@ from trainer.models.shape import MlaShape, ModelShape, MoeShape  # noqa: E402
 
 
 def config_class(shape: ModelShape) -> type[TransformerConfig]:
-    """The class that takes `model_options`."""
+    """Return the class that takes `model_options`."""
     return MLATransformerConfig if shape.mla else TransformerConfig
 
 
 def model_options(shape: ModelShape) -> dict[str, Any]:
-    """Arguments of `config_class(shape)` that depend on the model and not on the layout."""
+    """Return arguments of `config_class(shape)` that depend on the model and not on the layout."""
     options = {
         "num_layers": shape.num_layers,
         "hidden_size": shape.hidden,
@@ -42,7 +42,7 @@ def model_options(shape: ModelShape) -> dict[str, Any]:
 
 
 def finish(model: GPTModel, shape: ModelShape) -> None:
-    """Gives a model that has just been built its own position embedding."""
+    """Give a model that has just been built its own position embedding."""
     if shape.mla:
         return  # each layer has one, made from its configuration
     rotary = model.rotary_pos_emb

@@ -88,7 +88,7 @@ def _layer(shape: ModelShape, experts: int | None) -> ModuleSpec:
 
 
 def block_spec(shape: ModelShape, layers: Sequence[int]) -> TransformerBlockSubmodules:
-    """Spec of a decoder block that holds the layers `layers`, counted from 0 over the whole model."""
+    """Return the spec of a decoder block that holds the layers `layers`, counted from 0 over the whole model."""
     dense = _layer(shape, None)
     sparse = _layer(shape, shape.moe.experts) if shape.moe else dense
     specs = [sparse if shape.has_experts(layer) else dense for layer in layers]

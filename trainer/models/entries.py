@@ -45,7 +45,7 @@ class Entry:
 
 
 def entries(shape: ModelShape, value_head: bool = False) -> list[Entry]:
-    """Every tensor of the model; with `value_head` the vocabulary projection is left out."""
+    """Return every tensor of the model; with `value_head` the vocabulary projection is left out."""
     vocab = ((shape.vocab, shape.hidden),)
     found = [
         Entry("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), vocab, Merge.VOCAB, Split.ROWS),
@@ -156,12 +156,16 @@ def _experts(hidden: int, moe: MoeShape, layer: Layer) -> list[Entry]:
 
 
 def is_kept(shape: ModelShape, name: str) -> bool:
-    """Whether a Hugging Face tensor is not trained but goes from the source folder to an exported one as it is."""
+    """Return whether a Hugging Face tensor is not trained but goes from the source folder to an exported one as it
+    is.
+    """
     return any(name.startswith(f"model.layers.{shape.num_layers + i}.") for i in range(shape.num_mtp))
 
 
 def strays(shape: ModelShape, names: Iterable[str]) -> list[str]:
-    """Tensors of a Hugging Face folder that no entry takes and that are neither kept nor copies of what is taken."""
+    """Return tensors of a Hugging Face folder that no entry takes and that are neither kept nor copies of what is
+    taken.
+    """
     taken = {name for entry in entries(shape) for name in entry.theirs}
     if shape.tied:
         taken.add("lm_head.weight")  # some folders hold the tied matrix twice
@@ -169,7 +173,7 @@ def strays(shape: ModelShape, names: Iterable[str]) -> list[str]:
 
 
 def weight_shapes(shape: ModelShape, dtype: str) -> list[tuple[str, str, list[int]]]:
-    """(name, dtype, shape) of what `export` yields, in its order, without weights."""
+    """Return (name, dtype, shape) of what `export` yields, in its order, without weights."""
     return [
         (name, "float32" if entry.float32 else dtype, list(size))
         for entry in entries(shape)
@@ -178,5 +182,5 @@ def weight_shapes(shape: ModelShape, dtype: str) -> list[tuple[str, str, list[in
 
 
 def padded_vocab(vocab: int, tensor_parallel_size: int) -> int:
-    """The vocabulary rounded up so that every rank holds the same number of rows."""
+    """Return the vocabulary rounded up so that every rank holds the same number of rows."""
     return -(-vocab // tensor_parallel_size) * tensor_parallel_size

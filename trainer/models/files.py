@@ -35,7 +35,7 @@ class Header:
 
 
 def check_weights(folder: Path, shape: ModelShape) -> None:
-    """Refuses a folder whose files do not hold the tensors of this model, each once and whole.
+    """Refuse a folder whose files do not hold the tensors of this model, each once and whole.
 
     Values are not looked at. ValueError: see `headers` and `check_headers`.
     """
@@ -43,7 +43,7 @@ def check_weights(folder: Path, shape: ModelShape) -> None:
 
 
 def check_headers(folder: Path, found: dict[str, Header], wanted: Sequence[Entry], shape: ModelShape) -> None:
-    """ValueError: a tensor is missing, misshapen, of a quantized type, or not one of the model's."""
+    """Refuse a folder. ValueError: a tensor is missing, misshapen, of a quantized type, or not one of the model's."""
     for entry in wanted:
         for name, size in zip(entry.theirs, entry.shapes, strict=True):
             if name not in found:
@@ -63,7 +63,7 @@ def check_headers(folder: Path, found: dict[str, Header], wanted: Sequence[Entry
 
 
 def headers(folder: Path) -> dict[str, Header]:
-    """Every tensor of a folder by its name.
+    """Return every tensor of a folder by its name.
 
     ValueError, with file and tensor: a file is missing, cut off or no safetensors file; a tensor is in two files; the
     index can't be read, names a file outside the folder, or a tensor that is not where it says.
@@ -82,7 +82,7 @@ def headers(folder: Path) -> dict[str, Header]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold a folder's tensors, sorted. ValueError: there are none, or the index can't be read."""
+    """Return the files that hold a folder's tensors, sorted. ValueError: there are none, or the index can't be read."""
     named = _named(folder)
     if named is not None:
         return sorted(set(named.values()))
@@ -135,7 +135,7 @@ def _joined(files: Iterable[Path]) -> dict[str, Header]:
 
 
 def read_header(path: Path) -> dict[str, Header]:
-    """The tensors of one file: 8 bytes with the length of a JSON object, the object, the tensors' bytes.
+    """Return the tensors of one file: 8 bytes with the length of a JSON object, the object, the tensors' bytes.
 
     ValueError: the file is cut off (the first tensor that is not whole is named), or no such file.
     """

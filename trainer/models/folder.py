@@ -19,7 +19,7 @@ FILE_BYTES = 4 << 30  # of a written file, at most, where no single tensor is la
 
 
 def write_folder(weights: Iterable[tuple[str, torch.Tensor]], source: Path, folder: Path) -> None:
-    """A Hugging Face folder with these weights and the config and tokenizer of `source`; whole or not at all.
+    """Write a Hugging Face folder with these weights and the config and tokenizer of `source`; whole or not at all.
 
     Tensors of `source` that are not trained (further layers that predict further tokens) come along. One file is held
     in memory at a time. OSError: no room on the disk.

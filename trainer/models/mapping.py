@@ -9,7 +9,9 @@ from trainer.models.shape import ModelShape
 
 
 def tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Every tensor of a model that has an entry: its parameters, and the routers' corrections, which are buffers."""
+    """Return every tensor of a model that has an entry: its parameters, and the routers' corrections, which are
+    buffers.
+    """
     corrections = {name: t for name, t in model.named_buffers() if name.endswith(".router.expert_bias")}
     return dict(model.named_parameters()) | corrections
 
@@ -39,7 +41,7 @@ def unmerge(full: torch.Tensor, entry: Entry, shape: ModelShape) -> list[torch.T
 
 
 def shard(full: torch.Tensor, split: Split, tp: int, rank: int) -> torch.Tensor:
-    """What rank `rank` of `tp` holds of a merged tensor."""
+    """Return what rank `rank` of `tp` holds of a merged tensor."""
     if split is Split.NONE:
         return full
     if split is Split.COLUMNS:

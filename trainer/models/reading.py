@@ -11,13 +11,13 @@ _POINTER = b"version https://git-lfs"  # what git leaves where a large file was 
 
 
 def refuse_pointer(path: Path, start: bytes) -> None:
-    """ValueError: a file that starts so only says where its content could be fetched."""
+    """Refuse a pointer. ValueError: a file that starts so only says where its content could be fetched."""
     if start and _POINTER.startswith(start[: len(_POINTER)]):
         raise ValueError(f"{path}: is a pointer of git-LFS in place of the file: run git lfs pull in its folder")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. ValueError: there is none, or it can't be read."""
+    """Return the JSON object in a file. ValueError: there is none, or it can't be read."""
     try:
         content = path.read_bytes()
         refuse_pointer(path, content)
@@ -40,7 +40,7 @@ class JsonObject:
 
     @staticmethod
     def read(path: Path) -> JsonObject:
-        """ValueError: no such file, or no JSON object in it."""
+        """Read a JSON file. ValueError: no such file, or no JSON object in it."""
         if not path.is_file():
             raise ValueError(f"{path}: no such file; a model is a Hugging Face folder")
         return JsonObject(str(path), read_json(path))
@@ -59,7 +59,7 @@ class JsonObject:
         return default
 
     def count(self, name: str, default: Any = _REQUIRED) -> int:
-        """An integer of at least 1."""
+        """Return an integer of at least 1."""
         found = self.int(name, default)
         if found < 1:
             raise self.refused(name, found, "1 or more")
@@ -79,17 +79,17 @@ class JsonObject:
         return list(self._typed(name, [], "a list", list))
 
     def inside(self, name: str) -> JsonObject:
-        """The fields of an object; none where it is not there."""
+        """Return the fields of an object; none where it is not there."""
         return JsonObject(f"{self.where}: {name}", dict(self._typed(name, {}, "an object", dict)))
 
     def only(self, name: str, mapped: Any) -> None:
-        """ValueError: the field is there with another value."""
+        """Require one value. ValueError: the field is there with another one."""
         found = self.value(name, mapped)
         if found != mapped:
             raise self.refused(name, found, repr(mapped))
 
     def absent(self, name: str) -> None:
-        """ValueError: the field is there."""
+        """Require that a field is absent. ValueError: it is there."""
         if name in self:
             raise self.refused(name, self.value(name), "a model without it")
 

@@ -20,7 +20,7 @@ from trainer.models.shape import ModelShape, Rope
 
 
 def inverse_frequencies(shape: ModelShape) -> torch.Tensor:
-    """float32 [rotated dimensions / 2]: radians per position."""
+    """Return float32 [rotated dimensions / 2]: radians per position."""
     dims, base, rope = int(shape.head_dim * shape.rotary_fraction), shape.rope_base, shape.rope
     plain = 1.0 / base ** (torch.arange(0, dims, 2, dtype=torch.float32) / dims)
     if rope.kind == "default":

@@ -81,5 +81,5 @@ class ModelShape:
     layer_entries: Callable[[ModelShape, Layer], list[Entry]] | None = None  # tensors of a layer; None: the usual ones
 
     def has_experts(self, layer: int) -> bool:
-        """Whether layer `layer`, counted from 0 over the whole model, has experts."""
+        """Return whether layer `layer`, counted from 0 over the whole model, has experts."""
         return self.moe is not None and self.moe.layers[layer]

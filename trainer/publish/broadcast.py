@@ -24,7 +24,7 @@ Weight = tuple[str, str, list[int]]  # Hugging Face name, dtype, shape
 
 
 def buckets(weights: Sequence[Weight], limit: int = BUCKET_BYTES) -> list[list[Weight]]:
-    """Splits `weights` in order into buckets of at most `limit` bytes, or of one larger module.
+    """Split `weights` in order into buckets of at most `limit` bytes, or of one larger module.
 
     The tensors of a module (all names but for the last two words equal: those of one attention, of one expert) stay
     together: SGLang fuses some of them when it loads, and forgets a half that came alone.
@@ -45,7 +45,7 @@ def buckets(weights: Sequence[Weight], limit: int = BUCKET_BYTES) -> list[list[W
 def join_update_group(
     host: str, port: int, rank: int, world_size: int, group_name: str, backend: str, timeout_s: float
 ) -> distributed.ProcessGroup:
-    """Joins the group as `rank`; rank 0 listens on `port`. Waits for the others, at most `timeout_s`.
+    """Join the group as `rank`; rank 0 listens on `port`. Waits for the others, at most `timeout_s`.
 
     `backend` is "gloo" or "nccl". TimeoutError names the group when a member does not come.
     """
@@ -73,7 +73,7 @@ def join_update_group(
 
 
 def broadcast(tensors: Iterable[torch.Tensor], group: distributed.ProcessGroup) -> None:
-    """Sends each tensor from rank 0 to the group, in order; returns when all are sent.
+    """Send each tensor from rank 0 to the group, in order; return when all are sent.
 
     RuntimeError comes from torch when a member is lost or the group's timeout passes.
     """
@@ -89,7 +89,7 @@ def send(
     base: Base | None,
     changes: bool,
 ) -> int:
-    """Broadcasts named tensors in the buckets of `plan`, waiting once for each; returns bytes sent.
+    """Broadcast named tensors in the buckets of `plan`, waiting once for each; return bytes sent.
 
     Whole tensors unless `changes` is asked for; `base` is told what was sent.
     """
@@ -110,5 +110,5 @@ def send(
 
 
 def leave_update_group(group: distributed.ProcessGroup) -> None:
-    """Frees the group's connections."""
+    """Free the group's connections."""
     distributed.destroy_process_group(group)

@@ -23,7 +23,7 @@ MAX_ELEMENTS = 2**31 - 1  # a place is an int32
 
 
 def changed(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-    """Flat indices, int32 [K] ascending, of the elements whose bits differ: -0.0 is not 0.0.
+    """Return the flat indices, int32 [K] ascending, of the elements whose bits differ: -0.0 is not 0.0.
 
     ValueError: shapes or dtypes differ, or there are too many elements for an int32.
     """
@@ -43,13 +43,13 @@ class Base:
         self._held: dict[str, torch.Tensor] = {}
 
     def keep(self, names: Sequence[str], tensors: Sequence[torch.Tensor]) -> None:
-        """Notes that the engines have been sent these."""
+        """Note that the engines have been sent these."""
         for name, tensor in zip(names, tensors, strict=True):
             on_host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)  # read by each delta
             self._held[name] = on_host.copy_(tensor.detach())
 
     def encode(self, names: Sequence[str], tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The broadcasts of a bucket, on the tensors' device, and keeps the new tensors as the base.
+        """Return the broadcasts of a bucket, on the tensors' device, and keep the new tensors as the base.
 
         ValueError: a tensor that has not been sent whole before, or a NaN.
         """

@@ -46,7 +46,7 @@ class Written:
         return b""
 
     def finish(self, of_ranks: Sequence[bytes]) -> None:
-        """There is nothing left to do."""
+        """Do nothing: all is written."""
 
 
 class TorchEngine:
@@ -65,7 +65,7 @@ class TorchEngine:
         self.updates_done = 0  # optimizer steps
 
     def start(self, master: str, port: int) -> None:
-        """Reads the model; meets nobody. ValueError: the folder's config, weights or the patterns to freeze."""
+        """Read the model, alone. ValueError: the folder's config, weights or the patterns to freeze."""
         s, folder = self.settings, Path(self.settings.model_folder)
         self.shape = read_shape(folder)
         check_weights(folder, self.shape)
@@ -125,12 +125,12 @@ class TorchEngine:
         return torch.stack([logprobs_P, -(log_p_PV.exp() * log_p_PV).sum(1)])
 
     def forward(self, batches: Sequence[MicroBatch]) -> list[tuple[MicroBatch, torch.Tensor]]:
-        """Log-probabilities, or values, [P] of each micro-batch."""
+        """Return log-probabilities, or values, [P] of each micro-batch."""
         with torch.no_grad():
             return [(batch, self._output(batch)[0]) for batch in batches]
 
     def update(self, steps: Iterable[Sequence[MicroBatch]], loss: LossFunction) -> list[StepResult]:
-        """One optimizer step for each list of micro-batches. RuntimeError: a gradient that is not finite."""
+        """Take one optimizer step for each list of micro-batches. RuntimeError: a gradient that is not finite."""
         return [self._step(batches, loss) for batches in steps]
 
     def _step(self, batches: Sequence[MicroBatch], loss: LossFunction) -> StepResult:
@@ -153,7 +153,7 @@ class TorchEngine:
         return StepResult(norm, lr, tuple(losses))
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every tensor but the head's, as transformers writes them: it may hold some of them joined."""
+        """Yield every tensor but the head's, as transformers writes them: it may hold some of them joined."""
         with tempfile.TemporaryDirectory() as folder:
             self.model.save_pretrained(folder)
             found = headers(Path(folder))
@@ -163,18 +163,18 @@ class TorchEngine:
                         yield name, file.get_tensor(name)
 
     def weight_shapes(self) -> list[tuple[str, str, list[int]]]:
-        """(Hugging Face name, dtype, shape) of what `weights` yields."""
+        """Return (Hugging Face name, dtype, shape) of what `weights` yields."""
         return weight_shapes(self.shape, "float32")
 
     def save(self, folder: Path) -> Written:
-        """Writes weights, optimizer state and generator at once. OSError: no room."""
+        """Write weights, optimizer state and generator at once. OSError: no room."""
         folder.mkdir(parents=True, exist_ok=True)
         state = {name: p.detach() for name, p in self._parameters().items()}
         torch.save([self.updates_done, state, self.optimizer.state_dict(), torch.get_rng_state()], folder / _FILE)
         return Written()
 
     def load(self, folder: Path) -> None:
-        """Reads what `save` wrote. ValueError: it can't be read, or is of another model."""
+        """Read what `save` wrote. ValueError: it can't be read, or is of another model."""
         try:
             self.updates_done, state, adam, generator = torch.load(folder / _FILE, map_location=self.device)
         except (OSError, RuntimeError) as error:
@@ -189,8 +189,8 @@ class TorchEngine:
         torch.set_rng_state(generator.cpu())
 
     def present(self, *memory: Memory) -> AbstractContextManager[None]:
-        """All memory is on the device all the time."""
+        """Do nothing: all memory is on the device all the time."""
         return nullcontext()
 
     def stop(self) -> None:
-        """Leaves nothing: there is no process group."""
+        """Leave nothing: there is no process group."""

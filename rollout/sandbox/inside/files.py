@@ -19,7 +19,9 @@ class RequestError(Exception):
 
 
 def inside(root: str, path: str) -> str:
-    """The real path of a workspace file; `path` is relative to `root`, or starts with it. Links may not lead out."""
+    """Return the real path of a workspace file; `path` is relative to `root`, or starts with it. Links may not lead
+    out.
+    """
     try:
         parts = os.fsencode(path).split(b"/")
         if len(parts) > MAX_PARTS or max(map(len, parts)) > MAX_PART_BYTES:
@@ -33,7 +35,7 @@ def inside(root: str, path: str) -> str:
 
 
 def write_file(root: str, path: str, text: str) -> None:
-    """Makes the folders above the file, too."""
+    """Make the folders above the file, too."""
     real = inside(root, path)
     try:
         data = text.encode()
@@ -47,7 +49,7 @@ def write_file(root: str, path: str, text: str) -> None:
 
 
 def read_file(root: str, path: str, max_bytes: int) -> str:
-    """Text of a regular file, bytes that are no UTF-8 replaced."""
+    """Return the text of a regular file, bytes that are no UTF-8 replaced."""
     real = inside(root, path)
     try:
         if not stat.S_ISREG(os.lstat(real).st_mode):
@@ -62,7 +64,7 @@ def read_file(root: str, path: str, max_bytes: int) -> str:
 
 
 def wipe() -> None:
-    """Empties every place that can be written; OSError when something is left."""
+    """Empty every place that can be written; OSError when something is left."""
     for root, mode in SCRATCH.items():
         os.chmod(root, 0o700)  # a program may have closed it, or any folder below
         for name in os.listdir(root):

@@ -42,19 +42,19 @@ class Limits:
 
 
 def kill_others() -> None:
-    """Kills every process of the namespace but this one and process 1; no fork slips through."""
+    """Kill every process of the namespace but this one and process 1; no fork slips through."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(-1, signal.SIGKILL)
 
 
 def set_dumpable(flag: bool) -> None:
-    """Whether other processes of this uid may trace this one or open its /proc files."""
+    """Set whether other processes of this uid may trace this one or open its /proc files."""
     if _LIBC.prctl(_PR_SET_DUMPABLE, int(flag), 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_DUMPABLE)")
 
 
 def run(request: dict[str, Any], limits: Limits) -> dict[str, Any]:
-    """Runs a program until it ends, goes over a limit or over time; nothing of it is alive afterwards."""
+    """Run a program until it ends, goes over a limit or over time; nothing of it is alive afterwards."""
     stdin_read, stdin_write = os.pipe()
     stdout_read, stdout_write = os.pipe()
     stderr_read, stderr_write = os.pipe()
@@ -79,7 +79,7 @@ def run(request: dict[str, Any], limits: Limits) -> dict[str, Any]:
 
 
 def watch(pid: int, pipes: Pipes, limits: Limits) -> str:
-    """Moves data until the program ends (returns "") or has to be ended (returns the cause)."""
+    """Move data until the program ends (returns "") or have to be ended (returns the cause)."""
     ended = os.pidfd_open(pid)
     pipes.poll.register(ended, select.POLLIN)
     now = time.monotonic()
@@ -116,7 +116,7 @@ class Pipes:
             self._close(stdin)
 
     def move(self, fd: int) -> None:
-        """Moves what is ready."""
+        """Move what is ready."""
         if fd == self._stdin:
             try:
                 self._unsent = self._unsent[os.write(fd, self._unsent[:65536]) :]
@@ -139,13 +139,13 @@ class Pipes:
             self._truncated.add(fd)
 
     def drain(self) -> None:
-        """Reads to the end; call it when all writers have been killed."""
+        """Read to the end; call it when all writers have been killed."""
         for fd in list(self._open):
             while fd in self._open:
                 self.move(fd)
 
     def text(self, fd: int) -> str:
-        """What was read, decoded, with a mark where it was cut."""
+        """Return what was read, decoded, with a mark where it was cut."""
         text = b"".join(self._parts[fd]).decode("utf-8", "replace")
         return text + "\n[sandbox: output truncated]\n" if fd in self._truncated else text
 
@@ -155,7 +155,7 @@ class Pipes:
 
 
 def over_limit(limits: Limits) -> str:
-    """What all processes of a run together have too much of; "" when nothing."""
+    """Return what all processes of a run together have too much of; "" when nothing."""
     usage = [os.statvfs(root) for root in SCRATCH]
     if sum(entry.f_files - entry.f_ffree for entry in usage) > limits.num_files:
         return f"more than {limits.num_files} files"
@@ -192,7 +192,7 @@ def _own_bytes(pid: str, resident_bytes: int) -> int:
 
 
 def become_program(request: dict[str, Any], limits: Limits, pipes: tuple[int, int, int]) -> NoReturn:
-    """Turns this fork into what the request wants run."""
+    """Turn this fork into what the request wants run."""
     os.setsid()
     for target, fd in enumerate(pipes):
         os.dup2(fd, target)
@@ -226,7 +226,7 @@ def become_program(request: dict[str, Any], limits: Limits, pipes: tuple[int, in
 
 
 def run_source(source: str) -> int:
-    """Runs a program as `__main__` the way the interpreter does; returns its exit code."""
+    """Run a program as `__main__` the way the interpreter does; return its exit code."""
     main_module = types.ModuleType("__main__")
     main_module.__dict__["__builtins__"] = builtins
     sys.modules["__main__"] = main_module

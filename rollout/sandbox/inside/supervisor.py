@@ -41,7 +41,7 @@ GRACE_S = 2.0  # what a handler gets beyond the limit of a run
 
 
 def main() -> None:
-    """Serves until the host closes the request pipe."""
+    """Serve until the host closes the request pipe."""
     if os.getpid() != 1:
         raise SystemExit("sandbox supervisor: not process 1 of a pid namespace of its own; it would kill its host")
     limits = Limits(sys.argv[1])
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def serve_one(limits: Limits, number: int) -> bool:
-    """Waits for a request and has it handled. False: the host is gone."""
+    """Wait for a request and have it handled. False: the host is gone."""
     waiting = select.poll()
     waiting.register(0, select.POLLIN)
     waiting.poll()  # ends with a request or with the host's end of the pipe
@@ -84,7 +84,7 @@ def serve_one(limits: Limits, number: int) -> bool:
 
 
 def wait_for(handler: int, timeout_s: float) -> int | None:
-    """Exit code of a handler (negative: a signal, a stop included); None when it has not ended in time."""
+    """Return the exit code of a handler (negative: a signal, a stop included); None when it has not ended in time."""
     deadline = time.monotonic() + timeout_s
     while (left_s := deadline - time.monotonic()) > 0:
         signal.sigtimedwait({signal.SIGCHLD}, left_s)
@@ -98,7 +98,7 @@ def wait_for(handler: int, timeout_s: float) -> int | None:
 
 
 def reap(options: int) -> tuple[int, int] | None:
-    """waitpid for any child; None when there is none."""
+    """Wait for any child that has ended and return its status; None when there is none."""
     try:
         return os.waitpid(-1, options)
     except ChildProcessError:
@@ -109,7 +109,7 @@ def reap(options: int) -> tuple[int, int] | None:
 
 
 def handle(limits: Limits, number: int) -> int:
-    """Reads one request and answers it; returns the handler's exit code."""
+    """Read one request and answer it; return the handler's exit code."""
     request = read_frame()
     if request is None:
         return HOST_IS_GONE
@@ -126,7 +126,7 @@ def handle(limits: Limits, number: int) -> int:
 
 
 def serve(request: dict[str, Any], limits: Limits) -> dict[str, Any]:
-    """One request, by its `op`."""
+    """Handle one request, by its `op`."""
     op = request["op"]
     if op == "write":
         for path, text in request["files"].items():
@@ -143,7 +143,7 @@ def serve(request: dict[str, Any], limits: Limits) -> dict[str, Any]:
 
 
 def read_exactly(num_bytes: int) -> bytes | None:
-    """From the host; None at the end of its stream."""
+    """Return what came from the host; None at the end of its stream."""
     parts = []
     while num_bytes:
         part = os.read(0, min(num_bytes, 1 << 20))
@@ -155,14 +155,14 @@ def read_exactly(num_bytes: int) -> bytes | None:
 
 
 def read_frame() -> dict[str, Any] | None:
-    """The next request; None: the host is gone."""
+    """Return the next request; None: the host is gone."""
     header = read_exactly(4)
     body = None if header is None else read_exactly(struct.unpack(">I", header)[0])
     return None if body is None else json.loads(body)
 
 
 def write_frame(message: dict[str, Any]) -> None:
-    """To the host."""
+    """Write a frame to the host."""
     body = json.dumps(message, ensure_ascii=False).encode("utf-8", "replace")
     data = memoryview(struct.pack(">I", len(body)) + body)
     while data:

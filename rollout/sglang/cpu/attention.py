@@ -32,7 +32,7 @@ class Span:
 
     @property
     def num_keys(self) -> int:
-        """Keys that its last query sees."""
+        """Return keys that its last query sees."""
         return self.first_position + self.num_queries
 
 
@@ -52,7 +52,7 @@ class Group:
 
 
 def spans_of_extend(prefix_lens: Sequence[int], new_lens: Sequence[int], block: int = QUERY_BLOCK) -> list[Span]:
-    """Spans of at most `block` queries of requests with `prefix_lens` cached and `new_lens` new tokens."""
+    """Return spans of at most `block` queries of requests with `prefix_lens` cached and `new_lens` new tokens."""
     spans, row = [], 0
     for request, (prefix, new) in enumerate(zip(prefix_lens, new_lens, strict=True)):
         for start in range(0, new, block):
@@ -62,7 +62,7 @@ def spans_of_extend(prefix_lens: Sequence[int], new_lens: Sequence[int], block: 
 
 
 def group_spans(spans: Sequence[Span], max_slots: int = GROUP_SLOTS) -> list[list[Span]]:
-    """Spans of similar length together, with at most `max_slots` padded keys in a group (or a single span)."""
+    """Return spans of similar length together, with at most `max_slots` padded keys in a group (or a single span)."""
     groups: list[list[Span]] = []
     for span in sorted(spans, key=lambda span: (span.num_keys, span.num_queries), reverse=True):
         if groups and (len(groups[-1]) + 1) * groups[-1][0].num_keys <= max_slots:
@@ -73,7 +73,7 @@ def group_spans(spans: Sequence[Span], max_slots: int = GROUP_SLOTS) -> list[lis
 
 
 def build_group(spans: Sequence[Span], slot_table: torch.Tensor, dtype: torch.dtype) -> Group:
-    """Index tensors of one group. `slot_table` int[B, C]: cache slot of each position of each request."""
+    """Return the index tensors of one group. `slot_table` int[B, C]: cache slot of each position of each request."""
     request, row, position, count = np.array(
         [(span.request, span.first_token, span.first_position, span.num_queries) for span in spans], dtype=np.int64
     ).T
@@ -98,7 +98,7 @@ def attend(
     groups: Sequence[Group],
     scale: float | None,
 ) -> None:
-    """Writes the attention of all groups into `output`.
+    """Write the attention of all groups into `output`.
 
     query [T, H, D], output [T, H, D'], k_cache [S, K, D], v_cache [S, K, D'] with H divisible by K.
     """

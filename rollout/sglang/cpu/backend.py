@@ -21,7 +21,7 @@ class GroupedAttention(TorchNativeAttnBackend):
         self.groups: list[Group] = []
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
-        """Groups of this forward pass; all its layers share them."""
+        """Return the groups of this forward pass; all its layers share them."""
         super().init_forward_metadata(forward_batch)
         if forward_batch.forward_mode.is_decode_or_idle():
             lens = forward_batch.seq_lens.tolist()

@@ -27,7 +27,7 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         return False
 
     def init_backend(self) -> None:
-        """Puts GroupedAttention in the place of the backend of this name, whose settings (no graphs) it shares."""
+        """Put GroupedAttention in the place of the backend of this name, whose settings (no graphs) it shares."""
         from sglang.srt.layers.attention.attention_registry import register_attention_backend
 
         from rollout.sglang.cpu.backend import GroupedAttention

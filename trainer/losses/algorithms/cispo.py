@@ -15,7 +15,7 @@ def cispo(
     clip_low: float,
     clip_high: float,
 ) -> TokenLoss:
-    """CISPO (MiniMax-M1, arXiv 2506.13585, eq. 4-5): the weight is clipped, no token loses its gradient.
+    """Compute CISPO (MiniMax-M1, arXiv 2506.13585, eq. 4-5): the weight is clipped, no token loses its gradient.
 
         x = pi_theta / mu, mu the engine's probability
         l = -sg[clip(x, 1 - clip_low, 1 + clip_high) A] log pi_theta

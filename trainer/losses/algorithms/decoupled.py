@@ -17,7 +17,8 @@ def decoupled(
     clip_low: float,
     clip_high: float,
 ) -> TokenLoss:
-    """Decoupled PPO (AReaL, arXiv 2505.24298; Hilton et al., arXiv 2110.00641): stale samples, fresh trust region.
+    """Compute decoupled PPO (AReaL, arXiv 2505.24298; Hilton et al., arXiv 2110.00641): stale samples, fresh trust
+    region.
 
         l = sg[pi_prox / mu] * PPO(pi_theta / pi_prox)
 

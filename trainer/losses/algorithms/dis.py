@@ -15,7 +15,7 @@ def dis(
     clip_low: float,
     clip_high: float,
 ) -> TokenLoss:
-    """Double-sided importance mask (SAO, arXiv 2607.07508): for asynchronous training, needs no pi_old.
+    """Compute the double-sided importance mask (SAO, arXiv 2607.07508): for asynchronous training, needs no pi_old.
 
         x = pi_theta / mu, mu the engine's probability
         l = -sg[f(x) A] log pi_theta,    f(x) = x for 1 - clip_low < x < 1 + clip_high, else 0

@@ -19,7 +19,7 @@ def gspo(
     clip_low: float,
     clip_high: float,
 ) -> TokenLoss:
-    """GSPO-token (arXiv 2507.18071): the form of GSPO in which every token has an advantage of its own.
+    """Compute GSPO-token (arXiv 2507.18071): the form of GSPO in which every token has an advantage of its own.
 
     For sequence i with n_i action tokens t, whose number is sequence_T[t] = i:
 

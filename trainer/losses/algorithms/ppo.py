@@ -16,7 +16,7 @@ def ppo(
     clip_high: float,
     dual_clip: float = 0.0,
 ) -> TokenLoss:
-    """Clipped surrogate (Schulman et al. 2017, arXiv 1707.06347; asymmetric clip: DAPO, arXiv 2503.14476).
+    """Compute the clipped surrogate (Schulman et al. 2017, arXiv 1707.06347; asymmetric clip: DAPO, arXiv 2503.14476).
 
         r = pi_theta / pi_old
         l = -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)
@@ -42,7 +42,7 @@ def ppo(
 def clipped_surrogate(
     log_ratio_T: torch.Tensor, advantages_T: torch.Tensor, low: float, high: float, dual_clip: float = 0.0
 ) -> TokenLoss:
-    """`ppo`, from log r and the window itself."""
+    """Compute `ppo` from log r and the window itself."""
     ratio_T = log_ratio_T.detach().exp()
     plain_T = -ratio_T * advantages_T
     bound_T = -ratio_T.clamp(low, high) * advantages_T

@@ -27,8 +27,8 @@ _ALIGNED_BYTES = 16  # rows of both factors begin at multiples of it
 
 
 def grouped_product_takes(dtype: torch.dtype, device: torch.device, widths: Sequence[int]) -> bool:
-    """Whether torch multiplies grouped rows of `widths` numbers well: bf16 on Hopper and Blackwell GPUs; on a CPU,
-    where it is a loop over plain products, bf16 and fp32.
+    """Return whether torch multiplies grouped rows of `widths` numbers well: bf16 on Hopper and Blackwell GPUs; on a
+    CPU, where it is a loop over plain products, bf16 and fp32.
     """
     if any(width * dtype.itemsize % _ALIGNED_BYTES for width in widths):
         return False
@@ -75,7 +75,7 @@ class GroupedExperts(SequentialMLP):
     def forward(
         self, permuted_local_hidden_states: torch.Tensor, tokens_per_expert: torch.Tensor, permuted_probs: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Rows [T, hidden] sorted by expert, int64 [experts], router's weights [T] -> [T, hidden], no bias."""
+        """Compute rows [T, hidden] sorted by expert, int64 [experts], router's weights [T] -> [T, hidden], no bias."""
         first: Any = self.local_experts[0]
         weight: torch.Tensor = first.linear_fc1.weight
         widths = [*weight.shape, *first.linear_fc2.weight.shape]

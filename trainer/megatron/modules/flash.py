@@ -24,7 +24,9 @@ _FA4_CAPABILITIES = (9, 10)  # Hopper, Blackwell
 
 @functools.cache
 def flash_attention_4() -> Callable[..., Any] | None:
-    """Its function for packed sequences; None where it is not installed or the GPU is of another kind."""
+    """Return FlashAttention 4's function for packed sequences; None where it is not installed or the GPU is of another
+    kind.
+    """
     if importlib.util.find_spec("flash_attn") is None or importlib.util.find_spec(_FA4) is None:
         return None
     if torch.cuda.get_device_capability()[0] not in _FA4_CAPABILITIES:
@@ -43,7 +45,8 @@ def causal_attention(
     longest_k: int,
     scale: float | None,
 ) -> torch.Tensor:
-    """Query [T, H, d], key and value [S, G, d] in bf16 -> [T, H, d]; borders int32 [sequences + 1], starting with 0.
+    """Attend causally: query [T, H, d], key and value [S, G, d] in bf16 -> [T, H, d]; borders int32 [sequences + 1],
+    starting with 0.
 
     Where a sequence has fewer queries than keys, its last query is that of its last key.
     """

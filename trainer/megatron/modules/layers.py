@@ -1,4 +1,4 @@
-"""Modules of single families that megatron-core has not, or has only with Transformer Engine."""
+"""Modules of single families that megatron-core has not, or have only with Transformer Engine."""
 
 from __future__ import annotations
 

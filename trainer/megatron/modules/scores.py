@@ -26,13 +26,15 @@ SMALLEST = torch.finfo(torch.float32).min
 
 
 def slice_tokens(rows: int, cuda: bool) -> int:
-    """Tokens of a slice, a multiple of 128: their float32 logits over `rows` ids take at most `SLICE_BYTES`."""
+    """Return the number of tokens of a slice, a multiple of 128: their float32 logits over `rows` ids take at most
+    `SLICE_BYTES`.
+    """
     tokens = max(128, SLICE_BYTES // (4 * rows) // 128 * 128)
     return tokens if cuda else min(tokens, CPU_TOKENS)
 
 
 def fused(function: Callable[..., Any]) -> Callable[..., Any]:
-    """On GPUs, `function` as one generated kernel or few; on CPUs, where that needs a compiler, as it is."""
+    """Return `function`: on GPUs as one generated kernel or few; on CPUs, where that needs a compiler, as it is."""
     return torch.compile(function, dynamic=True) if torch.cuda.is_available() else function
 
 
@@ -128,7 +130,7 @@ class _Scores(torch.autograd.Function):
 def scores(
     hidden_PH: torch.Tensor, weight_VH: torch.Tensor, labels_P: torch.Tensor, vocab: int, group: Any
 ) -> torch.Tensor:
-    """float32 [2, P]: log-probability of each label, and entropy in nats of the distribution it is drawn from.
+    """Return float32 [2, P]: log-probability of each label, and entropy in nats of the distribution it is drawn from.
 
     `weight_VH` is the slice of the rank's place in the tensor-parallel `group`; `vocab` counts the real ids, all
     ranks together. The gradient with respect to `hidden_PH` is this rank's part of a sum over `group`.

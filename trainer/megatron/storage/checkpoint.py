@@ -59,7 +59,7 @@ _UNREADABLE = (CheckpointException, CheckpointingException, OSError, RuntimeErro
 
 
 class _Strategy(TorchDistSaveShardedStrategy):
-    """Plans a save as megatron-core does and leaves the writing to `Writing`."""
+    """Plans a save as megatron-core does and leave the writing to `Writing`."""
 
     def __init__(self) -> None:
         super().__init__("torch_dist", 1, thread_count=1)
@@ -108,7 +108,9 @@ class Writing:
                 return
 
     def result(self) -> bytes | None:
-        """What `finish` needs from this rank; None while it is being written. OSError: it could not be written."""
+        """Return what `finish` needs from this rank; None while it is being written. OSError: it could not be
+        written.
+        """
         if self._thread.is_alive():
             return None
         if self._error is not None:
@@ -116,7 +118,7 @@ class Writing:
         return pickle.dumps(self._written)
 
     def finish(self, of_ranks: Sequence[bytes]) -> None:
-        """On rank 0, with the results of all ranks in rank order: writes the index. OSError: it could not."""
+        """Write the index, on rank 0, with the results of all ranks in rank order. OSError: it could not."""
         self._writer.finish(self._index, [pickle.loads(one) for one in of_ranks])
         save_config(CheckpointingConfig("torch_dist", 1), str(self._folder))
 
@@ -131,7 +133,8 @@ def _staged(tensors: Sequence[tuple[Any, torch.Tensor]], live: set[int]) -> Iter
 
 
 def begin(folder: Path, chunks: Sequence[Any], optimizer: Any, updates_done: int) -> Writing:
-    """All ranks call it, with their DDP-wrapped chunks; what is trained after it is not in the checkpoint.
+    """Begin to write a checkpoint; all ranks call it, with their DDP-wrapped chunks; what is trained after it is not in
+    the checkpoint.
 
     It needs as much free host memory as this rank writes. OSError, on all ranks: the folder can't be made, or the
     disk has no room for it.
@@ -173,7 +176,7 @@ def _require_room(folder: Path, found: Sequence[tuple[str, int]]) -> None:
 
 
 def load(folder: Path, chunks: Sequence[Any], optimizer: Any) -> int:
-    """All ranks call it, in any layout; returns `updates_done`.
+    """Load a checkpoint and return `updates_done`; all ranks call it, in any layout.
 
     ValueError, on all ranks: the checkpoint is not complete, a file is cut off or can't be read, a tensor is missing
     or has another shape; it names the file or tensor.

@@ -54,7 +54,7 @@ def _descriptions(weights: dict[str, Any]) -> dict[Any, Any]:
 
 
 def gather(optimizer: Any, weights: dict[str, Any]) -> dict[str, Any]:
-    """What this rank saves of the optimizer's state, on the CPU; all ranks call it.
+    """Return what this rank saves of the optimizer's state, on the CPU; all ranks call it.
 
     `weights`: the sharded state dicts of this rank's chunks. The state must exist: call it after a step.
     """
@@ -78,7 +78,7 @@ def gather(optimizer: Any, weights: dict[str, Any]) -> dict[str, Any]:
 
 
 def wanted(optimizer: Any, weights: dict[str, Any], updates_done: int) -> dict[str, Any]:
-    """What this rank has to read, in the order of `put`; makes place for it in the optimizer."""
+    """Return what this rank has to read, in the order of `put`; makes place for it in the optimizer."""
     of_weight = _descriptions(weights)
     found: dict[str, Any] = {}
     for part in _parts(optimizer):
@@ -94,7 +94,7 @@ def wanted(optimizer: Any, weights: dict[str, Any], updates_done: int) -> dict[s
 
 @torch.no_grad()
 def put(optimizer: Any, read: dict[str, torch.Tensor]) -> None:
-    """Takes what was read for `wanted`."""
+    """Take what was read for `wanted`."""
     tensors: Iterator[torch.Tensor] = iter(read[f"{i}"] for i in range(len(read)))
     for part in _parts(optimizer):
         for param, own in _local(part).items():

@@ -1,4 +1,4 @@
-"""Reads the tensors of a distributed checkpoint one by one, and exports a model so: no process group, no GPU.
+"""Reads the tensors of a distributed checkpoint one by one, and export a model so: no process group, no GPU.
 
 A tensor may lie in pieces, in the files of the ranks that held them; here it is whole again, whatever the layout.
 """
@@ -25,7 +25,7 @@ from trainer.models.shape import ModelShape
 
 
 def read_index(folder: Path) -> Any:
-    """torch's `Metadata` of a checkpoint: names, shapes and pieces of its tensors. ValueError: it has none."""
+    """Return torch's `Metadata` of a checkpoint: names, shapes and pieces of its tensors. ValueError: it has none."""
     for name in ("metadata.json", ".metadata"):
         if not (folder / name).is_file():
             raise ValueError(f"{folder}: not a complete checkpoint ({name} is missing)")
@@ -36,7 +36,7 @@ def read_index(folder: Path) -> Any:
 
 
 def cut_off(folder: Path, index: Any, names: Collection[str]) -> str:
-    """Says which file of these tensors is missing or shorter than the index knows it; "" when all are whole."""
+    """Say which file of these tensors is missing or shorter than the index knows it; "" when all are whole."""
     ends: dict[str, int] = {}
     for piece, info in index.storage_data.items():
         if piece.fqn in names:
@@ -60,12 +60,14 @@ class Stored:
             raise ValueError(problem)
 
     def shape(self, name: str) -> tuple[int, ...] | None:
-        """Of the whole tensor; None when there is no such tensor."""
+        """Return the shape of the whole tensor; None when there is no such tensor."""
         found = self._index.state_dict_metadata.get(name)
         return tuple(found.size) if isinstance(found, TensorStorageMetadata) else None
 
     def read(self, name: str, first: int | None = None) -> torch.Tensor:
-        """The whole tensor, or with `first` its part [first] of dimension 0. ValueError: a piece can't be read."""
+        """Return the whole tensor, or with `first` its part [first] of dimension 0. ValueError: a piece can't be
+        read.
+        """
         known = self._index.state_dict_metadata[name]
         size = list(known.size)
         low, high = (0, size[0]) if first is None else (first, first + 1)
@@ -97,7 +99,7 @@ class Stored:
 
 
 def export(folder: Path, source: Path, out: Path) -> None:
-    """Writes the model of a checkpoint as a Hugging Face folder; `source`: the one that its training started from.
+    """Write the model of a checkpoint as a Hugging Face folder; `source`: the one that its training started from.
 
     It holds one file of the result in memory at a time. ValueError: the checkpoint is not complete, a file is cut off,
     a tensor is missing or misshapen. OSError: no room on the disk. Then nothing is left at `out`.
@@ -112,7 +114,9 @@ def export(folder: Path, source: Path, out: Path) -> None:
 
 
 def weights(stored: Stored, shape: ModelShape) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every trained tensor under its Hugging Face name, whole, in the order of `entries`. ValueError: see `export`."""
+    """Yield every trained tensor under its Hugging Face name, whole, in the order of `entries`. ValueError: see
+    `export`.
+    """
     for entry in entries(shape):
         name, expert = _name_in_checkpoint(entry)
         known = stored.shape(name)
