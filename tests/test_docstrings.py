@@ -101,9 +101,10 @@ def first_words() -> Iterator[tuple[str, str]]:
         if path.relative_to(ROOT).parts[0] not in FOLDERS:
             continue
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith("_"):
-                if text := ast.get_docstring(node):
-                    yield f"{path.relative_to(ROOT)}:{node.lineno} {node.name}", text.split()[0].rstrip(".,:;")
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or node.name.startswith("_"):
+                continue
+            if text := ast.get_docstring(node):
+                yield f"{path.relative_to(ROOT)}:{node.lineno} {node.name}", text.split()[0].rstrip(".,:;")
 
 
 def test_docstrings_begin_with_a_verb() -> None:
