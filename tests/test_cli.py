@@ -47,7 +47,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     [
         ([PPO, "polcy.loss=ppo"], "did you mean 'policy.loss'?"),
         ([PPO, "steps=many"], "must be an integer"),
-        ([PPO, "policy.loss=x"], "one of ppo, dis"),
+        ([PPO, "policy.loss=x"], "one of cispo, decoupled, dis, gspo, ppo"),
         (["recipe=nothing"], "recipe=nothing: no such recipe"),
         ([PPO, "model=tine"], "did you mean 'tiny'?"),
         ([PPO, "cluster=moon"], "cluster=moon: no such cluster; known: "),
@@ -303,7 +303,7 @@ def test_ctrl_c_inside_a_command_is_one_line(
         # bash hands over a word with "=" as three
         (["slime", "tr"], ["train"]),
         (["slime", "train", "recipe", "=", "ppo_coding_"], ["ppo_coding_async"]),
-        (["slime", "train", PPO, "policy.loss", "=", "d"], ["dis", "decoupled"]),
+        (["slime", "train", PPO, "policy.loss", "=", "d"], ["decoupled", "dis"]),
         (["slime", "train", PPO, "policy.optimizer.l"], ["policy.optimizer.lr="]),
         (["slime", "config", "clu"], ["cluster=gpu_8", "cluster=local", "cluster.num_nodes="]),
         (["slime", "report", "fi"], ["first"]),
@@ -337,7 +337,7 @@ def test_completion_imports_nothing_heavy() -> None:
         f"sys.exit(str({HEAVY!r} & set(sys.modules) or [text for text, _ in found]))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
-    assert done.stderr.strip() == "['policy.loss=dis', 'policy.loss=decoupled']"
+    assert done.stderr.strip() == "['policy.loss=decoupled', 'policy.loss=dis']"
 
 
 def test_a_mistake_in_a_process_of_its_own_shows_no_traceback() -> None:

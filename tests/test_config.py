@@ -200,7 +200,7 @@ def test_options_of_the_task_may_be_one_mapping_that_is_added(text: str, tmp_pat
         ([PPO, "steps="], ["steps=", "must be an integer"]),
         ([PPO, "policy.optimizer.lr=fast"], ["policy.optimizer.lr=fast", "must be a number"]),
         ([PPO, "resume=perhaps"], ["resume=perhaps", "must be true or false"]),
-        ([PPO, "policy.loss=pppo"], ["policy.loss=pppo", "one of ppo, dis"]),
+        ([PPO, "policy.loss=pppo"], ["policy.loss=pppo", "one of cispo, decoupled, dis, gspo, ppo"]),
         ([PPO, "rollout.engine.pause=abort"], ["rollout.engine.pause=abort", "one of retract, in_place"]),
         ([PPO, "policy=ppo"], ["policy=ppo is a section", "policy.layout"]),
         ([PPO, "task.options=3"], ["task.options=3", "must be a mapping"]),

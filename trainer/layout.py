@@ -37,7 +37,7 @@ class Sizes(NamedTuple):
 
 
 def refuse_layout(layout: Any) -> None:
-    """Refuse a layout. ValueError: it works for no model, with the numbers and the nearest layout that works for one."""
+    """Refuse a layout. ValueError: it works for no model, with the numbers and the nearest one that does."""
     sizes = Sizes.of(layout)
     for problem in _alone(sizes):
         raise ValueError(f"{problem}: {_cure(sizes, lambda s: not any(_alone(s)))}")

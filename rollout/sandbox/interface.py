@@ -23,7 +23,7 @@ class Sandbox(Protocol):
         """Put text files into the workspace. ValueError: a path that leaves it or is none, or what is no text."""
 
     async def read_file(self, path: str) -> str:
-        """Return the text of a workspace file. FileNotFoundError: there is none; ValueError: path leaves the workspace."""
+        """Return a workspace file as text. FileNotFoundError: there is none; ValueError: path leaves the workspace."""
 
     async def run_python(self, source: str, stdin: str = "") -> RunResult:
         """Run a Python program in the workspace, in a process of its own."""

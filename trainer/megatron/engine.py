@@ -147,7 +147,7 @@ class MegatronEngine:
         return found
 
     def forward(self, batches: Sequence[MicroBatch]) -> list[tuple[MicroBatch, torch.Tensor]]:
-        """Return the log-probabilities, or values, [A] of each micro-batch, on one process of every data-parallel row."""
+        """Return log-probabilities, or values, [A] of each micro-batch, on one process of every data-parallel row."""
         for chunk in self.chunks:
             chunk.eval()
         with torch.no_grad():
