@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,6 +91,15 @@ class Run:
             assert self.process.poll() is None, f"ended with {self.process.returncode} before {what}: {self.tail()}"
             assert time.monotonic() < deadline, f"no {what} after {limit_s} s: {self.tail()}"
             time.sleep(0.2)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep the run where it is while its engines are looked at: its own process stands still in the block."""
+        self.process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self.process.send_signal(signal.SIGCONT)
 
     def finish(self, limit_s: float = START_S) -> Run:
         """Waits for the end. AssertionError unless it is a good one."""

@@ -430,7 +430,8 @@ def story(place: Place, cluster: Cluster) -> Story:
     settings = [f"cluster.ray_address={cluster.address}", "cluster.num_nodes=2"]
     with Run(place, *RUN, *settings, environment=cluster.environment) as run:
         run.wait_until(lambda: bool(rows_of(run_dir / "metrics.jsonl")), "the first evaluation", START_S)
-        seen = look_at_engine(run_dir)
+        with run.held():
+            seen = look_at_engine(run_dir)
         run.finish()
     probe = subprocess.run(
         [sys.executable, "-c", PROBE, cluster.address],
