@@ -19,7 +19,7 @@ from launch.config import Sharing
 from launch.nodes import ProcessOptions
 from launch.supervisor import watch
 from rollout.engines.group import EngineGroup
-from rollout.engines.server import EngineServer
+from rollout.engines.server import EngineServer, ServerSettings
 from rollout.group import RolloutGroup
 from rollout.worker import RolloutSettings, RolloutWorker
 from slime.config.nodes import CRITIC, POLICY, REFERENCE
@@ -85,20 +85,22 @@ def build_estimator(config: Config, folder: Path, where: Placement) -> Estimator
 
 
 def build_servers(config: Config, folder: Path, run_dir: Path, where: Placement, key: str = "") -> list[Any]:
-    """Return engine servers; each starts its SGLang process when it is made. `key`: see `EngineServer`."""
+    """Return engine servers; each starts its SGLang process when it is made. `key`: see `ServerSettings`."""
     engine, cls = config.rollout.engine, ray.remote(EngineServer)
     servers = [
         cls.options(max_concurrency=SERVER_CALLS, **options.ray()).remote(
-            engine,
-            str(folder.resolve()),
-            config.rollout.compaction.context_tokens,
-            str(engine_log(run_dir, number).resolve()),
-            cpu=config.cluster.gpus_per_node == 0,
-            threads=config.cluster.threads_per_process,
-            seed=config.seed + number,
-            host=options.address,
-            key=key,
-            yields_memory=config.cluster.sharing is Sharing.all,
+            ServerSettings(
+                engine,
+                str(folder.resolve()),
+                config.rollout.compaction.context_tokens,
+                str(engine_log(run_dir, number).resolve()),
+                cpu=config.cluster.gpus_per_node == 0,
+                threads=config.cluster.threads_per_process,
+                seed=config.seed + number,
+                host=options.address,
+                key=key,
+                yields_memory=config.cluster.sharing is Sharing.all,
+            )
         )
         for number, options in enumerate(where.engines)
     ]

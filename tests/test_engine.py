@@ -26,7 +26,15 @@ from buffer.types import Float32
 from machine.ports import ReservedPort
 from rollout.config import EngineConfig
 from rollout.engines.client import EngineClient, Generation, parse_generation
-from rollout.engines.server import DIRECT, EngineServer, crash_in, exception_in, server_arguments, server_environment
+from rollout.engines.server import (
+    DIRECT,
+    EngineServer,
+    ServerSettings,
+    crash_in,
+    exception_in,
+    server_arguments,
+    server_environment,
+)
 from trainer.publish.broadcast import broadcast, join_update_group, leave_update_group
 
 T = TypeVar("T")
@@ -72,7 +80,7 @@ def model(folder: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def server(folder: Path, model: Any) -> Iterator[EngineServer]:
-    engine = EngineServer(CONFIG, str(folder / "model"), CONTEXT, str(folder / "engine.log"), cpu=True)
+    engine = EngineServer(ServerSettings(CONFIG, str(folder / "model"), CONTEXT, str(folder / "engine.log"), cpu=True))
     try:
         engine.start()
         yield engine
@@ -115,7 +123,7 @@ def prompts_with_shared_prefixes(seed: int) -> list[list[int]]:
 
 def test_arguments_of_a_cpu_engine() -> None:
     config = EngineConfig(max_running_requests=7)
-    arguments = server_arguments(config, "/m", 100, "127.0.0.1", 4000, cpu=True, seed=5)
+    arguments = server_arguments(ServerSettings(config, "/m", 100, "log", cpu=True, seed=5), 4000)
     given = dict(zip(arguments, [*arguments[1:], ""], strict=True))
     assert given["--context-length"] == "108"
     assert given["--max-total-tokens"] == "1400"
@@ -123,16 +131,18 @@ def test_arguments_of_a_cpu_engine() -> None:
     assert given["--random-seed"] == "5"
     assert given["--weight-version"] == "0"
     assert {"--sleep-on-idle", "--disable-overlap-schedule"} <= set(arguments)
-    assert server_environment(config, cpu=True, threads=3)["OMP_NUM_THREADS"] == "3"
+    assert server_environment(ServerSettings(config, "/m", 100, "log", cpu=True, threads=3))["OMP_NUM_THREADS"] == "3"
 
 
 def test_arguments_of_a_gpu_engine() -> None:
     config = EngineConfig(tensor_parallel=4, memory_fraction=0.7)
-    arguments = server_arguments(config, "/m", 100, "127.0.0.1", 4000, cpu=False, seed=0)
+    arguments = server_arguments(ServerSettings(config, "/m", 100, "log", cpu=False), 4000)
     given = dict(zip(arguments, [*arguments[1:], ""], strict=True))
     assert (given["--dtype"], given["--tp-size"], given["--mem-fraction-static"]) == ("bfloat16", "4", "0.7")
     assert not {"--device", "--attention-backend", "--max-total-tokens", "--disable-overlap-schedule"} & set(arguments)
-    assert "SGLANG_EXTERNAL_MODEL_PACKAGE" not in server_environment(config, cpu=False, threads=1)
+    assert "SGLANG_EXTERNAL_MODEL_PACKAGE" not in server_environment(
+        ServerSettings(config, "/m", 100, "log", cpu=False)
+    )
 
 
 def test_importing_the_platform_is_light() -> None:
@@ -462,7 +472,9 @@ def in_group(pid: int, group: int) -> bool:
 
 @pytest.mark.e2e
 def test_a_server_that_can_not_start_shows_its_log(tmp_path: Path) -> None:
-    engine = EngineServer(CONFIG, str(tmp_path / "absent"), CONTEXT, str(tmp_path / "engine.log"), cpu=True)
+    engine = EngineServer(
+        ServerSettings(CONFIG, str(tmp_path / "absent"), CONTEXT, str(tmp_path / "engine.log"), cpu=True)
+    )
     with pytest.raises(RuntimeError, match=r"^engine ended with exit code 1") as caught:
         engine.start()
     assert re.fullmatch(r"engine .*absent.*, while it started; log: .*engine.log", str(caught.value))
@@ -472,7 +484,7 @@ def test_a_server_that_can_not_start_shows_its_log(tmp_path: Path) -> None:
 
 
 def test_nobody_takes_the_port_of_a_server_that_still_imports(tmp_path: Path) -> None:
-    engine = EngineServer(CONFIG, str(tmp_path), CONTEXT, str(tmp_path / "engine.log"), cpu=True)
+    engine = EngineServer(ServerSettings(CONFIG, str(tmp_path), CONTEXT, str(tmp_path / "engine.log"), cpu=True))
     address = ("127.0.0.1", int(engine.url.rsplit(":", 1)[1]))
     try:
         with socket.socket() as other, pytest.raises(OSError, match="in use"):
@@ -486,7 +498,9 @@ def test_nobody_takes_the_port_of_a_server_that_still_imports(tmp_path: Path) ->
 @pytest.mark.e2e
 def test_stop_leaves_no_process(folder: Path, model: Any, tmp_path: Path) -> None:
     """Also when the server is still importing."""
-    engine = EngineServer(CONFIG, str(folder / "model"), CONTEXT, str(tmp_path / "engine.log"), cpu=True)
+    engine = EngineServer(
+        ServerSettings(CONFIG, str(folder / "model"), CONTEXT, str(tmp_path / "engine.log"), cpu=True)
+    )
     group = engine._process.pid
     wait_until(lambda: sum(in_group(int(p.name), group) for p in Path("/proc").iterdir() if p.name.isdigit()) > 1, 30)
     engine.stop()

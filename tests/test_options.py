@@ -9,7 +9,7 @@ import pytest
 from roles import random_qwen3
 
 from rollout.config import EngineConfig
-from rollout.engines.server import server_arguments
+from rollout.engines.server import ServerSettings, server_arguments
 from rollout.sglang.options import OURS, OURS_ON_CPUS, option_arguments, refused_options
 from slime.config import ConfigError, load
 from slime.report import _engine_options
@@ -41,7 +41,7 @@ def test_options_become_arguments_of_the_server() -> None:
 @pytest.mark.parametrize("cpu", [True, False])
 def test_every_argument_that_a_run_sets_is_among_those_refused(cpu: bool) -> None:
     config = EngineConfig(attention="triton", max_total_tokens=1000)
-    given = server_arguments(config, "/m", 100, "127.0.0.1", 4000, cpu, seed=0, yields_memory=True)
+    given = server_arguments(ServerSettings(config, "/m", 100, "log", cpu, yields_memory=True), 4000)
     flags = {flag.removeprefix("--").replace("-", "_") for flag in given if flag.startswith("--")} | {"nccl_port"}
     assert flags - set(OURS | (OURS_ON_CPUS if cpu else {})) == set()
 

@@ -20,7 +20,7 @@ from machine.ports import ReservedPort
 from rollout.config import PauseMode
 from rollout.engines.client import EngineClient, Generation
 from rollout.engines.group import EngineGroup
-from rollout.engines.server import EngineServer
+from rollout.engines.server import EngineServer, ServerSettings
 from slime.weights import Weights
 from trainer.publish.broadcast import Weight, buckets, join_update_group, leave_update_group, send
 from trainer.publish.delta import Base
@@ -97,7 +97,11 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Weight
     trainer = Trainer(make_model(folder / "model"))
     with ExitStack() as stack:
         servers = [
-            EngineServer(ENGINES, str(folder / "model"), CONTEXT, str(folder / f"{number}.log"), cpu=True, seed=number)
+            EngineServer(
+                ServerSettings(
+                    ENGINES, str(folder / "model"), CONTEXT, str(folder / f"{number}.log"), cpu=True, seed=number
+                )
+            )
             for number in range(2)
         ]
         for server in servers:

@@ -20,7 +20,7 @@ from buffer.types import Float32
 from rollout.config import EngineConfig
 from rollout.engines.client import Generation
 from rollout.engines.group import EngineGroup
-from rollout.engines.server import EngineServer
+from rollout.engines.server import EngineServer, ServerSettings
 from slime.weights import GROUP, Weights
 from trainer.config import PolicyConfig
 from trainer.group import PolicyGroup
@@ -56,7 +56,7 @@ def served(
         servers = []
         for number in range(kind.engines.num_engines):
             log = str(made / f"{number}.log")
-            servers.append(EngineServer(kind.engines, str(folder), CONTEXT, log, cpu=True, seed=number))
+            servers.append(EngineServer(ServerSettings(kind.engines, str(folder), CONTEXT, log, cpu=True, seed=number)))
             stack.callback(servers[-1].stop)
         yield kind, folder, EngineGroup(tuple(server.start() for server in servers), VOCAB, CONTEXT, kind.engines)
 

@@ -130,7 +130,7 @@ def main() -> None:
     from machine.ports import ReservedPort
     from rollout.config import EngineConfig
     from rollout.engines.group import EngineGroup
-    from rollout.engines.server import EngineServer
+    from rollout.engines.server import EngineServer, ServerSettings
     from slime.weights import Weights
 
     folder = make_model(Path(tempfile.mkdtemp()))
@@ -138,7 +138,7 @@ def main() -> None:
     began = time.perf_counter()
     os.environ["CUDA_VISIBLE_DEVICES"] = str(options.engine_gpu)
     log = options.log or str(folder / "engine.log")
-    server = EngineServer(config, str(folder), CONTEXT, log, cpu=False, yields_memory=True)
+    server = EngineServer(ServerSettings(config, str(folder), CONTEXT, log, cpu=False, yields_memory=True))
     os.environ["CUDA_VISIBLE_DEVICES"] = "0"
     try:
         from benchmarks.gpu import common

@@ -121,7 +121,7 @@ def main() -> None:
         return
     from rollout.config import EngineConfig
     from rollout.engines.group import EngineGroup
-    from rollout.engines.server import EngineServer
+    from rollout.engines.server import EngineServer, ServerSettings
     from slime.weights import Weights
 
     print(common.machine(), flush=True)
@@ -140,7 +140,7 @@ def main() -> None:
     )
     os.environ["CUDA_VISIBLE_DEVICES"] = "1"
     began = time.perf_counter()
-    server = EngineServer(config, str(weights), CONTEXT, str(folder / "engine.log"), cpu=False)
+    server = EngineServer(ServerSettings(config, str(weights), CONTEXT, str(folder / "engine.log"), cpu=False))
     try:
         url = server.start()
         print(f"engine up after {time.perf_counter() - began:.0f} s", flush=True)

@@ -12,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from pathlib import Path
 
@@ -35,27 +36,32 @@ DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 CPU_MEMORY_FRACTION = 0.3  # of the machine's memory; `max_total_tokens` is the limit that counts there
 
 
-def server_arguments(
-    config: EngineConfig,
-    model_path: str,
-    context_tokens: int,
-    host: str,
-    port: int,
-    cpu: bool,
-    seed: int,
-    yields_memory: bool = False,
-) -> list[str]:
-    """Return arguments of `python -m sglang.launch_server`. Requests and answers are token ids; versions start at 0.
+@dataclass(frozen=True)
+class ServerSettings:
+    """What one server is started with."""
 
-    `yields_memory`: the engine can give its GPU memory away between rollouts (`EngineClient.release_memory`).
-    """
+    config: EngineConfig
+    model_path: str
+    context_tokens: int
+    log_path: str
+    cpu: bool
+    threads: int = 1  # of each of its processes
+    seed: int = 0
+    host: str = "127.0.0.1"
+    yields_memory: bool = False  # it can give its GPU memory away between rollouts (`EngineClient.release_memory`)
+    key: str = field(default="", repr=False)  # that requests must come with; "": none
+
+
+def server_arguments(settings: ServerSettings, port: int) -> list[str]:
+    """Return arguments of `python -m sglang.launch_server`. Requests and answers are token ids; versions start at 0."""
+    config = settings.config
     arguments = [
-        *("--model-path", model_path),
-        *("--host", host),
+        *("--model-path", settings.model_path),
+        *("--host", settings.host),
         *("--port", str(port)),
-        *("--context-length", str(context_tokens + CONTEXT_MARGIN_TOKENS)),
+        *("--context-length", str(settings.context_tokens + CONTEXT_MARGIN_TOKENS)),
         *("--max-running-requests", str(config.max_running_requests)),
-        *("--random-seed", str(seed)),
+        *("--random-seed", str(settings.seed)),
         *("--weight-version", "0"),
         *("--log-level-http", "warning"),
         "--skip-tokenizer-init",
@@ -64,9 +70,9 @@ def server_arguments(
         *("--grammar-backend", "none"),
         *("--tp-size", str(config.tensor_parallel)),
     ]
-    if cpu:
+    if settings.cpu:
         # By default every running request fills its context, and as much again stays cached for turns to come.
-        total_tokens = config.max_total_tokens or 2 * config.max_running_requests * context_tokens
+        total_tokens = config.max_total_tokens or 2 * config.max_running_requests * settings.context_tokens
         return [
             *arguments,
             *("--device", "cpu"),
@@ -81,24 +87,25 @@ def server_arguments(
     arguments += ["--mem-fraction-static", str(config.memory_fraction)]
     if config.attention:
         arguments += ["--attention-backend", config.attention]
-    if yields_memory:
+    if settings.yields_memory:
         arguments += ["--enable-memory-saver"]
     if config.max_total_tokens:
         arguments += ["--max-total-tokens", str(config.max_total_tokens)]
     return arguments
 
 
-def server_environment(config: EngineConfig, cpu: bool, threads: int, key: str = "") -> dict[str, str]:
+def server_environment(settings: ServerSettings) -> dict[str, str]:
     """Return environment variables of an engine, the only place that sets any."""
+    config = settings.config
     variables = {
         # torch would take every core for one engine.
-        "OMP_NUM_THREADS": str(threads),
+        "OMP_NUM_THREADS": str(settings.threads),
         # The context is CONTEXT_MARGIN_TOKENS above what requests use, so it may be above what the model declares.
         "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",
         # The model is a local folder: no question to a hub, not even for optional files.
         "HF_HUB_OFFLINE": "1",
     }
-    if cpu:
+    if settings.cpu:
         # The model classes that are imported at start; one that is not there makes SGLang import all its own.
         variables["SGLANG_EXTERNAL_MODEL_PACKAGE"] = "rollout.sglang.cpu.models"
         if config.tensor_parallel > 1:
@@ -106,9 +113,9 @@ def server_environment(config: EngineConfig, cpu: bool, threads: int, key: str =
             cores = sorted(os.sched_getaffinity(0))
             bound = [str(cores[rank % len(cores)]) for rank in range(config.tensor_parallel)]
             variables["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(bound)
-    if key:
+    if settings.key:
         # Read by `serve`. Other users of the machine see a process's arguments, not its environment.
-        variables[KEY_VARIABLE] = key
+        variables[KEY_VARIABLE] = settings.key
     if config.delta:
         # Read by the platform plugin, which nothing else reaches before SGLang loads its model.
         variables["SLIME_ENGINE_DELTA"] = "1"
@@ -131,30 +138,19 @@ class EngineServer:
     Whoever reaches `host` can use the engine, unless it has a `key`: then it answers "/health" and those who know it.
     """
 
-    def __init__(
-        self,
-        config: EngineConfig,
-        model_path: str,
-        context_tokens: int,
-        log_path: str,
-        cpu: bool,
-        threads: int = 1,
-        seed: int = 0,
-        host: str = "127.0.0.1",
-        yields_memory: bool = False,
-        key: str = "",
-    ) -> None:
-        self.config = config
-        self._key = key
-        self.log_path = Path(log_path)
+    def __init__(self, settings: ServerSettings) -> None:
+        self.config = settings.config
+        self._key = settings.key
+        self.log_path = Path(settings.log_path)
         self.name = self.log_path.stem.replace("_", " ")
         self._stopped = False
-        port, meeting_port = self._ports = ReservedPort(host), ReservedPort("")
-        self.url = f"http://{host}:{port.number}"
+        port, meeting_port = self._ports = ReservedPort(settings.host), ReservedPort("")
+        self.url = f"http://{settings.host}:{port.number}"
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        arguments = server_arguments(config, model_path, context_tokens, host, port.number, cpu, seed, yields_memory)
-        arguments += ["--nccl-port", str(meeting_port.number), *option_arguments(config.options)]
-        server = ["-c", "from rollout.engines.server import serve; serve()"] if key else ["-m", "sglang.launch_server"]
+        arguments = server_arguments(settings, port.number)
+        arguments += ["--nccl-port", str(meeting_port.number), *option_arguments(self.config.options)]
+        keyed = ["-c", "from rollout.engines.server import serve; serve()"]
+        server = keyed if settings.key else ["-m", "sglang.launch_server"]
         self._log_begins = self.log_path.stat().st_size if self.log_path.exists() else 0
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(
@@ -162,7 +158,7 @@ class EngineServer:
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **server_environment(config, cpu, threads, key)},
+                env={**os.environ, **server_environment(settings)},
                 start_new_session=True,
             )
 
