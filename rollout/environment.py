@@ -7,13 +7,14 @@ import math
 import numbers
 import reprlib
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from buffer.text import clean_text
+from rollout.rendering.messages import Prompt
 
 _LARGEST = float(np.finfo(np.float32).max)
 
@@ -31,8 +32,8 @@ class Environment(ABC):
     """The world of one episode."""
 
     @abstractmethod
-    async def start(self) -> str:
-        """Prepare the workspace; return the prompt."""
+    async def start(self) -> str | Prompt:
+        """Prepare the workspace; return the prompt: text, or a conversation with tools."""
 
     @abstractmethod
     async def step(self, action: str) -> Step:
@@ -76,6 +77,18 @@ def as_text(value: object, what: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{what} is {_shown(value)}: it must be text")
     return clean_text(str(value))
+
+
+def as_prompt(value: object, what: str) -> Prompt:
+    """Return a prompt whose text every tokenizer takes; text alone is one user message."""
+    if not isinstance(value, Prompt):
+        return Prompt.of(as_text(value, what))
+    for one in value.messages:
+        if not isinstance(one, Mapping) or not isinstance(one.get("role"), str):
+            raise ValueError(f"{what}: {_shown(one)} is no message: it must be a mapping with role and content")
+    if not value.messages or value.messages[-1]["role"] == "assistant":
+        raise ValueError(f"{what} must end with a message to the policy: it has {len(value.messages)} messages")
+    return value
 
 
 def as_reward(value: object, what: str) -> float:

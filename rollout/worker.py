@@ -31,7 +31,7 @@ from rollout.config import RolloutConfig
 from rollout.engines.group import EngineGroup
 from rollout.engines.router import EngineRouter, Lease
 from rollout.environment import Demonstrator, Environment, require_kind
-from rollout.rendering.renderer import Renderer
+from rollout.rendering.factory import make_renderer
 from rollout.rendering.templates import end_ids
 from rollout.sandbox.interface import SandboxPool
 from rollout.task import Task
@@ -119,7 +119,7 @@ class RolloutWorker:
         s = self.settings
         tokenizer = AutoTokenizer.from_pretrained(s.model_folder)
         known = range(s.engines.vocab_size)  # of what a configuration names
-        self._renderer = Renderer(tokenizer, s.template, [i for i in end_ids(Path(s.model_folder)) if i in known])
+        self._renderer = make_renderer(tokenizer, s.template, [i for i in end_ids(Path(s.model_folder)) if i in known])
         self._player = s.task.player(self._renderer, s.config)
         self._engines = s.engines.router()
         self._pool = make_pool(s.config.sandbox)  # in the loop's own thread, which sandboxes follow into death

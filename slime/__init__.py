@@ -13,6 +13,7 @@ _EXPORTS = {
     "Demonstrator": "rollout.environment",
     "Environment": "rollout.environment",
     "Step": "rollout.environment",
+    "Prompt": "rollout.rendering.messages",
     "Sandbox": "rollout.sandbox.interface",
     "RunResult": "rollout.sandbox.interface",
     "TaskRow": "buffer.tasks",

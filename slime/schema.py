@@ -39,7 +39,9 @@ class ModelConfig:
     name: str = setting("", "Name of the model's file, used in names and tables.")
     path: str = setting("", "Hugging Face folder; '': the task's tiny model, built on the spot.")
     start: str = setting("", "Recipe that trains model.path first, once and cached; '': start from model.path itself.")
-    template: str = setting("chatml", "How messages become tokens; one of rollout/rendering/templates.py.")
+    template: str = setting(
+        "chatml", "How messages become tokens: tiny, chatml, or tokenizer for the tokenizer's own chat template."
+    )
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from rollout.agents.player import Attempt
 from rollout.agents.script import ScriptedSampler
 from rollout.config import SandboxConfig
 from rollout.environment import Step
-from rollout.rendering.renderer import Renderer
+from rollout.rendering.builtin import BuiltinRenderer
 from rollout.sandbox.bubblewrap import BubblewrapPool
 from rollout.sandbox.interface import RunResult, Sandbox, SandboxPool
 from slime.config import load
@@ -100,7 +100,7 @@ def test_rows_come_from_the_seed_alone_and_splits_share_nothing() -> None:
 def test_the_tokenizer_has_a_token_for_everything_in_the_task() -> None:
     tokenizer = build_tokenizer()
     assert len(set(vocabulary())) == len(vocabulary()) == len(tokenizer)
-    renderer = Renderer(tokenizer, "tiny")
+    renderer = BuiltinRenderer(tokenizer, "tiny")
     texts = {"", "submit", "err", "cat a8"}
     for row in ROWS[:100]:
         texts |= {row.prompt, *row.files.values(), *(source_of(row, sign) for sign in "+-")}
@@ -273,7 +273,7 @@ def test_expected_values_never_enter_the_sandbox() -> None:
 
 
 def demonstrations(rows: Sequence[TaskRow], noise: float) -> list[Episode]:
-    task, renderer = CodingTask(noise), Renderer(build_tokenizer(), RECIPE.model.template)
+    task, renderer = CodingTask(noise), BuiltinRenderer(build_tokenizer(), RECIPE.model.template)
 
     async def one(pool: SandboxPool, index: int, row: TaskRow) -> Episode:
         sandbox = await pool.acquire()

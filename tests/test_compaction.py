@@ -17,11 +17,12 @@ from rollout.agents.loop import ToolLoop
 from rollout.agents.player import Attempt
 from rollout.config import RolloutConfig
 from rollout.environment import Environment
+from rollout.rendering.messages import Exchange, Prompt
 from rollout.rendering.renderer import Renderer
 from rollout.sandbox.interface import Sandbox
 from rollout.task import Task
 
-EXCHANGES = [[1, 1, 1], [2, 2], [3, 3, 3, 3]]
+EXCHANGES = [Exchange((), (1, 1, 1)), Exchange((), (2, 2)), Exchange((), (3, 3, 3, 3))]
 
 
 @pytest.mark.parametrize(
@@ -31,23 +32,23 @@ EXCHANGES = [[1, 1, 1], [2, 2], [3, 3, 3, 3]]
 def test_the_last_exchanges_that_fit_are_kept(count: int, max_tokens: int, kept: list[int]) -> None:
     """One token around 3 + 2 + 4."""
     chosen = [EXCHANGES[i] for i in kept]
-    context = [9, *(i for exchange in chosen for i in exchange)]
-    assert keep_last(lambda flat: [9, *flat], EXCHANGES, count, max_tokens) == (context, chosen)
+    assert keep_last(EXCHANGES, count, lambda kept: 1 + sum(len(one.ids) for one in kept) <= max_tokens) == chosen
 
 
 def test_a_context_too_long_for_any_exchange_holds_none() -> None:
-    assert keep_last(lambda flat: [9] * 20 + flat, EXCHANGES, 3, 10) == ([9] * 20, [])
+    assert keep_last(EXCHANGES, 3, lambda kept: False) == []
 
 
 def test_compactions_change_nothing_that_they_are_given() -> None:
-    limits, exchanges = settings_of(keep_steps=2).compaction, [ids("xk"), ids("yl"), ids("zm")]
-    before = [list(exchange) for exchange in exchanges]
-    task, tail = [USER, *ids("u"), STOP], [*exchanges[1], *exchanges[2]]
-    expected = ([*task, SUMMARY, *ids("s"), STOP, *tail], exchanges[1:])
-    assert PolicySummary(TINY, limits).compact("u", ids("s"), exchanges) == expected
-    assert LastExchanges(TINY, limits).compact("u", [], exchanges) == ([*task, *tail], exchanges[1:])
+    limits, prompt = settings_of(keep_steps=2).compaction, Prompt.of("u")
+    exchanges = [Exchange((), tuple(ids(text))) for text in ("xk", "yl", "zm")]
+    before = list(exchanges)
+    task, tail = [USER, *ids("u"), STOP], ids("ylzm")
+    context, kept = PolicySummary(TINY, limits).compact(prompt, ids("s"), exchanges)
+    assert (list(context.ids), kept) == ([*task, SUMMARY, *ids("s"), STOP, *tail], exchanges[1:])
+    context, kept = LastExchanges(TINY, limits).compact(prompt, [], exchanges)
+    assert (list(context.ids), kept) == ([*task, *tail], exchanges[1:])
     assert exchanges == before
-    assert LastExchanges.request_ids == []
 
 
 class Forgetful(Task):

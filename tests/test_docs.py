@@ -27,7 +27,7 @@ from rollout.agents.loop import ToolLoop
 from rollout.agents.player import Attempt
 from rollout.agents.script import ScriptedSampler
 from rollout.config import RolloutConfig, SandboxConfig
-from rollout.rendering.renderer import Renderer
+from rollout.rendering.builtin import BuiltinRenderer
 from rollout.sandbox.unsafe import SubprocessPool
 from rollout.task import Task
 from slime import TaskRow, cli
@@ -65,7 +65,7 @@ def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def play(task: Task, row: TaskRow, config: RolloutConfig, seed: int) -> Episode:
     """A demonstration in the loop that the policy plays in."""
-    renderer = Renderer(build_tokenizer(), "tiny")
+    renderer = BuiltinRenderer(build_tokenizer(), "tiny")
 
     async def run() -> Episode:
         pool = SubprocessPool(SandboxConfig())

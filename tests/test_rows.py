@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,6 +20,7 @@ from recipes.coding.model import build_model
 from rollout.worker import Played
 from slime import Environment, Sandbox, Task, cli, loop
 from slime.config import ConfigError, load
+from slime.config.model import broken
 from slime.config.rows import Overlong, overlong
 from slime.observe.clock import Clock
 from slime.schema import Config
@@ -139,6 +141,23 @@ def test_prompts_without_room_for_a_turn_are_named(model: Path) -> None:
     assert many is not None
     assert "row 'r0' with 60 tokens, 'r1' with 61 tokens, 'r2' with 62 tokens and 2 more" in many.message
     assert many.all
+
+
+def test_prompts_are_counted_by_the_tokenizers_own_template(model: Path, tmp_path: Path) -> None:
+    """Here it writes what the built-in one does, so that the same rows are named; without one there is none to use."""
+    folder, config = tmp_path / "own", load([PPO, *WINDOW, "model.template=tokenizer"]).config
+    shutil.copytree(model, folder)
+    (problem,) = broken(config, folder)
+    assert problem.startswith(f"model.template=tokenizer: {folder} has no chat template (chat_template.jinja, or ")
+    marks = "{'user': '<u>', 'tool': '<t>', 'assistant': ''}"
+    template = "{% for m in messages %}{{ " + marks + "[m.role] + m.content + '$' }}{% endfor %}"
+    (folder / "chat_template.jinja").write_text(template)
+    assert list(broken(config, folder)) == []
+    rows = [TaskRow(f"r{k}", "d", long(size)) for k, size in enumerate([3, ROOM, ROOM + 1])]
+    own = overlong(config, "train", rows, folder)
+    assert own is not None
+    assert own == overlong(load([PPO, *WINDOW]).config, "train", rows, folder)
+    assert "row 'r2' with 59 tokens" in own.message
 
 
 def test_tokens_count_and_bytes_only_save_the_counting(model: Path) -> None:

@@ -1,9 +1,7 @@
-"""What an episode goes on from when its window is full: pure functions on token ids.
+"""What an episode goes on from when its window is full: pure functions on contexts, as token ids.
 
-    asks for a summary    context + request -> the policy writes the summary, a turn like any other: it is trained
-    compacts              (task, summary, exchanges) -> the next context, in which all of these are copies: not trained
-
-An exchange is one action of the policy with the environment's answer to it.
+asks for a summary    context + request -> the policy writes the summary, a turn like any other: it is trained
+compacts              (prompt, summary, exchanges) -> the next context, all of which is copied: not trained
 """
 
 from __future__ import annotations
@@ -12,25 +10,26 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from rollout.config import CompactionConfig
+from rollout.rendering.messages import Context, Exchange, Prompt
 from rollout.rendering.renderer import Renderer
-
-Ids = list[int]
 
 
 class Compaction(Protocol):
     """A policy for a full window. It keeps no state: the loop holds the episode."""
 
     @property
-    def request_ids(self) -> Ids:
-        """Return the ids, appended to the context, that ask the policy for a summary; none: it is not asked."""
+    def asks(self) -> bool:
+        """Return whether the policy is asked for a summary."""
         ...
 
     @property
     def summary_tokens(self) -> int:
-        """Return the most tokens that a summary may have."""
+        """Return the most tokens that a summary may have; 0 where none is asked for."""
         ...
 
-    def compact(self, task: str, summary_ids: Ids, exchanges: Sequence[Ids]) -> tuple[Ids, list[Ids]]:
+    def compact(
+        self, prompt: Prompt, summary_ids: Sequence[int], exchanges: Sequence[Exchange]
+    ) -> tuple[Context, list[Exchange]]:
         """Return the context that the episode goes on from, and the exchanges in it.
 
         `summary_ids`: what the policy wrote, without the id that ends a turn. `exchanges`: all that are in the full
@@ -39,53 +38,57 @@ class Compaction(Protocol):
         ...
 
 
-def keep_last(
-    build: Callable[[Ids], Ids], exchanges: Sequence[Ids], count: int, max_tokens: int
-) -> tuple[Ids, list[Ids]]:
-    """Return `build` of the last exchanges, at most `count` and as many as fit in `max_tokens`, and these exchanges.
-
-    `build` makes a context of the exchanges' ids, joined. It may be longer than `max_tokens` with none of them.
-    """
+def keep_last(exchanges: Sequence[Exchange], count: int, fits: Callable[[Sequence[Exchange]], bool]) -> list[Exchange]:
+    """Return the last exchanges: at most `count`, and as many as fit."""
     kept = list(exchanges[-count:]) if count else []
-    while True:
-        context = build([i for exchange in kept for i in exchange])
-        if not kept or len(context) <= max_tokens:
-            return context, kept
+    while kept and not fits(kept):
         kept = kept[1:]
+    return kept
 
 
 class PolicySummary:
-    """The policy writes a summary: task, summary, the last exchanges."""
+    """The policy writes a summary: prompt, summary, the last exchanges."""
+
+    asks = True
 
     def __init__(self, renderer: Renderer, limits: CompactionConfig) -> None:
         self._renderer = renderer
         self._limits = limits
-        self.request_ids = renderer.compact_ids
         self.summary_tokens = limits.summary_tokens
 
-    def compact(self, task: str, summary_ids: Ids, exchanges: Sequence[Ids]) -> tuple[Ids, list[Ids]]:
-        """Return task, summary and the last `keep_steps` exchanges, fewer if they do not fit."""
-
-        def build(kept: Ids) -> Ids:
-            return self._renderer.after_compaction(task, summary_ids, kept)
-
-        return keep_last(build, exchanges, self._limits.keep_steps, self._limits.max_prompt_tokens)
+    def compact(
+        self, prompt: Prompt, summary_ids: Sequence[int], exchanges: Sequence[Exchange]
+    ) -> tuple[Context, list[Exchange]]:
+        """Return prompt, summary and the last `keep_steps` exchanges, fewer if they do not fit."""
+        return _compacted(self._renderer, self._limits, prompt, summary_ids, exchanges)
 
 
 class LastExchanges:
-    """Nothing is asked of the policy: task and the last exchanges. What came before them is forgotten."""
+    """Nothing is asked of the policy: prompt and the last exchanges. What came before them is forgotten."""
 
-    request_ids: Ids = []  # noqa: RUF012 (never changed)
+    asks = False
     summary_tokens = 0
 
     def __init__(self, renderer: Renderer, limits: CompactionConfig) -> None:
         self._renderer = renderer
         self._limits = limits
 
-    def compact(self, task: str, summary_ids: Ids, exchanges: Sequence[Ids]) -> tuple[Ids, list[Ids]]:
-        """Return the task and the last `keep_steps` exchanges, fewer if they do not fit."""
+    def compact(
+        self, prompt: Prompt, summary_ids: Sequence[int], exchanges: Sequence[Exchange]
+    ) -> tuple[Context, list[Exchange]]:
+        """Return the prompt and the last `keep_steps` exchanges, fewer if they do not fit."""
+        return _compacted(self._renderer, self._limits, prompt, None, exchanges)
 
-        def build(kept: Ids) -> Ids:
-            return [*self._renderer.prompt(task), *kept]
 
-        return keep_last(build, exchanges, self._limits.keep_steps, self._limits.max_prompt_tokens)
+def _compacted(
+    renderer: Renderer,
+    limits: CompactionConfig,
+    prompt: Prompt,
+    summary_ids: Sequence[int] | None,
+    exchanges: Sequence[Exchange],
+) -> tuple[Context, list[Exchange]]:
+    def build(kept: Sequence[Exchange]) -> Context:
+        return renderer.resume(prompt, summary_ids, kept)
+
+    kept = keep_last(exchanges, limits.keep_steps, lambda some: len(build(some).ids) <= limits.max_prompt_tokens)
+    return build(kept), kept

@@ -1,6 +1,6 @@
 """The tool-calling loop: one episode from prompt to reward.
 
-context = task
+context = prompt
 loop:  if less than `reserve_tokens` of the window is left:
            the context is compacted, after a summary by the policy when the compaction asks for one
        the policy acts; the environment answers; both are appended to the context
@@ -16,7 +16,8 @@ from buffer.types import Episode, Status, Turn, TurnKind
 from rollout.agents.compaction import Compaction, PolicySummary
 from rollout.agents.player import Attempt, EpisodeAborted
 from rollout.config import RolloutConfig
-from rollout.environment import as_reward, as_step, as_text, awaited
+from rollout.environment import as_prompt, as_reward, as_step, awaited
+from rollout.rendering.messages import Context, Exchange, Prompt
 from rollout.rendering.renderer import Renderer
 
 
@@ -25,12 +26,16 @@ class _State:
     """Where an episode stands."""
 
     attempt: Attempt
-    task: str
-    context: list[int]
+    prompt: Prompt
+    context: Context
     turns: list[Turn] = field(default_factory=list)
-    exchanges: list[list[int]] = field(default_factory=list)  # ids of each (action, observation) in this context
+    exchanges: list[Exchange] = field(default_factory=list)  # those in this context
     num_actions: int = 0
     num_compactions: int = 0
+
+    def left(self, context_tokens: int) -> int:
+        """Count the tokens of the window that the context leaves."""
+        return context_tokens - len(self.context.ids)
 
 
 class ToolLoop:
@@ -43,8 +48,8 @@ class ToolLoop:
         self.compaction = compaction or PolicySummary(renderer, config.compaction)
         limits = config.compaction
         # Held back from every turn: room for a tool's empty answer, and for the request to summarize with its summary.
-        self._compaction_tokens = len(self.compaction.request_ids) + self.compaction.summary_tokens
-        self._held_back = renderer.num_closing + len(renderer.observation("", 0)) + self._compaction_tokens
+        self._compaction_tokens = self.compaction.asks * renderer.num_request + self.compaction.summary_tokens
+        self._held_back = renderer.num_answer + self._compaction_tokens
         if limits.reserve_tokens <= self._held_back:
             raise ValueError(
                 f"rollout.compaction.reserve_tokens={limits.reserve_tokens} leaves no room for a turn: summary_tokens="
@@ -58,9 +63,9 @@ class ToolLoop:
         ValueError: the environment answered what can't be played or trained; the message names episode and row.
         """
         name, row, environment = attempt.name, attempt.row, attempt.environment
-        task = as_text(await awaited(environment.start(), f"{name}: the prompt"), f"{name}: the prompt")
-        state = _State(attempt, task, self.renderer.prompt(task))
-        prompt_tokens = len(state.context)
+        prompt = as_prompt(await awaited(environment.start(), f"{name}: the prompt"), f"{name}: the prompt")
+        state = _State(attempt, prompt, self.renderer.start(prompt))
+        prompt_tokens = len(state.context.ids)
         status = await self._play(state, row.budgets.get("max_turns", self.config.max_turns))
         reward = as_reward(await awaited(environment.reward(), f"{name}: reward"), f"{name}: reward")
         return Episode(
@@ -70,19 +75,18 @@ class ToolLoop:
     async def _play(self, state: _State, max_turns: int) -> Status:
         limits = self.config.compaction
         while True:
-            if limits.context_tokens - len(state.context) < limits.reserve_tokens:
+            if state.left(limits.context_tokens) < limits.reserve_tokens:
                 if state.num_compactions == limits.max_compactions or not state.turns:
-                    return Status.TRUNCATED  # without turns there is nothing to compact: the task fills the window
-                await self._compact(state)
-                if limits.context_tokens - len(state.context) < limits.reserve_tokens:
-                    return Status.TRUNCATED  # task and summary alone fill the window
-            room = limits.context_tokens - len(state.context) - self._held_back
+                    return Status.TRUNCATED  # without turns there is nothing to compact: the prompt fills the window
+                if not await self._compact(state) or state.left(limits.context_tokens) < limits.reserve_tokens:
+                    return Status.TRUNCATED  # prompt and summary alone fill the window
+            room = state.left(limits.context_tokens) - self._held_back
             turn = await self._turn(state, TurnKind.ACT, min(self.config.max_turn_tokens, room))
             if turn.finish_reason == "length":
                 return Status.TRUNCATED
             state.num_actions += 1
             what = f"{state.attempt.name}, turn {len(state.turns) - 1}"
-            step = state.attempt.environment.step(self.renderer.sampled_text(turn.output_ids))
+            step = state.attempt.environment.step(state.context.messages[-1]["content"])
             answer = as_step(await awaited(step, f"{what}: the step"), what)
             state.turns[-1] = replace(turn, observation=answer.observation, reward=answer.reward)
             if answer.done:
@@ -92,7 +96,7 @@ class ToolLoop:
             self._observe(state, turn, answer.observation)
 
     async def _turn(self, state: _State, kind: TurnKind, max_tokens: int) -> Turn:
-        prompt_ids = list(state.context)
+        prompt_ids = list(state.context.ids)
         sampled = await state.attempt.sampler.sample(prompt_ids, max_tokens, kind)
         if sampled.finish_reason == "abort":
             raise EpisodeAborted(f"the engine aborted turn {len(state.turns)}")
@@ -106,21 +110,26 @@ class ToolLoop:
             kind=kind,
         )
         state.turns.append(turn)
-        state.context += sampled.output_ids.tolist()
+        text = self.renderer.sampled_text(sampled.output_ids)
+        state.context = state.context.answered(sampled.output_ids.tolist(), text)
         return turn
 
     def _observe(self, state: _State, turn: Turn, observation: str) -> None:
-        closing = self.renderer.closing(turn.output_ids)
-        room = self.config.compaction.context_tokens - len(state.context) - len(closing) - self._compaction_tokens
-        ids = [*closing, *self.renderer.observation(observation, room)]
-        state.context += ids
-        state.exchanges.append([*turn.output_ids.tolist(), *ids])
+        max_tokens = self.config.compaction.context_tokens - self._compaction_tokens
+        state.context = self.renderer.observe(state.context, observation, max_tokens)
+        added = state.context.ids[len(turn.prompt_ids) :]
+        state.exchanges.append(Exchange(state.context.messages[-2:], added))
 
-    async def _compact(self, state: _State) -> None:
+    async def _compact(self, state: _State) -> bool:
+        """False: there is no room for a summary, where a template takes more for the request than it was to take."""
         summary: list[int] = []
-        if self.compaction.request_ids:
-            state.context += self.compaction.request_ids
-            turn = await self._turn(state, TurnKind.SUMMARY, self.compaction.summary_tokens)
+        if self.compaction.asks:
+            state.context = self.renderer.ask_summary(state.context)
+            room = min(self.compaction.summary_tokens, state.left(self.config.compaction.context_tokens))
+            if room < 1:
+                return False
+            turn = await self._turn(state, TurnKind.SUMMARY, room)
             summary = self.renderer.said(turn.output_ids)
         state.num_compactions += 1
-        state.context, state.exchanges = self.compaction.compact(state.task, summary, state.exchanges)
+        state.context, state.exchanges = self.compaction.compact(state.prompt, summary, state.exchanges)
+        return True

@@ -19,27 +19,37 @@ class Template:
     stop: str
 
 
+OWN_TEMPLATE = "tokenizer"  # the name by which the tokenizer's own chat template is used
+NO_CHAT_TEMPLATE = (
+    "has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json): "
+    "add the model's, or use a built-in model.template"
+)
+SUMMARY_HEADING = "Your summary of the work so far:\n"
+SUMMARY_REQUEST = (
+    "The context window is almost full. Write a summary of everything that is needed "
+    "to go on: the goal, what was found out, what was changed, what is left to do. Only the task and this "
+    "summary will remain."
+)
 TEMPLATES = {
     "tiny": Template(user=("<u>", "$"), tool=("<t>", "$"), summary=("<s>", "$"), compact="<c>", reply="", stop="$"),
     "chatml": Template(
         user=("<|im_start|>user\n", "<|im_end|>\n"),
         tool=("\n<|im_start|>user\n<tool_response>\n", "\n</tool_response><|im_end|>\n"),
-        summary=("<|im_start|>user\nYour summary of the work so far:\n", "<|im_end|>\n"),
-        compact=(
-            "\n<|im_start|>user\nThe context window is almost full. Write a summary of everything that is needed "
-            "to go on: the goal, what was found out, what was changed, what is left to do. Only the task and this "
-            "summary will remain.<|im_end|>\n"
-        ),
+        summary=(f"<|im_start|>user\n{SUMMARY_HEADING}", "<|im_end|>\n"),
+        compact=f"\n<|im_start|>user\n{SUMMARY_REQUEST}<|im_end|>\n",
         reply="<|im_start|>assistant\n",
         stop="<|im_end|>",
     ),
 }
 
 
+TEMPLATE_NAMES = (*TEMPLATES, OWN_TEMPLATE)
+
+
 def find_template(name: str) -> Template:
-    """Return a template by its name. ValueError: there is none of that name."""
+    """Return a built-in template by its name. ValueError: there is none of that name."""
     if name not in TEMPLATES:
-        raise ValueError(f"model.template={name!r}: known templates are {', '.join(TEMPLATES)}")
+        raise ValueError(f"model.template={name!r}: known templates are {', '.join(TEMPLATE_NAMES)}")
     return TEMPLATES[name]
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from critic.config import Baseline, Credit, Truncation
-from rollout.rendering.templates import TEMPLATES
+from rollout.rendering.templates import TEMPLATE_NAMES
 from rollout.sglang.options import refused_options
 from slime.config.model import broken, unsuited
 from slime.config.nodes import crowded, has_engines, layouts
@@ -92,8 +92,8 @@ def _names(config: Config) -> Iterator[str]:
         yield f"task.target={config.task.target!r} does not name a task: write package.module:Class"
     if config.kind is Kind.ppo and config.model.start == run:
         yield f"run={run} is the folder of the warm start, model.start={run}: choose another run= name"
-    if config.model.template not in TEMPLATES:
-        known = ", ".join(TEMPLATES)
+    if config.model.template not in TEMPLATE_NAMES:
+        known = ", ".join(TEMPLATE_NAMES)
         yield f"model.template={config.model.template!r}: no such template; known: {known}"
     if config.kind is Kind.sft and config.model.start == config.recipe:
         yield f"model.start={config.model.start} starts recipe {config.recipe} from its own result: use model.start=''"

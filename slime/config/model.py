@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from rollout.rendering.templates import TEMPLATES
+from rollout.rendering.templates import NO_CHAT_TEMPLATE, OWN_TEMPLATE, TEMPLATES
 from slime.config.nodes import has_engines, layouts
 from slime.config.settings import as_text
 from slime.schema import Config
@@ -126,6 +126,10 @@ def broken(config: Config, folder: Path) -> Iterator[str]:
             f"{folder}: its tokenizer gives {last!r} the id {tokens[last]}, the ids of its config.json end at "
             f"vocab_size-1={shape.vocab - 1}: use the tokenizer that belongs to the weights"
         )
+    if config.model.template == OWN_TEMPLATE:
+        if not _has_chat_template(folder):
+            yield f"model.template={OWN_TEMPLATE}: {folder} {NO_CHAT_TEMPLATE}"
+        return
     stop = TEMPLATES[config.model.template].stop
     if tokens and stop not in tokens:
         others = [name for name, template in TEMPLATES.items() if template.stop in tokens]
@@ -134,6 +138,11 @@ def broken(config: Config, folder: Path) -> Iterator[str]:
             f"model.template={config.model.template} ends a turn with {stop!r}, which is no token of "
             f"{folder / TOKENIZER}: {cure}"
         )
+
+
+def _has_chat_template(folder: Path) -> bool:
+    path = folder / "tokenizer_config.json"
+    return (folder / "chat_template.jinja").is_file() or (path.is_file() and bool(read_json(path).get("chat_template")))
 
 
 def _token_ids(folder: Path) -> dict[str, int]:

@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 from buffer.tasks import TaskRow, read_rows
 from buffer.types import EpisodeStats
+from rollout.rendering.factory import make_renderer
 from rollout.rendering.renderer import Renderer
-from rollout.rendering.templates import find_template
+from rollout.rendering.templates import TEMPLATES
 from slime.schema import Config, Kind
 
 SPLITS = ("train", "eval")
@@ -58,20 +59,20 @@ def overlong(config: Config, split: str, rows: Sequence[TaskRow], model_folder: 
     that only those with more bytes than room are tokenized, the longest first and MAX_BYTES of them.
     ValueError: the model's tokenizer or template can't be used.
     """
-    room, template = config.rollout.compaction.max_prompt_tokens, find_template(config.model.template)
+    room = config.rollout.compaction.max_prompt_tokens
     if split == "eval":
         rows = rows[: config.eval.num_tasks] if config.kind is Kind.ppo else ()
-    around = len("".join([*template.user, template.reply]).encode())
+    template, renderer = TEMPLATES.get(config.model.template), None
+    if template:
+        around = len("".join([*template.user, template.reply]).encode())
+    else:
+        renderer = _renderer(config, model_folder)
+        around = len(renderer.prompt(""))
     sizes = [(len(row.prompt.encode()), place) for place, row in enumerate(rows)]
     suspects = sorted((pair for pair in sizes if around + pair[0] > room), reverse=True)
     if not suspects:
         return None
-    from transformers import AutoTokenizer  # takes seconds to import
-
-    try:
-        renderer = Renderer(AutoTokenizer.from_pretrained(model_folder, local_files_only=True), config.model.template)
-    except OSError as error:
-        raise ValueError(f"{model_folder}: its tokenizer can't be read: {error}") from error
+    renderer = renderer or _renderer(config, model_folder)
     found: dict[int, int] = {}  # place -> tokens
     left = MAX_BYTES
     for size, place in suspects:
@@ -89,6 +90,15 @@ def overlong(config: Config, split: str, rows: Sequence[TaskRow], model_folder: 
         f"{', '.join(named)}{more}; {_limit(config)}"
     )
     return Overlong(message, len(found) == len(rows))
+
+
+def _renderer(config: Config, model_folder: Path) -> Renderer:
+    from transformers import AutoTokenizer  # takes seconds to import
+
+    try:
+        return make_renderer(AutoTokenizer.from_pretrained(model_folder, local_files_only=True), config.model.template)
+    except OSError as error:
+        raise ValueError(f"{model_folder}: its tokenizer can't be read: {error}") from error
 
 
 def no_turn(config: Config, stats: Sequence[EpisodeStats]) -> str:

@@ -1,0 +1,18 @@
+"""Which renderer a template's name means."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from rollout.rendering.builtin import BuiltinRenderer
+from rollout.rendering.chat import ChatRenderer
+from rollout.rendering.renderer import Renderer
+from rollout.rendering.templates import OWN_TEMPLATE
+
+
+def make_renderer(tokenizer: Any, template: str, end_ids: Iterable[int] = ()) -> Renderer:
+    """Return the renderer of `model.template`. ValueError: it can't be used with this tokenizer."""
+    if template == OWN_TEMPLATE:
+        return ChatRenderer(tokenizer, end_ids)
+    return BuiltinRenderer(tokenizer, template, end_ids)
