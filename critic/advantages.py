@@ -1,8 +1,8 @@
-"""Token-level advantages over whole episodes: generalised advantage estimation on action tokens.
+"""Token-level advantages over whole episodes: generalized advantage estimation on action tokens.
 
 Only sampled (action) tokens are steps. Prompts, tool output and copied context are not: the recursion
-goes over them as if they were not there. Let i run over the action tokens of an episode, k(i) be the
-sub-trace that i belongs to, v_i the value of the state just before token i was sampled, r_i its reward
+skips them. Let i run over the action tokens of an episode, k(i) be the
+sub-trace that contains i, v_i the value of the state just before token i was sampled, r_i its reward
 (`SubTrace.rewards`: per turn, at the end, or both):
 
     delta_i = r_i + gamma * v_next(i) - v_i
@@ -13,31 +13,31 @@ sub-trace that i belongs to, v_i the value of the state just before token i was 
 Inside a sub-trace with action tokens 0..n-1, next(i) = i + 1 for 0 <= i <= n-2. At i = n-1 the credit mode
 decides:
 
-    chained      next(n-1) is the successor's action; where there is none, A_next = 0 and v_next = 0
+    chained      next(n-1) is the successor's action; without a successor, A_next = 0 and v_next = 0
     independent  A_next = 0, v_next = 0, and the terminal reward R of the episode is added to r_(n-1) of
-                 every sub-trace but the FINAL one, which has it already
-    discounted   as independent, then A_i of sub-trace k is multiplied by D_k, the product of
+                 every sub-trace except the FINAL one, which already has it
+    discounted   like independent, then A_i of sub-trace k is multiplied by D_k, the product of
                  gamma * lambda_k(j) over the steps j that lead from k's last action to the episode's last:
-                 j = n-1, next(n-1), ..., the last but one, next as in `chained`. With one lambda this is
+                 j = n-1, next(n-1), ..., the second to last, next as in `chained`. With one lambda this is
                  (gamma * lambda)^N, N the action tokens after k on that path (CompactionRL, arXiv 2607.05378,
                  eq. 13-15). Returns have no such factor.
 
-R is the reward on the last action token of the FINAL sub-trace; a per-turn reward on that very token counts as
-part of it. With `truncation: bootstrap` the state after the last action of a truncated episode (of each of its
-sub-traces without a successor) has the value that the caller gives instead of 0; rewards stay as they are.
+R is the reward on the last action token of the FINAL sub-trace, including a per-turn reward on the same token.
+With `truncation: bootstrap` the state after the last action of a truncated episode (of each of its sub-traces
+without a successor) has the value that the caller passes instead of 0; rewards do not change.
 
 lambda_k is `lambda_policy`, or with `lambda_alpha` > 0
 
     lambda_k = max(0, 1 - 1 / (lambda_alpha * l))
 
 with l the action tokens of the whole episode (`lambda_length: episode`) or of sub-trace k alone (`sub_trace`).
-The maximum is part of the definition: lengths l < 1 / lambda_alpha have lambda 0, one-step advantages. A step
-that crosses to a successor decays like any other step of its sub-trace: by lambda of the sub-trace that it
-leaves.
+The maximum is part of the definition: lengths l < 1 / lambda_alpha have lambda 0, that is, one-step advantages.
+A step that crosses to a successor decays like any other step of its sub-trace: by the lambda of the sub-trace
+that it leaves.
 
-Chained and with sub-agents an episode is a tree: parallel sub-agents lead to the same action of their parent.
-Skipping observations and lambda per length are SAO's (arXiv 2607.07508), decoupled lambda VC-PPO's
-(arXiv 2503.01491), GAE is Schulman et al. (arXiv 1506.02438).
+With chained credit and sub-agents an episode is a tree: parallel sub-agents lead to the same action of their parent.
+Sources: GAE is from Schulman et al. (arXiv 1506.02438), decoupled lambda from VC-PPO (arXiv 2503.01491), skipping
+observations and length-adaptive lambda from SAO (arXiv 2607.07508).
 """
 
 from __future__ import annotations
@@ -56,21 +56,21 @@ from critic.config import AdvantageConfig, Credit, LambdaLength, Truncation
 
 Float64 = NDArray[np.float64]
 Floats = NDArray[np.floating[Any]]
-State = tuple[float, float, float]  # v, A and G of the step that comes next
+State = tuple[float, float, float]  # v, A and G of the next step
 
-EQUAL = 1e-6  # advantages whose deviation is below this part of the largest are equal but for float32 rounding
+EQUAL = 1e-6  # a smaller deviation, as a fraction of the largest advantage, is only float32 rounding
 
 
 @dataclass(frozen=True)
 class Links:
-    """How S sub-traces hang together."""
+    """The links between S sub-traces and their successors."""
 
     episode: list[int]  # [S] number of the episode, from 0
     num_actions: list[int]  # [S]
-    follower: list[int]  # [S] sub-trace that goes on after each one; -1: none
-    action: list[int]  # [S] the follower's action that goes on, counted among its action tokens
+    follower: list[int]  # [S] index of the sub-trace that continues each one; -1: none
+    action: list[int]  # [S] the follower's action that continues it, counted among the follower's action tokens
     token: list[int]  # [S] the same action as an index into the follower's tokens
-    order: list[int]  # [S] each sub-trace after the one that follows it
+    order: list[int]  # [S] processing order: each sub-trace comes after its follower
 
 
 def advantages(
@@ -81,18 +81,18 @@ def advantages(
 ) -> list[Targets]:
     """Return advantages and returns of whole episodes, in the order of `sub_traces`.
 
-    `values[k]` is float32[T]: at each index the value of the state before that token; it is read only where
-    `action_mask` is True. `bootstrap_values[k]` is the value of the state after sub-trace k's last token; it
-    is read only with `truncation: bootstrap`, for truncated sub-traces without a successor.
+    `values[k]` is float32[T]: the value of the state before each token; it is read only where `action_mask` is
+    True. `bootstrap_values[k]` is the value of the state after the last token of sub-trace k; it is read only
+    with `truncation: bootstrap`, for truncated sub-traces without a successor.
 
-    Computed in float64, returned as float32[T], zero where `action_mask` is False. With `whiten`, advantages
-    (not returns) have mean 0 and variance 1 over all action tokens given, or are 0 when all are equal. No
-    sub-traces give [].
+    Results are computed in float64 and returned as float32[T], zero where `action_mask` is False. With `whiten`,
+    advantages (not returns) have mean 0 and variance 1 over all action tokens given, or are 0 when all are equal.
+    Without sub-traces the result is [].
 
-    ValueError: NaN or infinite values, log-probabilities or rewards on an action token, a reward anywhere else
-    (episode, index and number are named); results beyond float32; arrays of other shapes than [T]; a sub-trace
-    without action tokens, or with one at index 0, before which there is no state; an episode that is not whole;
-    a bootstrap value that is needed and missing; gamma or a lambda outside [0, 1].
+    ValueError: NaN or infinite values, log-probabilities or rewards on an action token, or a reward on any other
+    token (the message names episode, index and number); results beyond float32; arrays whose shape is not [T]; a
+    sub-trace without action tokens, or with one at index 0, before which there is no state; an incomplete episode;
+    a missing bootstrap value; gamma or a lambda outside [0, 1].
     """
     estimates = gae(sub_traces, values, config, bootstrap_values)
     targets = []
@@ -109,7 +109,7 @@ def gae(
     bootstrap_values: Sequence[float] | None = None,
     dtype: type[np.floating[Any]] = np.float32,
 ) -> list[tuple[Floats, Floats]]:
-    """Return (advantages [T], returns [T]) of each sub-trace by the equations above, of type `dtype`; not whitened."""
+    """Return (advantages [T], returns [T]) of each sub-trace by the equations above, as `dtype`, without whitening."""
     _check_settings(config)
     links = _links(sub_traces, _check_arrays(sub_traces, values))
     end_values = _end_values(sub_traces, config, bootstrap_values)
@@ -117,7 +117,7 @@ def gae(
     decays = [config.gamma * lam for lam in _policy_lambdas(links, config)]
     discounts = _discounts(links, decays, config)
     chained = config.credit is Credit.chained
-    entries: list[set[int]] = [set() for _ in sub_traces]  # tokens at which others go on
+    entries: list[set[int]] = [set() for _ in sub_traces]  # tokens at which other sub-traces continue
     for k, follower in enumerate(links.follower):
         if chained and follower >= 0:
             entries[follower].add(links.token[k])
@@ -148,10 +148,10 @@ def _walk(
     rates: tuple[float, float, float, float],
     arrays: tuple[Bool, Float32, Float32, Floats, Floats],
 ) -> State:
-    """The recursion over the action tokens in [begin, end), last one first; writes both results.
+    """Run the recursion over the action tokens in [begin, end), last one first, and write both results.
 
-    `state` is that of the step after them, `end_reward` comes on top of the last one's reward; returns the state
-    of the first. Compiled by numba at the first call of a process, which takes about a second.
+    `state` belongs to the step after them; `end_reward` is added to the reward of the last one. Returns the state
+    of the first one. numba compiles the function at its first call in a process, which takes about a second.
     """
     gamma, policy_decay, critic_decay, discount = rates
     action_mask_T, rewards_T, values_T, advantages_T, returns_T = arrays
@@ -169,7 +169,7 @@ def _walk(
 
 
 def whitened(sub_traces: Sequence[SubTrace], targets: Sequence[Targets]) -> list[Targets]:
-    """Return the same targets with advantages whitened over all action tokens; 0 elsewhere, as they were."""
+    """Return the same targets with advantages whitened over all action tokens; all others stay 0."""
     columns = _whiten([target.advantages for target in targets], [trace.action_mask for trace in sub_traces])
     return [replace(target, advantages=column) for target, column in zip(targets, columns, strict=True)]
 
@@ -177,30 +177,30 @@ def whitened(sub_traces: Sequence[SubTrace], targets: Sequence[Targets]) -> list
 def whiten(advantage: Floats) -> Floats:
     """Scale to mean 0 and (population) variance 1, [I]; zeros when all are equal.
 
-    Equal is what deviates, root of the mean square, by at most `EQUAL` times the largest absolute advantage: float32
-    rounds that much away, and there is nothing but its rounding to enlarge.
+    Advantages count as equal when their root-mean-square deviation is at most `EQUAL` times the largest absolute
+    advantage: float32 rounding alone causes such a deviation, and scaling would only magnify it.
     """
     return _whiten([advantage], [np.ones(len(advantage), np.bool_)])[0]
 
 
 def _whiten(columns: Sequence[Floats], masks: Sequence[Bool]) -> list[Floats]:
-    """`whiten` over all columns at once, [T] each and 0 where its mask is False. Their order changes no bit."""
+    """Whiten all columns together, [T] each, 0 where the mask is False. Their order does not change a bit."""
     count = sum(int(np.count_nonzero(mask)) for mask in masks)
     mean = math.fsum(float(column.sum(dtype=np.float64)) for column in columns) / max(count, 1)
 
-    def centred(column: Floats, mask: Bool) -> Float64:
+    def centered(column: Floats, mask: Bool) -> Float64:
         return np.subtract(column, mean, out=np.zeros(len(column)), where=mask, dtype=np.float64)
 
     pairs = list(zip(columns, masks, strict=True))
-    scale = math.sqrt(math.fsum(float(np.square(centred(*pair)).sum()) for pair in pairs) / max(count, 1))
+    scale = math.sqrt(math.fsum(float(np.square(centered(*pair)).sum()) for pair in pairs) / max(count, 1))
     largest = max((float(np.abs(column).max()) for column in columns), default=0.0)
     if scale <= EQUAL * largest:
         return [np.zeros_like(column) for column in columns]
-    return [(centred(*pair) / scale).astype(pair[0].dtype) for pair in pairs]
+    return [(centered(*pair) / scale).astype(pair[0].dtype) for pair in pairs]
 
 
 def _policy_lambdas(links: Links, config: AdvantageConfig) -> list[float]:
-    """lambda_k of each sub-trace, [S]."""
+    """Return lambda_k of each sub-trace, [S]."""
     if config.lambda_alpha <= 0:
         return [float(config.lambda_policy)] * len(links.order)
     lengths = links.num_actions
@@ -211,7 +211,7 @@ def _policy_lambdas(links: Links, config: AdvantageConfig) -> list[float]:
 
 
 def _discounts(links: Links, decays: Sequence[float], config: AdvantageConfig) -> list[float]:
-    """D_k of each sub-trace, [S]; 1 but for `credit: discounted`."""
+    """Return D_k of each sub-trace, [S]; 1 unless `credit: discounted` is set."""
     factors = [1.0] * len(links.order)
     if config.credit is Credit.discounted:
         for k in links.order:
@@ -223,14 +223,17 @@ def _discounts(links: Links, decays: Sequence[float], config: AdvantageConfig) -
 
 
 def _end_rewards(sub_traces: Sequence[SubTrace], links: Links, config: AdvantageConfig) -> list[float]:
-    """What comes on top of the reward of each sub-trace's last action, [S]: R, unless chained or FINAL."""
+    """Return the number that is added to the reward of each sub-trace's last action, [S]: R, or 0 if chained or FINAL.
+
+    ValueError: an episode with no FINAL sub-trace, or with two of them.
+    """
     if config.credit is Credit.chained:
         return [0.0] * len(sub_traces)
     terminal: dict[int, float] = {}
     for number, trace in zip(links.episode, sub_traces, strict=True):
         if trace.kind is SubTraceKind.FINAL:
             if number in terminal:
-                raise ValueError(f"{trace.name} is the second FINAL one of its episode: there must be one")
+                raise ValueError(f"{trace.name} is the second FINAL sub-trace of its episode: there must be only one")
             terminal[number] = float(trace.rewards[np.flatnonzero(trace.action_mask)[-1]])
     for number, trace in zip(links.episode, sub_traces, strict=True):
         if number not in terminal:
@@ -247,7 +250,7 @@ def _end_rewards(sub_traces: Sequence[SubTrace], links: Links, config: Advantage
 def _end_values(
     sub_traces: Sequence[SubTrace], config: AdvantageConfig, bootstrap_values: Sequence[float] | None
 ) -> list[float]:
-    """Value of the state after each sub-trace's last action where nothing follows, [S]."""
+    """Return the value of the state after the last action of each sub-trace without a successor, [S]."""
     end_values = [0.0] * len(sub_traces)
     if config.truncation is Truncation.terminal:
         return end_values
@@ -257,7 +260,9 @@ def _end_values(
         if trace.status is not Status.TRUNCATED or trace.successor is not None:
             continue
         if bootstrap_values is None:
-            raise ValueError(f"{trace.name} is truncated: truncation=bootstrap needs bootstrap_values, none are given")
+            raise ValueError(
+                f"{trace.name} is truncated: truncation=bootstrap needs bootstrap_values, but none were given"
+            )
         end_values[k] = float(bootstrap_values[k])
         if not math.isfinite(end_values[k]):
             raise ValueError(f"{trace.name}: bootstrap value is {end_values[k]}: must be finite")
@@ -266,17 +271,17 @@ def _end_values(
 
 def _links(sub_traces: Sequence[SubTrace], num_actions: list[int]) -> Links:
     numbers: dict[str, int] = {}
-    places: dict[tuple[str, int], int] = {}
+    index_of: dict[tuple[str, int], int] = {}
     for k, trace in enumerate(sub_traces):
         numbers.setdefault(trace.episode_id, len(numbers))
-        if places.setdefault((trace.episode_id, trace.position), k) != k:
+        if index_of.setdefault((trace.episode_id, trace.position), k) != k:
             raise ValueError(f"{trace.name} is given twice")
     nothing = [-1] * len(sub_traces)
     follower, action, token = nothing.copy(), nothing.copy(), nothing.copy()
     for k, trace in enumerate(sub_traces):
         if trace.successor is None:
             continue
-        found = places.get((trace.episode_id, trace.successor.position))
+        found = index_of.get((trace.episode_id, trace.successor.position))
         if found is None:
             raise ValueError(
                 f"{trace.name}: its successor at position {trace.successor.position} is missing: "
@@ -293,7 +298,7 @@ def _links(sub_traces: Sequence[SubTrace], num_actions: list[int]) -> Links:
 
 
 def _followers_first(follower: list[int], sub_traces: Sequence[SubTrace]) -> list[int]:
-    """Sub-traces so that each stands after the one that follows it. ValueError: they go round in a circle."""
+    """Return the sub-traces in an order in which each comes after its follower. ValueError: they form a cycle."""
     order: list[int] = []
     placed = [False] * len(follower)
     for start in range(len(follower)):
@@ -302,7 +307,7 @@ def _followers_first(follower: list[int], sub_traces: Sequence[SubTrace]) -> lis
         while k >= 0 and not placed[k]:
             path.append(k)
             if len(path) > len(follower):
-                raise ValueError(f"{sub_traces[start].name}: its successors go round in a circle")
+                raise ValueError(f"{sub_traces[start].name}: its successors form a cycle")
             k = follower[k]
         for k in reversed(path):
             placed[k] = True
@@ -319,7 +324,7 @@ def _check_settings(config: AdvantageConfig) -> None:
 
 
 def _check_arrays(sub_traces: Sequence[SubTrace], values: Sequence[Float32]) -> list[int]:
-    """Action tokens of each sub-trace, [S]. ValueError: arrays that the recursion can't read."""
+    """Return the number of action tokens of each sub-trace, [S]. ValueError: arrays that the recursion can't read."""
     if len(values) != len(sub_traces):
         raise ValueError(f"values of {len(values)} sub-traces for {len(sub_traces)} sub-traces: must be equal")
     counts = []
@@ -337,8 +342,8 @@ def _check_arrays(sub_traces: Sequence[SubTrace], values: Sequence[Float32]) -> 
         t = _first_bad(trace.action_mask, trace.logprobs, trace.rewards, value)
         if t >= 0 and not trace.action_mask[t]:
             raise ValueError(
-                f"{trace.name}: reward at index {t} is {trace.rewards[t]}, but that token is no action and no "
-                "step: put it on an action token"
+                f"{trace.name}: reward at index {t} is {trace.rewards[t]}, but that token is not an action: "
+                "put the reward on an action token"
             )
         if t >= 0:
             what = next(what for what, array in columns.items() if not np.isfinite(array[t]))
@@ -348,7 +353,7 @@ def _check_arrays(sub_traces: Sequence[SubTrace], values: Sequence[Float32]) -> 
 
 @njit(nogil=True)  # type: ignore[untyped-decorator,unused-ignore]
 def _first_bad(action_mask_T: Bool, logprobs_T: Float32, rewards_T: Float32, values_T: Float32) -> int:
-    """First action token with a number that is not finite, or other token with a reward; -1: none."""
+    """Return the first action token with a non-finite number, or other token with a reward; -1: there is none."""
     for t in range(len(action_mask_T)):
         if action_mask_T[t]:
             if not np.isfinite(np.float64(logprobs_T[t]) + rewards_T[t] + values_T[t]):

@@ -1,4 +1,4 @@
-"""Settings of the value side."""
+"""Settings of the critic and of advantages."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Credit(str, Enum):
 
 
 class Baseline(str, Enum):
-    """What a reward is compared with. All but `critic` give every token of an episode the same advantage."""
+    """The baseline of a reward. All except `critic` give every token of an episode the same advantage."""
 
-    critic = "critic"  # generalised advantage estimation: critic/advantages.py
+    critic = "critic"  # generalized advantage estimation: critic/advantages.py
     grpo = "grpo"  # group mean and standard deviation: critic/episode_baselines.py
     grpo_no_std = "grpo_no_std"  # group mean
     rloo = "rloo"  # mean of the others of the group
@@ -28,22 +28,22 @@ class Baseline(str, Enum):
 
 
 class LambdaLength(str, Enum):
-    """Whose action tokens the length-adaptive lambda counts."""
+    """The unit whose action tokens the length-adaptive lambda counts."""
 
     episode = "episode"
     sub_trace = "sub_trace"
 
 
 class Truncation(str, Enum):
-    """What follows the last action of a truncated episode."""
+    """The treatment of the state after the last action of a truncated episode."""
 
-    terminal = "terminal"  # nothing: trained with its reward
-    bootstrap = "bootstrap"  # the value of the last state
+    terminal = "terminal"  # its value is 0: the episode is trained with its reward
+    bootstrap = "bootstrap"  # its value is the critic's
 
 
 @dataclass(frozen=True)
 class AdvantageConfig:
-    """How rewards become advantages of action tokens. Without a critic only `baseline` and `whiten` matter."""
+    """Settings of the advantages of action tokens. Without a critic only `baseline` and `whiten` apply."""
 
     baseline: Baseline = setting(Baseline.critic, "What a reward is compared with.")
     credit: Credit = setting(Credit.chained, "How credit crosses a compaction.")
@@ -66,7 +66,7 @@ class AdvantageConfig:
 
 @dataclass(frozen=True)
 class CriticConfig:
-    """A critic as large as the policy, started from its weights."""
+    """Settings of a critic as large as the policy, initialized from the policy's weights."""
 
     layout: LayoutConfig = field(default_factory=LayoutConfig)
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=5e-6))

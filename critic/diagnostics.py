@@ -1,7 +1,7 @@
-"""How good the critic's values are: said of the action tokens of a step, before the update that trains on them.
+"""Diagnostics of the critic's values on the action tokens of a step, before the update that trains on them.
 
-Values v_i and returns ret_i are in units of reward; i runs over action tokens. Tables (`Bin` rows) say where a critic
-errs: early or late in an episode, in which turn, at which of its own values.
+Values v_i and returns ret_i are in units of reward; i runs over action tokens. Tables (`Bin` rows) show where a critic
+is wrong: early or late in an episode, in which turn, and at which of its own values.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ TURN_BINS = 8
 class Bin(NamedTuple):
     """A group of action tokens."""
 
-    start: float  # where the group begins: relative position, turn, or value
+    start: float  # lower end of the group: relative position, turn, or value
     num_actions: int
     mean_value: float  # NaN when there are none
     mean_return: float  # NaN when there are none
 
 
 def critic_metrics(sub_traces: Sequence[SubTrace], targets: Sequence[Targets]) -> dict[str, float]:
-    """Return what the operator sees of the critic at every step; finite numbers only.
+    """Return the critic's metrics of a step; finite numbers only.
 
         critic/explained_variance     `explained_variance`
         critic/value_mean             mean of v_i
@@ -38,7 +38,7 @@ def critic_metrics(sub_traces: Sequence[SubTrace], targets: Sequence[Targets]) -
         critic/value_by_position/b    mean v_i of bin b = 0..4 of `by_position`; critic/return_by_position/b: mean ret_i
         critic/value_by_turn/t        mean v_i of bin t = 0..7 of `by_turn`; critic/return_by_turn/t: mean ret_i
 
-    Keys of empty bins are left out; without any action token there are none. ValueError: values or returns that are
+    Keys of empty bins are omitted; without action tokens the result is empty. ValueError: values or returns that are
     not finite.
     """
     actions = _actions(sub_traces, targets)
@@ -59,11 +59,10 @@ def critic_metrics(sub_traces: Sequence[SubTrace], targets: Sequence[Targets]) -
 
 
 def check_returns(returns: ArrayLike, value_range: Sequence[float]) -> None:
-    """Refuse returns out of range. ValueError: a return that a head bounded to `value_range` = [low, high] can only
-    approach from afar.
+    """Refuse returns out of range. ValueError: a return outside the `value_range` = [low, high] of a bounded head.
 
-    `returns` are those of action tokens; the bounds themselves are allowed, and so is the rounding of float32 (1e-6 of
-    the larger bound). [] is a head without bounds: every return is allowed.
+    `returns` are those of action tokens. The bounds themselves are allowed, with a tolerance for float32 rounding (1e-6
+    of the larger bound). [] means a head without bounds: every return is allowed.
     """
     ret = np.asarray(returns)
     if not len(value_range) or not ret.size:
@@ -75,33 +74,33 @@ def check_returns(returns: ArrayLike, value_range: Sequence[float]) -> None:
         return
     worst = smallest if not smallest >= low - slack else largest
     raise ValueError(
-        f"a return is {worst:g}, outside critic.value_range=[{low:g}, {high:g}]: the critic can't say it; widen the "
-        "range to all that an episode can return (rewards of turns and a KL penalty in the reward count, with "
-        "truncation=bootstrap or lambda_critic < 1 sums of rewards and values), or set [] for no bounds"
+        f"a return is {worst:g}, outside critic.value_range=[{low:g}, {high:g}]: the critic can't predict it; widen "
+        "the range to all that an episode can return (including rewards of turns and a KL penalty in the reward, and "
+        "sums of rewards and values with truncation=bootstrap or lambda_critic < 1), or set [] for no bounds"
     )
 
 
 def explained_variance(values: ArrayLike, returns: ArrayLike) -> float:
     """Return 1 - Var(returns - values) / Var(returns): 1 is perfect, 0 no better than a constant, below 0 worse.
 
-    `values` and `returns` are of one shape, action tokens only. An offset is no variance: see `calibration_error`.
-    Constant returns have no variance to explain: 0.0, whatever the values are (nothing has been shown).
-    ValueError: different sizes, nothing given, or NaN.
+    `values` and `returns` have the same shape, action tokens only. A constant offset does not lower the result: see
+    `calibration_error`. Constant returns have no variance to explain: the result is 0.0, whatever the values are.
+    ValueError: different sizes, empty arrays, or NaN.
     """
     v, ret = _checked(values, returns)
     total = ret.var()
-    if total <= 1e-12 * float(np.square(ret).mean()):  # rounding is no variance
+    if total <= 1e-12 * float(np.square(ret).mean()):  # only rounding
         return 0.0
     return float(1.0 - (ret - v).var() / total)
 
 
 def calibration_error(values: ArrayLike, returns: ArrayLike, num_bins: int = CALIBRATION_BINS) -> float:
-    """Return the expected calibration error: does the mean return of the tokens whose value is near x lie near x?
+    """Return the expected calibration error: how far the mean return of tokens whose value is near x lies from x.
 
         error = sum_{b=0}^{B-1} n_b / n * |mean value_b - mean return_b|        in units of reward, >= 0
 
-    over the bins of `calibration`. It is at least |mean value - mean return|, 0 for a constant that is the mean return,
-    and says nothing about how well good states are told from bad ones. ValueError: as `calibration`.
+    over the bins of `calibration`. It is at least |mean value - mean return|, 0 for a constant equal to the mean
+    return, and does not measure how well good states are told from bad ones. ValueError: see `calibration`.
     """
     table = calibration(values, returns, num_bins)
     total = sum(row.num_actions for row in table)
@@ -109,19 +108,19 @@ def calibration_error(values: ArrayLike, returns: ArrayLike, num_bins: int = CAL
 
 
 def calibration(values: ArrayLike, returns: ArrayLike, num_bins: int = CALIBRATION_BINS) -> list[Bin]:
-    """Return the mean value and mean return of tokens with like values, in bins of about equal count.
+    """Return the mean value and mean return of tokens with similar values, in bins of about equal count.
 
     With w_0 <= ... <= w_(n-1) the values in order, the edges are w_floor(b n / B) for b = 1..B-1, and a token's bin is
-    the number of edges that its value reaches. Equal values share a bin, so the order of tokens does not matter; bins
-    that remain empty are left out. `start` is the smallest value of the bin. (Bins of equal width would put nearly all
-    tokens into one as soon as a single value is far off.)
+    the number of edges that its value reaches. Equal values share a bin, so the order of tokens does not matter; empty
+    bins are omitted. `start` is the smallest value of the bin. (With bins of equal width a single outlier would put
+    nearly all tokens into one bin.)
 
-    ValueError: different sizes, nothing given, NaN, or num_bins < 1.
+    ValueError: different sizes, empty arrays, NaN, or num_bins < 1.
     """
     _check_bins(num_bins)
     v, ret = _checked(values, returns)
     ranks = [b * v.size // num_bins for b in range(num_bins)]
-    edges = np.partition(v, ranks)[ranks]  # the first one is the smallest value: every token reaches it
+    edges = np.partition(v, ranks)[ranks]  # the first edge is the smallest value: every token reaches it
     number = np.searchsorted(edges[1:], v, side="right")
     return [row for row in _table(number, v, ret, edges) if row.num_actions]
 
@@ -130,8 +129,8 @@ def by_position(sub_traces: Sequence[SubTrace], targets: Sequence[Targets], num_
     """Return the mean value and mean return by relative position of the action token in its episode.
 
     Action token j of an episode's n, counted through its sub-traces by `position`, falls into bin
-    floor(j / n * num_bins); `start` is its smallest j / n. A critic that knows nothing early and everything late shows
-    it here. ValueError: num_bins < 1.
+    floor(j / n * num_bins); `start` is the bin's smallest j / n. The table shows a critic that is uninformed early in
+    an episode and accurate late in it. ValueError: num_bins < 1.
     """
     _check_bins(num_bins)
     return _position_bins(_actions(sub_traces, targets), num_bins)
@@ -141,15 +140,15 @@ def by_turn(sub_traces: Sequence[SubTrace], targets: Sequence[Targets], num_bins
     """Return the mean value and mean return by turn number, from 0, of the action token in its episode.
 
     A turn is a maximal run of action tokens in a sub-trace, counted through the episode's sub-traces by `position`;
-    a summary is one, too. Two turns with nothing between them (a tool that answered with no token at all) count as one.
-    The last bin holds turn num_bins - 1 and all later ones. ValueError: num_bins < 1.
+    a summary is also one. Two turns with no token between them (a tool returned nothing) count as one. The last bin
+    holds turn num_bins - 1 and all later turns. ValueError: num_bins < 1.
     """
     _check_bins(num_bins)
     return _turn_bins(_actions(sub_traces, targets), num_bins)
 
 
 class _Actions(NamedTuple):
-    """The N action tokens of a step, episode after episode, each in its order."""
+    """The N action tokens of a step, episode after episode, in the order of each episode."""
 
     values: Float32  # [N]
     returns: Float32  # [N]
@@ -196,7 +195,7 @@ def _turn_bins(actions: _Actions, num_bins: int) -> list[Bin]:
 
 
 def _table(number: NDArray[np.signedinteger], values: ArrayLike, returns: ArrayLike, starts: NDArray) -> list[Bin]:
-    """Rows of the bins 0..len(starts) - 1; `number` is each token's bin."""
+    """Return the rows of bins 0..len(starts) - 1; `number` is the bin of each token."""
     counts = np.bincount(number, minlength=len(starts))
     with np.errstate(invalid="ignore"):  # 0 / 0 is NaN
         means = [np.bincount(number, weights=of, minlength=len(starts)) / counts for of in (values, returns)]
@@ -208,7 +207,7 @@ def _checked(values: ArrayLike, returns: ArrayLike) -> tuple[NDArray[np.float64]
     v = np.asarray(values, np.float64).ravel()
     ret = np.asarray(returns, np.float64).ravel()
     if v.size != ret.size or not v.size:
-        raise ValueError(f"{v.size} values and {ret.size} returns: must be equally many, at least one")
+        raise ValueError(f"{v.size} values and {ret.size} returns: their numbers must be equal and at least 1")
     for name, numbers in (("value", v), ("return", ret)):
         bad = np.flatnonzero(~np.isfinite(numbers))
         if len(bad):

@@ -16,19 +16,20 @@ attempts at one prompt), n_g the number of episodes in group g and w_e the numbe
         m   = sum_e w_e C_e         / sum_e w_e                              over the action tokens of the step
         s^2 = sum_e w_e (C_e - m)^2 / sum_e w_e
 
-All action tokens of an episode have its advantage; other tokens are no part of anything here.
+All action tokens of an episode have its advantage; other tokens are ignored.
 
 - The GRPO paper does not say which standard deviation it means; the sample one is what public trainers compute
   (torch.std), so a group of two with different returns gets +-1/sqrt(2).
-- REINFORCE++ normalises over tokens, not over episodes (A_{q,t} in the paper's equation, the masked mean in its
+- REINFORCE++ normalizes over tokens, not over episodes (A_{q,t} in the paper's equation, the masked mean in its
   authors' OpenRLHF): a long episode counts more. w_e does not depend on how e was cut, since a token is trained once.
-- A group whose episodes all earned the same has no signal: its advantages are exactly 0 (for reinforce_pp before
-  the step's mean is subtracted). `zero_signal_fraction` says how many there are.
-- An episode in which nothing was sampled (w_e = 0) is in no m, s, n_g or C: its advantage is 0, and an episode that
-  is left alone in its group has nothing to be compared with: 0, too (before the step's mean is subtracted).
-- Discounts, lambdas, credit modes and everything of the critic have no part in this. What a user can only have meant
-  (advantage.gamma, credit, truncation) is refused before a run; lambdas and critic.*, which recipes set, are not read.
-  `advantage.whiten` acts on the result: with it grpo is no longer the paper's, and reinforce_pp stays what it is.
+- A group whose episodes all have the same return carries no signal: its advantages are exactly 0 (for reinforce_pp
+  before the step's mean is subtracted). `zero_signal_fraction` returns the share of such groups.
+- An episode in which nothing was sampled (w_e = 0) is excluded from m, s, n_g and C, and its advantage is 0. An episode
+  that is then alone in its group has no other to be compared with: its advantage is 0, too (before the step's mean is
+  subtracted).
+- Discounts, lambdas, credit modes and the critic's settings do not apply. Settings that a user must have set on purpose
+  (advantage.gamma, credit, truncation) are refused before a run; lambdas and critic.*, which recipes set, are not read.
+  `advantage.whiten` is applied to the result: it makes grpo differ from the paper and leaves reinforce_pp unchanged.
 """
 
 from __future__ import annotations
@@ -45,15 +46,15 @@ from critic.config import Baseline
 Float64 = NDArray[np.float64]
 Int64 = NDArray[np.int64]
 
-EPS = 1e-6  # keeps a standard deviation of 0 from dividing
+EPS = 1e-6  # added to standard deviations, which may be 0
 
 
 def episode_advantages(returns: Float64, groups: Int64, kind: Baseline, num_actions: Int64 | None = None) -> Float64:
     """Return the advantage of each episode, float64[E], by the equations at the top of this file.
 
     `returns[e]` is R_e, `groups[e]` the number of the group (any number, equal for episodes of one prompt),
-    `num_actions[e]` is w_e: needed for reinforce_pp; the others leave out the episodes where it is 0. Groups may differ
-    in size.
+    `num_actions[e]` is w_e: required for reinforce_pp; the others exclude episodes where it is 0. Groups may differ in
+    size.
 
     Hand-computed, two groups of two and three, returns 1 0 | 1 1 0:
 
@@ -61,12 +62,12 @@ def episode_advantages(returns: Float64, groups: Int64, kind: Baseline, num_acti
         grpo           .7071 -.7071  |  .5773  .5773 -1.1547
         rloo           1     -1      |  1/2    1/2   -1
 
-    ValueError: no episodes, lengths that differ, a return that is not finite, a group of one where a group is needed,
-    groups of one beside larger ones for reinforce_pp (whatever was sampled), `num_actions` missing or negative.
+    ValueError: no episodes, lengths that differ, a return that is not finite, a group of one episode where more are
+    needed, groups of one beside larger ones for reinforce_pp (whatever was sampled), `num_actions` missing or negative.
     """
     group, sizes = _check(returns, groups)
     if kind is Baseline.critic:
-        raise ValueError("baseline=critic has an advantage for every token: critic/advantages.py")
+        raise ValueError("baseline=critic gives every token an advantage of its own: use critic/advantages.py")
     weights = _weights(len(returns), kind, num_actions)
     alone = np.flatnonzero(sizes == 1)
     if kind is Baseline.reinforce_pp:
@@ -85,27 +86,27 @@ def episode_advantages(returns: Float64, groups: Int64, kind: Baseline, num_acti
     if sampled.any():
         group, sizes = _check(returns[sampled], groups[sampled])
         if kind is Baseline.reinforce_pp:
-            centred = returns[sampled] if len(alone) else _centred(returns[sampled], group, sizes)
-            found[sampled] = _over_step(centred, weights[sampled])
+            centered = returns[sampled] if len(alone) else _centered(returns[sampled], group, sizes)
+            found[sampled] = _over_step(centered, weights[sampled])
         else:
             found[sampled] = _over_groups(returns[sampled], group, sizes, kind)
     return found
 
 
 def _over_groups(returns: Float64, group: Int64, sizes: Int64, kind: Baseline) -> Float64:
-    """Advantages of grpo, grpo_no_std and rloo; 0 for an episode that is alone in its group."""
+    """Return advantages of grpo, grpo_no_std and rloo, [E]; 0 for an episode that is alone in its group."""
     others = np.maximum(sizes - 1, 1)
-    centred = _centred(returns, group, sizes)
+    centered = _centered(returns, group, sizes)
     if kind is Baseline.grpo_no_std:
-        return centred
+        return centered
     if kind is Baseline.rloo:  # n R - n m = (n - 1) R - (sum of the others)
-        return np.asarray(centred * (sizes / others)[group])
-    variance = np.bincount(group, weights=centred**2) / others
-    return np.asarray(centred / (np.sqrt(variance) + EPS)[group])
+        return np.asarray(centered * (sizes / others)[group])
+    variance = np.bincount(group, weights=centered**2) / others
+    return np.asarray(centered / (np.sqrt(variance) + EPS)[group])
 
 
 def zero_signal_fraction(returns: Float64, groups: Int64) -> float:
-    """Return the share of the groups whose episodes all earned the same, in [0, 1]; a group of one always does."""
+    """Return the share of groups whose episodes all have the same return, in [0, 1]; a group of one counts as such."""
     group, sizes = _check(returns, groups)
     low, high = np.full(len(sizes), np.inf), np.full(len(sizes), -np.inf)
     np.minimum.at(low, group, returns)
@@ -116,12 +117,12 @@ def zero_signal_fraction(returns: Float64, groups: Int64) -> float:
 def episode_returns(sub_traces: Sequence[SubTrace], episode_ids: Sequence[str], terminal: Sequence[float]) -> Float64:
     """Return R_e of each episode, float64[E], in the order of `episode_ids`.
 
-    The sum of `SubTrace.rewards` over the action tokens of all sub-traces of the episode: the terminal reward, rewards
-    of turns, and a KL penalty where it is part of the reward. An episode without sub-traces (nothing was sampled) has
-    `terminal[e]`, rounded to float32 as rewards are. The sum is rounded once, so neither cuts nor order change it.
+    R_e is the sum of `SubTrace.rewards` over the action tokens of all sub-traces of the episode: the terminal reward,
+    rewards of turns, and a KL penalty if it is part of the reward. An episode without sub-traces (nothing was sampled)
+    has `terminal[e]`, rounded to float32 like rewards. The sum is rounded once, so neither cuts nor order change it.
 
-    ValueError: a reward that is NaN or infinite (episode, sub-trace and index are named), sub-traces of an episode
-    that is not in `episode_ids`, an id that stands in it twice, an episode that is not whole.
+    ValueError: a reward that is NaN or infinite (the message names episode, sub-trace and index), sub-traces of an
+    episode that is not in `episode_ids`, an id that is in it twice, an incomplete episode.
     """
     if len(terminal) != len(episode_ids):
         raise ValueError(f"{len(terminal)} terminal rewards for {len(episode_ids)} episodes: must be equal")
@@ -143,8 +144,9 @@ def episode_returns(sub_traces: Sequence[SubTrace], episode_ids: Sequence[str], 
 
 
 def action_counts(sub_traces: Sequence[SubTrace], episode_ids: Sequence[str]) -> Int64:
-    """Return w_e, the action tokens of each episode over all its sub-traces, int64[E]. ValueError: as
-    `episode_returns`.
+    """Return w_e, the number of action tokens of each episode over all its sub-traces, int64[E].
+
+    ValueError: see `episode_returns`.
     """
     counts = np.zeros(len(episode_ids), np.int64)
     for trace, owner in zip(sub_traces, _owners(sub_traces, episode_ids), strict=True):
@@ -157,8 +159,8 @@ def spread(
 ) -> list[Targets]:
     """Return targets in the order of `sub_traces`, float32[T] each, zero where `action_mask` is False.
 
-    Every action token has the advantage and the return of its episode. `values` is 0 everywhere: nobody foretold
-    anything, and `returns` is for people and metrics to read.
+    Every action token has the advantage and the return of its episode. `values` is 0 everywhere, because there is no
+    critic; `returns` is read by metrics only.
 
     ValueError: sub-traces of an unknown episode, lengths that differ.
     """
@@ -179,7 +181,7 @@ def spread(
 
 
 def _weights(num_episodes: int, kind: Baseline, num_actions: Int64 | None) -> Int64:
-    """w_e of each episode [E]; 1 where they are not given and not needed."""
+    """Return w_e of each episode, [E]; 1 if they are not given and not needed. ValueError: see `episode_advantages`."""
     if num_actions is None and kind is not Baseline.reinforce_pp:
         return np.ones(num_episodes, np.int64)
     if num_actions is None or len(num_actions) != num_episodes:
@@ -190,15 +192,15 @@ def _weights(num_episodes: int, kind: Baseline, num_actions: Int64 | None) -> In
     return num_actions
 
 
-def _over_step(centred: Float64, num_actions: Int64) -> Float64:
-    """Mean 0, variance 1 over the action tokens of the step; zeros when all are equal."""
-    shifted = centred - centred[0]  # equal ones become exactly 0
+def _over_step(centered: Float64, num_actions: Int64) -> Float64:
+    """Scale to mean 0 and variance 1 over the action tokens of the step, [E]; zeros when all are equal."""
+    shifted = centered - centered[0]  # equal ones become exactly 0
     shifted = shifted - np.average(shifted, weights=num_actions)
     return np.asarray(shifted / (np.sqrt(np.average(shifted**2, weights=num_actions)) + EPS))
 
 
-def _centred(returns: Float64, group: Int64, sizes: Int64) -> Float64:
-    """R_e - m_g(e), [E]; exactly 0 in a group of equal returns."""
+def _centered(returns: Float64, group: Int64, sizes: Int64) -> Float64:
+    """Return R_e - m_g(e), [E]; exactly 0 in a group of equal returns."""
     low = np.full(len(sizes), np.inf)
     np.minimum.at(low, group, returns)
     shifted = returns - low[group]
@@ -206,7 +208,10 @@ def _centred(returns: Float64, group: Int64, sizes: Int64) -> Float64:
 
 
 def _check(returns: Float64, groups: Int64) -> tuple[Int64, Int64]:
-    """Number of the group of each episode, from 0 without gaps [E], and the groups' sizes."""
+    """Return the group number of each episode, from 0 without gaps, [E], and the sizes of the groups.
+
+    ValueError: no episodes, lengths that differ, a return that is not finite.
+    """
     if not len(returns):
         raise ValueError("no episodes: there is nothing to compare")
     if len(groups) != len(returns):
@@ -219,19 +224,19 @@ def _check(returns: Float64, groups: Int64) -> tuple[Int64, Int64]:
 
 
 def _owners(sub_traces: Sequence[SubTrace], episode_ids: Sequence[str]) -> list[int]:
-    """Index into `episode_ids` of each sub-trace's episode."""
-    places = {episode_id: place for place, episode_id in enumerate(episode_ids)}
-    if len(places) < len(episode_ids):
-        twice = next(name for place, name in enumerate(episode_ids) if places[name] != place)
-        raise ValueError(f"episode {twice} stands twice in episode_ids: each must stand in it once")
+    """Return the index into `episode_ids` of each sub-trace's episode. ValueError: an id is there twice, or missing."""
+    index_of = {episode_id: index for index, episode_id in enumerate(episode_ids)}
+    if len(index_of) < len(episode_ids):
+        twice = next(name for index, name in enumerate(episode_ids) if index_of[name] != index)
+        raise ValueError(f"episode {twice} is in episode_ids twice: each id must be there once")
     for trace in sub_traces:
-        if trace.episode_id not in places:
-            raise ValueError(f"{trace.name}: its episode is not one of the {len(places)} in episode_ids")
-    return [places[trace.episode_id] for trace in sub_traces]
+        if trace.episode_id not in index_of:
+            raise ValueError(f"{trace.name}: its episode is not one of the {len(index_of)} in episode_ids")
+    return [index_of[trace.episode_id] for trace in sub_traces]
 
 
 def _check_whole(sub_traces: Sequence[SubTrace]) -> None:
-    """ValueError: positions of an episode with gaps or twice, or without the FINAL sub-trace that has the reward."""
+    """Require whole episodes. ValueError: a position is missing or repeated, or there is no FINAL sub-trace."""
     positions: dict[str, list[int]] = {}
     final: set[str] = set()
     for trace in sub_traces:
@@ -242,5 +247,5 @@ def _check_whole(sub_traces: Sequence[SubTrace]) -> None:
         if sorted(found) != list(range(len(found))) or episode_id not in final:
             raise ValueError(
                 f"episode {episode_id} is not whole: sub-traces {sorted(found)} are given, "
-                f"{'the' if episode_id in final else 'no'} FINAL one among them; needed is each of its sub-traces once"
+                f"{'with the' if episode_id in final else 'without a'} FINAL one; pass each of its sub-traces once"
             )

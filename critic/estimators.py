@@ -1,6 +1,6 @@
-"""From a step's episodes to their targets: with a critic, or with the other episodes of the group.
+"""Estimators turn a step's episodes into targets, with a critic or with the other episodes of the group.
 
-The loop knows neither. It asks for what needs a forward pass, turns the answer into targets, and updates:
+The loop uses either through one protocol. It asks for values, turns them into targets, and updates:
 
     asked   = estimator.ask(batch)                                   runs beside the policy's own forward pass
     targets = estimator.targets(batch, sub_traces, asked.result())   where episodes are whole
@@ -26,35 +26,36 @@ from trainer.group import Answer, Ready, WorkerGroup
 
 @dataclass(frozen=True)
 class StepTargets:
-    """Targets in the order of the batch's sub-traces, and what the operator should know of them."""
+    """Targets in the order of the batch's sub-traces, and their metrics."""
 
     targets: list[Targets]
     metrics: dict[str, float]
 
 
 class Estimator(Protocol):
-    """What the loop needs of either."""
+    """The protocol through which the loop gets targets."""
 
     @property
     def roles(self) -> Sequence[WorkerGroup]:
-        """Return the groups of processes to be started, saved and loaded."""
+        """Return the groups of processes that must be started, saved and loaded."""
 
     def ask(self, batch: Batch) -> Answer[TokenColumn]:
         """Start the forward passes that targets need."""
 
     def targets(self, batch: Batch, sub_traces: Sequence[SubTrace], asked: Mapping[int, Float32]) -> StepTargets:
-        """Return advantages and returns of whole episodes. ValueError: see critic/advantages.py,
-        episode_baselines.py.
+        """Return advantages and returns of whole episodes.
+
+        ValueError: see critic/advantages.py and critic/episode_baselines.py.
         """
 
     def update(
         self, batch: Batch, targets: Sequence[Targets], rng: np.random.Generator, num_epochs: int | None = None
     ) -> Answer[dict[str, float]]:
-        """Start one training step's updates of the estimator itself; `num_epochs`: not the configured number."""
+        """Start the estimator's own updates of one training step; `num_epochs` overrides the configured number."""
 
 
 class CriticEstimator:
-    """Generalised advantage estimation on the critic's values."""
+    """Generalized advantage estimation on the critic's values."""
 
     def __init__(self, critic: CriticGroup, config: AdvantageConfig) -> None:
         self.critic = critic
@@ -68,7 +69,7 @@ class CriticEstimator:
         values, after = [], []
         for i, trace in enumerate(sub_traces):
             values.append(asked[i][: len(trace.tokens)])
-            after.append(float(asked[i][-1]))  # with `beyond` one entry more: the state after the last token
+            after.append(float(asked[i][-1]))  # with `beyond` the last entry belongs to the state after the last token
         bootstrap = after if self.config.truncation is Truncation.bootstrap else None
         targets = advantages(sub_traces, values, self.config, bootstrap)
         for trace, target in zip(sub_traces, targets, strict=True):
@@ -100,7 +101,7 @@ class EpisodeEstimator:
         targets = spread(sub_traces, batch.episode_ids, advantage, returns)
         if self.config.whiten:
             targets = whitened(sub_traces, targets)
-        # Terminal rewards: with a KL in the reward no two returns are equal, whatever the task says.
+        # Terminal rewards, not returns: with a KL penalty in the reward no two returns are equal.
         sampled = counts > 0
         if not sampled.any() or len(np.unique(groups)) == len(groups):
             return StepTargets(targets, {})

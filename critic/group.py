@@ -1,4 +1,4 @@
-"""The critic as its caller sees it."""
+"""The typed handle through which the loop calls the critic's ranks."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class CriticGroup(WorkerGroup):
         self.config = config
 
     def values(self, batch: Batch, beyond: bool = False) -> Pending[TokenColumn]:
-        """Return the value of the state before each token, float32 [T] of each sub-trace of a batch by its index.
+        """Return the value of the state before each token, float32 [T] for each sub-trace of a batch by its index.
 
-        With `beyond` [T + 1]: the last entry is the value of the state after the last token.
+        With `beyond`, [T + 1]: the last entry is the value of the state after the last token.
         """
         return self.predict(CriticWorker.values_and_end if beyond else CriticWorker.values, batch)
 

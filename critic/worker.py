@@ -32,13 +32,13 @@ class CriticWorker(Worker):
 
     @needs(Memory.weights)
     def values_and_end(self, refs: Sequence[Any], grid: Grid) -> TokenColumn:
-        """Return the same and the value of the state after the last token, float32 [T + 1]."""
+        """Return the same with the value of the state after the last token appended, float32 [T + 1] a sub-trace."""
         own = fetch(refs, grid[self.engine.share.row])
         longer = [one_longer(own[i]) if i in own else None for i in range(len(refs))]
         return self._predict(longer, grid)
 
     def _value_loss(self, out_1P: torch.Tensor, batch: MicroBatch) -> SummedLoss:
-        """`out_1P`: value of the state before each predicted token."""
+        """Return the value loss. `out_1P`: value of the state before each predicted token."""
         f, mask_P = batch.columns, batch.action_P
         loss_P, clipped_P = losses.value(out_1P[0], f["values"], f["returns"], self.config.value_clip)
         loss = torch.where(mask_P, loss_P, 0.0).sum()
@@ -47,14 +47,12 @@ class CriticWorker(Worker):
 
     @needs(Memory.weights, Memory.gradients)
     def update(self, refs: Sequence[Any], columns: Sequence[Any], grids: Sequence[Grid]) -> UpdateResult:
-        """Take value steps, one for each grid. `columns`: returns and (old) values, of each data-parallel row."""
+        """Take one value step for each grid. `columns`: returns and old values for each data-parallel row."""
         return self._update(refs, self._own(columns), grids, self._value_loss)
 
 
 def one_longer(trace: SubTrace) -> SubTrace:
-    """Return the sub-trace with any token after its end: what is predicted for that one is read after all the
-    others.
-    """
+    """Return the sub-trace with one arbitrary token appended: its prediction is the value after the last real token."""
     return replace(
         trace,
         tokens=np.append(trace.tokens, trace.tokens[-1]),

@@ -50,8 +50,8 @@ def test_what_can_not_be_computed_is_named() -> None:
     huge = np.array([0, -3e38, 0, 3e38], np.float32)
     nowhere = np.array([np.nan, 0, 0, 1], np.float32)
     for broken, value, message in [
-        (replace(trace, rewards=lost), zeros, r"sub-trace 0: reward at index 2 is 0.5, but that token is no action"),
-        (replace(trace, rewards=nowhere), zeros, r"reward at index 0 is nan, but that token is no action"),
+        (replace(trace, rewards=lost), zeros, r"sub-trace 0: reward at index 2 is 0.5, but that token is not an action"),
+        (replace(trace, rewards=nowhere), zeros, r"reward at index 0 is nan, but that token is not an action"),
         (sub_trace([0, 1, 0, 1], {3: 3e38}), huge, r"sub-trace 0: advantage at index 1 is beyond float32: scale"),
         (sub_trace([1, 1, 0, 1]), zeros, r"action_mask is True at index 0"),
         (sub_trace([0, 0, 0, 0]), zeros, r"has no action token: leave it out"),
@@ -85,7 +85,7 @@ def test_episodes_must_be_whole() -> None:
         ([first], "successor at position 1 is missing"),
         ([first, sub_trace([0, 1], position=1, episode_id="other")], "successor at position 1 is missing"),
         ([first, first], "given twice"),
-        ([first, back], "circle"),
+        ([first, back], "form a cycle"),
         ([replace(first, successor=Successor(1, 1)), sub_trace([0, 1], position=1)], "no action 1"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -94,7 +94,7 @@ def test_episodes_must_be_whole() -> None:
     with pytest.raises(ValueError, match="FINAL sub-trace is missing"):
         advantages([orphan], zeros[:1], AdvantageConfig(credit=Credit.independent))
     two_ends = [sub_trace([0, 1]), sub_trace([0, 1], position=1)]
-    with pytest.raises(ValueError, match="sub-trace 1 is the second FINAL one"):
+    with pytest.raises(ValueError, match="sub-trace 1 is the second FINAL sub-trace"):
         advantages(two_ends, zeros, AdvantageConfig(credit=Credit.discounted))
 
 

@@ -68,7 +68,7 @@ def test_bounded_has_its_gradient_everywhere_also_where_fp32_reaches_the_bound()
 
 @pytest.mark.parametrize("value_range", [(1.0, 1.0 + 1e-8), (1.0, 1.0), (2.0, 1.0), (1e39, 1e40)])
 def test_range_without_numbers_is_refused(value_range: tuple[float, float]) -> None:
-    with pytest.raises(ValueError, match="as float32 these must be finite, with others between"):
+    with pytest.raises(ValueError, match="as float32 both must be finite, with other numbers between"):
         head(value_range=value_range)
 
 

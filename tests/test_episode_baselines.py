@@ -356,11 +356,11 @@ def test_sub_traces_and_episodes_must_match() -> None:
     whole = sub_traces_of("a", [1, 0, 2], [1, 2])
     cases: list[tuple[list[SubTrace], list[str], list[float], str]] = [
         (whole, ["b"], [0], "episode a, sub-trace 0: its episode is not one of the 1 in episode_ids"),
-        (whole, ["a", "b", "a"], [0, 0, 0], "episode a stands twice"),
+        (whole, ["a", "b", "a"], [0, 0, 0], "episode a is in episode_ids twice"),
         (whole, ["a", "b"], [0], "1 terminal rewards for 2 episodes"),
         (whole, ["a", "b"], [0, math.nan], "episode b: reward is nan"),
         (whole[1:], ["a"], [0], r"episode a is not whole: sub-traces \[1, 2\]"),
-        (whole[:2], ["a"], [0], r"episode a is not whole: sub-traces \[0, 1\] are given, no FINAL"),
+        (whole[:2], ["a"], [0], r"episode a is not whole: sub-traces \[0, 1\] are given, without a FINAL"),
         ([*whole, whole[1]], ["a"], [0], r"episode a is not whole: sub-traces \[0, 1, 1, 2\]"),
     ]
     for given_traces, ids, terminal, message in cases:
