@@ -50,7 +50,11 @@ def test_what_can_not_be_computed_is_named() -> None:
     huge = np.array([0, -3e38, 0, 3e38], np.float32)
     nowhere = np.array([np.nan, 0, 0, 1], np.float32)
     for broken, value, message in [
-        (replace(trace, rewards=lost), zeros, r"sub-trace 0: reward at index 2 is 0.5, but that token is not an action"),
+        (
+            replace(trace, rewards=lost),
+            zeros,
+            r"sub-trace 0: reward at index 2 is 0.5, but that token is not an action",
+        ),
         (replace(trace, rewards=nowhere), zeros, r"reward at index 0 is nan, but that token is not an action"),
         (sub_trace([0, 1, 0, 1], {3: 3e38}), huge, r"sub-trace 0: advantage at index 1 is beyond float32: scale"),
         (sub_trace([1, 1, 0, 1]), zeros, r"action_mask is True at index 0"),

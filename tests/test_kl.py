@@ -264,6 +264,6 @@ def test_distillation_has_the_normaliser_of_all_losses() -> None:
         (LossNorm.token, sum(each) / 4),
         (LossNorm.episode, (sum(each[:3]) / 3 + each[3]) / 2),
     ):
-        first, second = losses.normaliser_weights(["a", "b"], [3, 1], norm)
+        first, second = losses.normalizer_weights(["a", "b"], [3, 1], norm)
         weights_T = torch.tensor([first] * 3 + [second], dtype=torch.float64)
         assert (weights_T * together).sum().item() / 4 == pytest.approx(wanted, rel=1e-12)

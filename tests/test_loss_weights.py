@@ -29,7 +29,7 @@ def test_each_norm_is_the_mean_that_it_says() -> None:
     }
     assert len(set(expected.values())) == 3
     for norm, number in expected.items():
-        weights = losses.normaliser_weights(episode_of, num_actions, norm)
+        weights = losses.normalizer_weights(episode_of, num_actions, norm)
         found = sum(w * sum(each) for w, each in zip(weights, per_sub_trace, strict=True)) / 6
         assert found == pytest.approx(number, rel=1e-14)
         assert sum(w * n for w, n in zip(weights, num_actions, strict=True)) == pytest.approx(6, rel=1e-14)
@@ -37,23 +37,23 @@ def test_each_norm_is_the_mean_that_it_says() -> None:
 
 @pytest.mark.parametrize("norm", CUT_BLIND)
 def test_a_cut_changes_no_tokens_weight(norm: LossNorm) -> None:
-    whole = losses.normaliser_weights(["a", "b"], [12, 5], norm)
-    parts = losses.normaliser_weights(["a", "b", "a", "a"], [7, 5, 1, 4], norm)
+    whole = losses.normalizer_weights(["a", "b"], [12, 5], norm)
+    parts = losses.normalizer_weights(["a", "b", "a", "a"], [7, 5, 1, 4], norm)
     assert parts == [whole[0], whole[1], whole[0], whole[0]]
 
 
 def test_sub_trace_norm_does_notice_the_cut() -> None:
     """An episode cut in three weighs three times as much as its uncut neighbour."""
-    weights = losses.normaliser_weights(["a", "b", "a", "a"], [7, 5, 1, 4], LossNorm.sub_trace)
+    weights = losses.normalizer_weights(["a", "b", "a", "a"], [7, 5, 1, 4], LossNorm.sub_trace)
     assert [w * n for w, n in zip(weights, [7, 5, 1, 4], strict=True)] == pytest.approx([17 / 4] * 4)
-    assert losses.normaliser_weights(["a", "b"], [12, 5], LossNorm.sub_trace) == pytest.approx([17 / 24, 17 / 10])
+    assert losses.normalizer_weights(["a", "b"], [12, 5], LossNorm.sub_trace) == pytest.approx([17 / 24, 17 / 10])
 
 
 def test_masked_tokens_stay_in_the_denominator() -> None:
     """DIS masks the second of two tokens: L is half of the first one's loss, not all of it."""
     new_T = torch.tensor([-1.0, -1.0], dtype=torch.float64)
     found = losses.dis(new_T, torch.tensor([-1.0, -9.0]), torch.tensor([3.0, 3.0]), 0.2, 0.28)
-    (weight,) = losses.normaliser_weights(["a"], [2], LossNorm.episode)
+    (weight,) = losses.normalizer_weights(["a"], [2], LossNorm.episode)
     assert (weight * found.loss_T).sum().item() / 2 == pytest.approx(1.5)
 
 
@@ -73,17 +73,17 @@ def test_positive_examples() -> None:
 
 def test_what_does_not_fit_together_is_refused() -> None:
     with pytest.raises(ValueError, match="2 counts of action tokens, 1 episode names"):
-        losses.normaliser_weights(["a"], [1, 2], LossNorm.token)
+        losses.normalizer_weights(["a"], [1, 2], LossNorm.token)
     with pytest.raises(ValueError, match="1 counts of action tokens, 2 flags"):
         losses.positive_weights([1], [True, False])
     with pytest.raises(ValueError, match=r"num_actions=\[3, -1\]: none may be negative"):
-        losses.normaliser_weights(["a", "b"], [3, -1], LossNorm.token)
+        losses.normalizer_weights(["a", "b"], [3, -1], LossNorm.token)
     with pytest.raises(ValueError, match=r"episode b: sub-trace 1 .* 0 action tokens \(loss_norm=episode\)"):
-        losses.normaliser_weights(["a", "b"], [3, 0], LossNorm.episode)
+        losses.normalizer_weights(["a", "b"], [3, 0], LossNorm.episode)
     with pytest.raises(ValueError, match=r"episode a: sub-trace 1 .* \(loss_norm=sub_trace\)"):
-        losses.normaliser_weights(["a", "a"], [3, 0], LossNorm.sub_trace)
-    assert losses.normaliser_weights(["a", "a"], [3, 0], LossNorm.episode) == [1.0, 1.0]
-    assert losses.normaliser_weights([], [], LossNorm.episode) == []
+        losses.normalizer_weights(["a", "a"], [3, 0], LossNorm.sub_trace)
+    assert losses.normalizer_weights(["a", "a"], [3, 0], LossNorm.episode) == [1.0, 1.0]
+    assert losses.normalizer_weights([], [], LossNorm.episode) == []
 
 
 # The whole loss of an optimizer step ----------------------------------------------------------------------------------
@@ -103,7 +103,7 @@ class Step:
 
     def weights(self, norm: LossNorm) -> torch.Tensor:
         counts = torch.bincount(self.sub_trace_T[self.mask_T], minlength=len(self.episode_of)).tolist()
-        per_sub_trace = losses.normaliser_weights(self.episode_of, counts, norm)
+        per_sub_trace = losses.normalizer_weights(self.episode_of, counts, norm)
         return torch.tensor(per_sub_trace, dtype=torch.float64)[self.sub_trace_T]
 
     def gradient(self, loss: Loss, norm: LossNorm, micro_batches: list[torch.Tensor]) -> tuple[float, torch.Tensor]:

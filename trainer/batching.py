@@ -1,7 +1,7 @@
-"""From sub-traces to the tensors of one packed micro-batch.
+"""Packing of sub-traces into the tensors of one micro-batch.
 
-The model reads tokens[:-1] and predicts tokens[1:], so everything per token is shifted by one on the
-way in and shifted back on the way out: index t of a SubTrace array belongs to prediction t - 1.
+The model reads tokens[:-1] and predicts tokens[1:], so every per-token array is shifted by one on the way in and
+shifted back on the way out: index t of a SubTrace array belongs to prediction t - 1.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from buffer.types import Float32, SubTrace, TokenColumn
 
 
 class Packing:
-    """Borders of the sequences in one packed micro-batch, and which of its tokens this process holds.
+    """Boundaries of the sequences in one packed micro-batch, and the tokens of it that this process holds.
 
     With context parallelism over C processes each sequence, whose length is a multiple of 2 C, is cut into 2 C equal
-    pieces; process c holds pieces c and 2 C - 1 - c of every sequence, so that all have the same work under a causal
-    mask.
+    pieces; process c holds pieces c and 2 C - 1 - c of every sequence, so that all processes have the same work under a
+    causal mask.
 
     T = tokens of this process, A = tokens of all C processes (A = C T).
     """
@@ -30,9 +30,13 @@ class Packing:
         self.lengths_N = torch.tensor(lengths, dtype=torch.int64)  # of whole sequences
         self.start_N = self.lengths_N.cumsum(0) - self.lengths_N
         self.device = device
-        self.place_A: torch.Tensor | None = None  # index of each token when all processes' tokens are joined; CPU
+        self.place_A: torch.Tensor | None = (
+            None  # index of each token in the concatenation of all processes' tokens; CPU
+        )
         if context_size == 1:
-            self.own_T = torch.arange(int(self.lengths_N.sum()))  # this process's tokens among all; CPU
+            self.own_T = torch.arange(
+                int(self.lengths_N.sum())
+            )  # indices of this process's tokens among all tokens; CPU
         else:
             held = held_pieces(context_size)
             own = [pieces(self.start_N, self.lengths_N // (2 * context_size), numbers) for numbers in held]
@@ -49,7 +53,7 @@ def held_pieces(context_size: int) -> list[list[int]]:
 
 
 def pieces(start_N: torch.Tensor, length_N: torch.Tensor, numbers: list[int]) -> torch.Tensor:
-    """Return indices of pieces `numbers` of each sequence i; piece k is start_N[i] + k * length_N[i] + 0, 1, ..."""
+    """Return the indices of pieces `numbers` of each sequence i; piece k is start_N[i] + k * length_N[i] + 0, 1, ..."""
     found = [
         torch.arange(start + number * length, start + (number + 1) * length)
         for start, length in zip(start_N.tolist(), length_N.tolist(), strict=True)
@@ -60,9 +64,10 @@ def pieces(start_N: torch.Tensor, length_N: torch.Tensor, numbers: list[int]) ->
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Sequences of one forward pass, one after the other. P = this process's predictions, all sequences together.
+    """The sequences of one forward pass, concatenated. P = predictions of this process over all sequences.
 
-    Under context parallelism a process has only some of each sequence (Packing); A = predictions of all of them.
+    Under context parallelism a process holds only some pieces of each sequence (`Packing`); A = predictions of all
+    processes.
     """
 
     tokens_1P: torch.Tensor  # int64
@@ -70,10 +75,10 @@ class MicroBatch:
     action_P: torch.Tensor  # bool, True = the predicted token was sampled by the policy
     columns: dict[str, torch.Tensor]  # name -> float32 [P], 0 where action_P is False
     packing: Packing
-    indices: tuple[int, ...]  # which sub-traces, in order; empty for a padding micro-batch
+    indices: tuple[int, ...]  # of the sub-traces, in order; empty for a padding micro-batch
     lengths: tuple[int, ...]  # predictions of each whole sequence with its padding, and of the padding sequence
     predictions: tuple[int, ...]  # of each sub-trace, without padding
-    names: tuple[str, ...]  # of the sequences, for people
+    names: tuple[str, ...]  # of the sequences, for messages
 
     @property
     def num_actions(self) -> int:
@@ -81,25 +86,25 @@ class MicroBatch:
 
     @property
     def sequence_P(self) -> torch.Tensor:
-        """Return the number of the sequence that each prediction belongs to, int64."""
+        """Return the number of the sequence that contains each prediction, int64 [P]."""
         share = sum(self.lengths) // len(self.action_P)
         lengths_N = torch.tensor(self.lengths, device=self.action_P.device) // share
         return torch.repeat_interleave(torch.arange(len(self.lengths), device=lengths_N.device), lengths_N)
 
     def name_of(self, prediction: int) -> str:
-        """Return which token a prediction of this process is: episode, sub-trace, index."""
-        place = int(self.packing.own_T[prediction])
+        """Return a name for the token that a prediction of this process is about: episode, sub-trace, index."""
+        index = int(self.packing.own_T[prediction])
         ends = np.cumsum(self.lengths)
-        k = int(np.searchsorted(ends, place, side="right"))
+        k = int(np.searchsorted(ends, index, side="right"))
         start = int(ends[k - 1]) if k else 0
-        return f"{self.names[k]}, index {place - start + 1}"
+        return f"{self.names[k]}, index {index - start + 1}"
 
 
 def length_multiples(tensor: int, sequence_parallel: bool, context: int) -> tuple[int, int]:
-    """Return what the length of each sequence and of all together must be a multiple of, in a layout of these sizes.
+    """Return the numbers that must divide the length of each sequence and of a whole micro-batch in such a layout.
 
-    Context parallelism cuts every sequence into 2 `context` pieces; sequence parallelism cuts what a process then
-    holds into `tensor` slices.
+    Context parallelism cuts every sequence into 2 `context` pieces; sequence parallelism cuts the tokens that a process
+    then holds into `tensor` slices.
     """
     each = 2 * context if context > 1 else 1
     return each, math.lcm(each, context * tensor if sequence_parallel else 1)
@@ -113,11 +118,11 @@ def micro_batch(
     multiples: tuple[int, int] = (1, 1),
     context: tuple[int, int] = (1, 0),
 ) -> MicroBatch:
-    """Pack the sub-traces named by `indices`; of them, what the process `context` = (size, rank) holds.
+    """Pack the tokens of the sub-traces `indices` that process `context` = (size, rank) holds.
 
-    `columns[name][index]` is float32 [T] of that sub-trace. `multiples`: see `length_multiples`. Sequences are padded
-    at their end; a padding sequence is added where there is none or where the whole length is no multiple. Padding
-    has no actions.
+    `columns[name][index]` is float32 [T] for that sub-trace. `multiples`: see `length_multiples`. Each sequence is
+    padded at its end; a padding sequence is added if there is no sequence or if the total length is not a multiple.
+    Padding has no actions.
     """
     chosen = [sub_traces[index] for index in indices]
     predictions = [len(s.tokens) - 1 for s in chosen]
@@ -125,14 +130,14 @@ def micro_batch(
     missing = -sum(lengths) % multiples[1] if lengths else multiples[1]
     lengths += [missing] if missing else []
     packing = Packing(lengths, device, *context)
-    whole = np.zeros(sum(lengths), np.bool_)  # True: no padding
+    whole = np.zeros(sum(lengths), np.bool_)  # True: not padding
     for end, length, n in zip(np.cumsum(lengths), lengths, predictions, strict=False):
         whole[end - length : end - length + n] = True
     own = packing.own_T.numpy()
 
-    def joined(parts: list[np.ndarray], dtype: type) -> torch.Tensor:
+    def joined(arrays: list[np.ndarray], dtype: type) -> torch.Tensor:
         padded: np.ndarray = np.zeros(len(whole), dtype)
-        padded[whole] = np.concatenate(parts) if parts else 0
+        padded[whole] = np.concatenate(arrays) if arrays else 0
         return torch.from_numpy(padded[own]).to(device)
 
     action = joined([s.action_mask[1:] for s in chosen], np.bool_)
@@ -150,16 +155,16 @@ def micro_batch(
 
 
 def per_sub_trace(batch: MicroBatch, out_A: torch.Tensor) -> TokenColumn:
-    """Put model outputs back on SubTrace indices: float32 [T] per sub-trace, 0 at index 0.
+    """Map model outputs back to SubTrace indices: float32 [T] per sub-trace, 0 at index 0.
 
-    `out_A`: the outputs of all processes of the context-parallel group, one process's after the other's.
+    `out_A`: the outputs of all processes of the context-parallel group, concatenated in rank order.
     """
     flat = out_A.detach().float().cpu()
     if batch.packing.place_A is not None:
         flat = flat[batch.packing.place_A]
     found: dict[int, Float32] = {}
     start = 0
-    for index, length, n in zip(batch.indices, batch.lengths, batch.predictions, strict=False):  # padding: no index
+    for index, length, n in zip(batch.indices, batch.lengths, batch.predictions, strict=False):  # padding has no index
         found[index] = np.concatenate([np.zeros(1, np.float32), flat[start : start + n].numpy()])
         start += length
     return TokenColumn(found)

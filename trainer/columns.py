@@ -1,13 +1,13 @@
-"""What a policy update is told about every token, computed once on the driver, where episodes are whole.
+"""The per-token columns of a policy update, computed once on the driver, where episodes are whole.
 
 column              float32 [T]                                                            read by
-advantages          the targets'                                                           every loss
-weights             the normaliser's w (losses/averages.py), 0 where not trained            every loss
+advantages          of the targets                                                         every loss
+weights             the normalizer's w (losses/averages.py), 0 where not trained            every loss
 corrections         weight of the policy loss alone (losses/correction.py)                 ppo, gspo
-old_logprobs        log pi_old: the trainer's, before the first update of the step         ppo, gspo, decoupled
-engine_logprobs     log mu: the engine's, under the weights that sampled the token         dis, cispo, decoupled
+old_logprobs        log pi_old: of the trainer, before the first update of the step        ppo, gspo, decoupled
+engine_logprobs     log mu: of the engine, under the weights that sampled the token        dis, cispo, decoupled
 reference_logprobs  of the frozen starting model                                           KL in the loss
-nll_weights         of the token's negative log-likelihood, 0 but for positive episodes    positive-example NLL
+nll_weights         of the token's negative log-likelihood, 0 except in positive episodes  positive-example NLL
 kind                index into TOKEN_KINDS                                                 gradient shares
 """
 
@@ -19,9 +19,9 @@ import numpy as np
 
 from buffer.types import Batch, Float32, Grid, Scores, SubTrace, Targets, TokenColumn
 from trainer.config import Correction, KLPlace, LossNorm, PolicyConfig
-from trainer.losses.averages import normaliser_weights, positive_weights
+from trainer.losses.averages import normalizer_weights, positive_weights
 
-TOKEN_KINDS = ("final", "compacted", "sub_agent", "summary")  # whose share of the gradient is a metric
+TOKEN_KINDS = ("final", "compacted", "sub_agent", "summary")  # the share of the gradient of each kind is a metric
 
 
 def policy_columns(
@@ -33,7 +33,7 @@ def policy_columns(
     corrections: Sequence[Float32],
     grids: Sequence[Grid],
 ) -> dict[str, TokenColumn]:
-    """Return the columns above. One grid for each optimizer step of the epoch."""
+    """Return the columns above. `grids`: one for each optimizer step of the epoch."""
     columns = {
         "advantages": TokenColumn((i, target.advantages) for i, target in enumerate(targets)),
         "weights": loss_weights(batch, sub_traces, grids, config.loss_norm),
@@ -64,20 +64,22 @@ def token_kinds(trace: SubTrace) -> Float32:
 
 
 def loss_weights(batch: Batch, sub_traces: Sequence[SubTrace], grids: Sequence[Grid], norm: LossNorm) -> TokenColumn:
-    """Return the weight of every token in its optimizer step's loss, float32 [T] by index; see
-    trainer/losses/averages.py.
+    """Return the weight of every token in the loss of its optimizer step, float32 [T] for each sub-trace by index.
+
+    ValueError: see `normalizer_weights` in trainer/losses/averages.py.
     """
     weights: dict[int, Float32] = {}
     for indices in map(_indices, grids):
         items = [batch.items[i] for i in indices]
-        found = normaliser_weights([item.episode_id for item in items], [item.num_actions for item in items], norm)
+        found = normalizer_weights([item.episode_id for item in items], [item.num_actions for item in items], norm)
         weights |= _per_token(indices, found, sub_traces)
     return TokenColumn(weights)
 
 
 def nll_weights(coef: float, batch: Batch, sub_traces: Sequence[SubTrace], grids: Sequence[Grid]) -> TokenColumn:
-    """Return the weight of every token's negative log-likelihood: `coef` times the mean over episodes with positive
-    reward.
+    """Return the weight of every token's negative log-likelihood, float32 [T] for each sub-trace by index.
+
+    The loss is `coef` times the mean over the action tokens of episodes with positive reward.
     """
     earned: dict[str, float] = {}
     for trace in sub_traces:

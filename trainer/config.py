@@ -1,4 +1,4 @@
-"""Settings of a Megatron training role (the policy's; the critic extends them)."""
+"""Settings of a training role: the policy's, which the critic's extend."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Loss(str, Enum):
 
 
 class LossNorm(str, Enum):
-    """What a loss is averaged over."""
+    """The unit over which a loss is averaged."""
 
     token = "token"  # all action tokens of the optimizer step
     episode = "episode"  # mean over each episode's action tokens, then over episodes
@@ -31,12 +31,12 @@ class LossNorm(str, Enum):
 
 
 class Correction(str, Enum):
-    """What makes up for the engine's mu differing from the trainer's pi_old; trainer/losses/correction.py."""
+    """Correction of the difference between the engine's mu and the trainer's pi_old; trainer/losses/correction.py."""
 
     none = "none"
     tis = "tis"  # weight min(rho, high), rho = pi_old / mu of the token
     icepop = "icepop"  # weight rho inside [low, high], else 0
-    mis = "mis"  # weight 0 for episodes whose geometric mean of rho leaves [low, high], or with a token of tiny rho
+    mis = "mis"  # weight 0 for episodes with a geometric mean of rho outside [low, high], or a tiny rho
 
 
 class KL(str, Enum):
@@ -48,10 +48,10 @@ class KL(str, Enum):
 
 
 class KLPlace(str, Enum):
-    """Where the KL penalty enters."""
+    """The quantity to which the KL penalty is applied."""
 
     loss = "loss"  # added to every token's loss
-    reward = "reward"  # subtracted from every token's reward: the critic's returns contain it, too
+    reward = "reward"  # subtracted from every token's reward, so it is part of the critic's returns
 
 
 _CORRECTION_BOUNDS = {
@@ -63,14 +63,14 @@ _CORRECTION_BOUNDS = {
 
 
 class Precision(str, Enum):
-    """Number format of weights in the forward and backward pass; the optimizer's own are fp32."""
+    """Number format of weights in the forward and backward pass; the optimizer's weights are fp32."""
 
     fp32 = "fp32"
     bf16 = "bf16"
 
 
 class Recompute(str, Enum):
-    """What the backward pass computes again instead of keeping it; the arithmetic of docs/gpu.md."""
+    """Activations that the backward pass recomputes instead of storing them; docs/gpu.md has the arithmetic."""
 
     none = "none"
     mlp = "mlp"  # the MLP: about half of the activations, for about a quarter of the forward pass
@@ -78,22 +78,25 @@ class Recompute(str, Enum):
 
 
 class Offload(str, Enum):
-    """What of a role lies in the host's memory while it is not needed; trainer/megatron/offload.py, docs/gpu.md."""
+    """Data of a role kept in host memory while it is not needed; trainer/megatron/offload.py, docs/gpu.md."""
 
     none = "none"
-    optimizer = "optimizer"  # fp32 weights and Adam's moments, but in optimizer steps
-    role = "role"  # these, and weights and gradients while the role has no work: for roles that share a GPU
+    optimizer = "optimizer"  # fp32 weights and Adam's moments, except during optimizer steps
+    role = "role"  # also weights and gradients while the role is idle: for roles that share a GPU
 
 
 @dataclass(frozen=True)
 class LayoutConfig:
-    """How one role is spread over processes; the data-parallel size follows.
+    """The layout of one role over processes; the data-parallel size follows from it.
 
-    Tensor, pipeline and context parallelism multiply to the processes that hold one data-parallel row. Experts are
-    spread over the processes of a pipeline stage: `expert_parallel` divides num_processes / pipeline_parallel.
+    The product of tensor, pipeline and context parallelism is the number of processes that share one data-parallel row.
+    Experts are spread over the processes of a pipeline stage: `expert_parallel` divides num_processes /
+    pipeline_parallel.
     """
 
-    num_processes: int = setting(1, "Processes of the role; on GPUs each has one.", bounds="[1, inf)", unit="processes")
+    num_processes: int = setting(
+        1, "Processes of the role; each has its own GPU, if there are GPUs.", bounds="[1, inf)", unit="processes"
+    )
     tensor_parallel: int = setting(
         1, "Processes that share the tensors of each layer.", bounds="[1, inf)", unit="processes"
     )
@@ -101,10 +104,10 @@ class LayoutConfig:
         False, "Split the tokens of layer norms over the processes of tensor_parallel: less memory."
     )
     pipeline_parallel: int = setting(
-        1, "Processes that each hold a part of the layers.", bounds="[1, inf)", unit="processes"
+        1, "Pipeline stages; each holds some of the layers.", bounds="[1, inf)", unit="processes"
     )
     virtual_stages: int = setting(
-        1, "Parts of the model that each pipeline process holds, not next to each other.", bounds="[1, inf)"
+        1, "Chunks of non-adjacent layers that each pipeline process holds.", bounds="[1, inf)"
     )
     context_parallel: int = setting(
         1, "Processes that share the tokens of a sequence.", bounds="[1, inf)", unit="processes"
@@ -120,14 +123,14 @@ class LayoutConfig:
         8192, "Tokens of one forward and backward pass of a process.", bounds="[1, inf)", unit="tokens"
     )
     recompute: Recompute = setting(Recompute.none, "Activations that the backward pass computes again: less memory.")
-    offload: Offload = setting(Offload.none, "What is kept in the host's memory while the role does not need it.")
+    offload: Offload = setting(Offload.none, "Data kept in host memory while the role does not need it.")
 
     def __post_init__(self) -> None:
         refuse_layout(self)
 
     @property
     def row_size(self) -> int:
-        """Return processes that work on the same sequences."""
+        """Return the number of processes that share one data-parallel row."""
         return Sizes.of(self).row_size
 
     @property
@@ -136,13 +139,13 @@ class LayoutConfig:
 
     @property
     def expert_tensor_parallel(self) -> int:
-        """Return processes that share one expert's tensors."""
+        """Return the number of processes that share one expert's tensors."""
         return self.tensor_parallel if self.expert_parallel == 1 else 1
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with gradient clipping; the learning rate is warmed up, held, then decayed linearly."""
+    """Settings of AdamW with gradient clipping; the learning rate is warmed up, held, then decayed linearly."""
 
     lr: float = setting(1e-6, "Learning rate after its warm-up.", bounds="(0, inf)")
     beta1: float = setting(0.9, "Decay of the mean of gradients.", bounds="[0, 1)")
@@ -156,12 +159,12 @@ class OptimizerConfig:
     decay_steps: int = setting(
         0, "Step at which the rate reaches final_lr_ratio * lr; 0: constant.", bounds="[0, inf)", unit="optimizer steps"
     )
-    final_lr_ratio: float = setting(0.1, "Part of lr that is left after decay_steps.", bounds="[0, 1]")
+    final_lr_ratio: float = setting(0.1, "Fraction of lr that remains after decay_steps.", bounds="[0, 1]")
 
 
 @dataclass(frozen=True)
 class TrainingEngineConfig:
-    """The training engine of a role."""
+    """Settings of a role's training engine."""
 
     options: dict[str, Any] = setting(
         {}, "Any other field of Megatron's TransformerConfig, e.g. {attention_softmax_in_fp32: true}."
@@ -170,24 +173,26 @@ class TrainingEngineConfig:
 
 @dataclass(frozen=True)
 class PolicyConfig:
-    """The policy's training."""
+    """Settings of the policy's training."""
 
     layout: LayoutConfig = field(default_factory=LayoutConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     loss: Loss = setting(Loss("ppo"), "Policy loss.")
-    loss_norm: LossNorm = setting(LossNorm.token, "What the loss is averaged over.")
+    loss_norm: LossNorm = setting(LossNorm.token, "Unit over which the loss is averaged.")
     clip_low: float = setting(0.2, "The loss's window begins at a ratio of 1 - clip_low.", bounds="(0, 1]")
     clip_high: float = setting(0.28, "The loss's window ends at a ratio of 1 + clip_high.", bounds="(0, inf)")
     dual_clip: float = setting(
         0.0, "Bound of ppo's ratio where the advantage is negative, e.g. 3; 0: none.", bounds="[0, inf)"
     )
-    correction: Correction = setting(Correction.none, "Weights for the difference between engine and trainer.")
-    correction_bounds: list[float] = setting([], "Lowest and highest ratio of the correction; []: its usual ones.")
+    correction: Correction = setting(Correction.none, "Correction for the difference between engine and trainer.")
+    correction_bounds: list[float] = setting([], "Lowest and highest ratio of the correction; []: its defaults.")
     kl_coef: float = setting(
         0.0, "Weight of the KL to the starting model; 0: none, and no reference is loaded.", bounds="[0, inf)"
     )
     kl: KL = setting(KL.k3, "Estimator of the KL to the starting model.")
-    kl_in: KLPlace = setting(KLPlace.loss, "Where the KL to the starting model enters.")
+    kl_in: KLPlace = setting(
+        KLPlace.loss, "Whether the KL to the starting model is added to the loss or subtracted from the reward."
+    )
     entropy_coef: float = setting(
         0.0, "Weight of a bonus for the entropy of the next token's distribution.", bounds="[0, inf)"
     )
@@ -213,11 +218,11 @@ class PolicyConfig:
         ):
             raise ValueError(
                 f"policy.correction_bounds={self.correction_bounds}: must be [low, high] with 0 <= low < high, "
-                "or [] for the correction's usual ones"
+                "or [] for the correction's defaults"
             )
         if self.loss.value == "gspo" and self.layout.context_parallel > 1:
             raise ValueError(
-                f"policy.loss=gspo takes means over whole sequences, policy.layout.context_parallel="
+                f"policy.loss=gspo takes means over whole sequences, but policy.layout.context_parallel="
                 f"{self.layout.context_parallel} cuts them: use context_parallel=1, or another loss"
             )
 

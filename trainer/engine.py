@@ -1,10 +1,11 @@
-"""The engine of a training role: one process's shard of a model. It knows neither reinforcement learning nor Ray.
+"""The protocol of training engines: one process's shard of a model, without reinforcement learning and without Ray.
 
-    worker (trainer/policy.py, critic/worker.py)     what is asked, which loss, whose tokens
+    worker (trainer/policy.py, critic/worker.py)     chooses the call, the loss and the tokens
       |  micro-batches, a loss of the model's output
-    engine (trainer/megatron/, torch_engine.py)      forward, backward, optimizer, weights, checkpoints, memory
+    engine (trainer/megatron/, trainer/reference/)   forward, backward, optimizer, weights, checkpoints, memory
 
-Every process of a role has one engine. All of them are asked the same, in the same order: they may wait for each other.
+Every process of a role has one engine. All of them receive the same calls in the same order, because calls may be
+collective.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """What an engine is told at birth."""
+    """Arguments that an engine is constructed from."""
 
     rank: int
     layout: LayoutConfig
@@ -40,15 +41,15 @@ class EngineSettings:
     seed: int
     threads: int
     timeout_s: float
-    frozen: bool = False  # only forward passes: no gradients, no optimizer
-    options: Mapping[str, Any] = field(default_factory=dict)  # of the engine's library, in addition to ours
+    frozen: bool = False  # forward passes only: no gradients, no optimizer
+    options: Mapping[str, Any] = field(default_factory=dict)  # additional settings of the engine's library
 
 
 @dataclass(frozen=True)
 class ScalarHead:
-    """A head of one number a token, in fp32, in place of the vocabulary projection: activation(w h + b).
+    """A head with one fp32 output per token that replaces the vocabulary projection: activation(w h + b).
 
-    `init_std`: of w, drawn from the engine's seed; b starts at 0.
+    `init_std`: standard deviation of w, which is drawn from the engine's seed; b starts at 0.
     """
 
     init_std: float
@@ -57,19 +58,19 @@ class ScalarHead:
 
 @dataclass(frozen=True)
 class RankShare:
-    """Which part of a role's batches one rank computes, and what their sizes must be multiples of."""
+    """The share of a role's batches that one rank computes, and the numbers that must divide their sizes."""
 
-    row: int = 0  # data-parallel rank: number of the grid's row that it works on
-    length_multiples: tuple[int, int] = (1, 1)  # of each sequence, and of all of a micro-batch together
-    context: tuple[int, int] = (1, 0)  # processes that share the tokens of a sequence, and which of them this one is
-    batch_multiple: int = 1  # of the number of micro-batches; empty ones fill up
+    row: int = 0  # data-parallel rank: the row of the grid that the rank computes
+    length_multiples: tuple[int, int] = (1, 1)  # of the length of each sequence, and of a whole micro-batch
+    context: tuple[int, int] = (1, 0)  # number of processes that share the tokens of a sequence, and this one's rank
+    batch_multiple: int = 1  # of the number of micro-batches; empty ones are added
 
 
 class SummedLoss(NamedTuple):
     """A loss over the tokens of one micro-batch."""
 
     total: torch.Tensor  # differentiable sum; the engine divides by the optimizer step's action tokens
-    sums: dict[str, torch.Tensor]  # for the metrics, added up over micro-batches and ranks
+    sums: dict[str, torch.Tensor]  # for metrics, summed over micro-batches and ranks
     maxima: dict[str, torch.Tensor]
 
 
@@ -79,37 +80,35 @@ LossFunction = Callable[[torch.Tensor, MicroBatch], SummedLoss]
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step."""
+    """The result of one optimizer step."""
 
     grad_norm: float  # of all ranks' gradients together, before clipping
     lr: float
-    losses: tuple[SummedLoss, ...]  # of each micro-batch; empty but on one process for each slice of the tokens
+    losses: tuple[SummedLoss, ...]  # of each micro-batch; empty except on one process for each slice of the tokens
 
 
 class Memory(Enum):
-    """A kind of an engine's device memory, which may be in the host's memory while it is not needed."""
+    """A kind of device memory that an engine may move to host memory while it is not needed."""
 
-    weights = "weights"  # parameters, and what else the model keeps
+    weights = "weights"  # parameters and buffers of the model
     gradients = "gradients"  # of all parameters, in fp32
     state = "state"  # fp32 weights and Adam's moments
 
 
 class Saving(Protocol):
-    """One rank's part of a checkpoint on its way to the disk."""
+    """One rank's share of a checkpoint that is being written to disk."""
 
     def result(self) -> bytes | None:
-        """Return what `finish` needs from this rank; None while it is being written. OSError: it could not be
-        written.
-        """
+        """Return this rank's input of `finish`; None while it is being written. OSError: it could not be written."""
 
     def finish(self, of_ranks: Sequence[bytes]) -> None:
-        """Complete the checkpoint, on rank 0, with the results of all ranks in rank order. OSError: it could not."""
+        """Complete the checkpoint, on rank 0, from the results of all ranks in rank order. OSError: it can't."""
 
 
 class Engine(Protocol):
-    """One process's shard of a model. `start` must have returned on all ranks before anything else is asked.
+    """One process's shard of a model. `start` must have returned on all ranks before any other call.
 
-    Memory that a call needs must be on the device (`present`); `update` brings the optimizer's state itself.
+    Memory that a call needs must be on the device (`present`), except that `update` loads the optimizer's state itself.
     """
 
     shape: ModelShape  # of the whole model
@@ -119,35 +118,35 @@ class Engine(Protocol):
     def start(self, master: str, port: int) -> None:
         """Join the role's process group at rank 0's address, build the shard, read its weights.
 
-        ValueError: the model's folder or the layout does not suit.
+        ValueError: the model's folder is bad, or the layout does not fit the model.
         """
 
     def forward(self, batches: Sequence[MicroBatch]) -> list[tuple[MicroBatch, torch.Tensor]]:
-        """Compute without gradients each micro-batch's log-probabilities, or values with a scalar head, [A].
+        """Compute each micro-batch's log-probabilities, or values with a scalar head, [A], without gradients.
 
-        Returns them on one process of every data-parallel row, nothing on the others.
+        Returns them on one process of every data-parallel row, and nothing on the others.
         """
 
     def update(self, steps: Iterable[Sequence[MicroBatch]], loss: LossFunction) -> list[StepResult]:
         """Take one optimizer step for each list of micro-batches. RuntimeError: a gradient that is not finite."""
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield every tensor but the head's under its Hugging Face name; all ranks must iterate.
+        """Yield every tensor except the head's under its Hugging Face name; all ranks must iterate.
 
-        On rank 0 tensors are whole, on its device; the others get the same shapes and dtypes on the device "meta".
+        On rank 0 tensors are whole, on its device; other ranks get the same shapes and dtypes on the device "meta".
         """
 
     def weight_shapes(self) -> list[tuple[str, str, list[int]]]:
-        """Return (Hugging Face name, dtype, shape) of what `weights` yields, in its order."""
+        """Return (Hugging Face name, dtype, shape) of the tensors that `weights` yields, in its order."""
 
     def save(self, folder: Path) -> Saving:
-        """Copy weights, optimizer state and generators aside and write them in the background. OSError: no room."""
+        """Copy weights, optimizer state and generators and write them in the background. OSError: the disk is full."""
 
     def load(self, folder: Path) -> None:
-        """Read what `save` wrote, in this or another layout. ValueError: it is not whole, or of another model."""
+        """Read a checkpoint that `save` wrote in any layout. ValueError: it is incomplete, or of another model."""
 
     def present(self, *memory: Memory) -> AbstractContextManager[None]:
-        """Keep this memory on the device inside the block; before `start` it does nothing."""
+        """Keep this memory on the device inside the block; no effect before `start`."""
 
     def stop(self) -> None:
         """Leave the process group; another engine may start in this process."""
@@ -157,7 +156,7 @@ MakeEngine = Callable[[EngineSettings, ScalarHead | None, Sequence[str]], Engine
 
 
 def megatron(settings: EngineSettings, head: ScalarHead | None, freeze: Sequence[str]) -> Engine:
-    """Make the Megatron engine; only the processes that hold one import megatron-core."""
+    """Make the Megatron engine; only processes that have one import megatron-core."""
     from trainer.megatron.engine import MegatronEngine
 
     return MegatronEngine(settings, head, freeze)
@@ -171,7 +170,7 @@ W = TypeVar("W", bound=HasEngine)
 
 
 def needs(*memory: Memory) -> Callable[[Callable[Concatenate[W, P], T]], Callable[Concatenate[W, P], T]]:
-    """Declare what a worker's method needs on the device, and have it there while the method runs."""
+    """Declare the memory that a worker's method needs, and keep it on the device while the method runs."""
 
     def decorate(method: Callable[Concatenate[W, P], T]) -> Callable[Concatenate[W, P], T]:
         @functools.wraps(method)
@@ -186,14 +185,15 @@ def needs(*memory: Memory) -> Callable[[Callable[Concatenate[W, P], T]], Callabl
 
 
 def needed(method: Callable[..., object]) -> frozenset[Memory]:
-    """Return what a worker's method needs on the device (`needs`)."""
+    """Return the memory that a worker's method needs on the device (see `needs`)."""
     found: frozenset[Memory] = getattr(method, "needs", frozenset())
     return found
 
 
 def learning_rate(config: OptimizerConfig, step: int) -> float:
-    """Return the learning rate at optimizer step 0, 1, ...: linear warm-up, then constant or linear decay to
-    final_lr_ratio * lr.
+    """Return the learning rate at optimizer step 0, 1, ...
+
+    It is a linear warm-up, then constant or a linear decay to final_lr_ratio * lr.
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
@@ -204,15 +204,15 @@ def learning_rate(config: OptimizerConfig, step: int) -> float:
 
 
 def require_finite_norm(grad_norm: float, step: int) -> None:
-    """Refuse an optimizer step. RuntimeError: its gradient norm is NaN or infinite."""
+    """Refuse an optimizer step. RuntimeError: its gradient norm is not finite."""
     if not grad_norm < float("inf"):
         raise RuntimeError(f"optimizer step {step}: gradient norm {grad_norm} is not finite")
 
 
 def frozen_names(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
-    """Return the names that match at least one pattern (`*`, `?`, `[...]`; of the whole name, case counts).
+    """Return the names that match at least one pattern (`*`, `?`, `[...]`; whole names, case-sensitive).
 
-    ValueError: a pattern that matches none, with the names that come nearest; nothing left to train.
+    ValueError: a pattern that matches no name (the message lists the nearest names); nothing left to train.
     """
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
@@ -227,6 +227,6 @@ def frozen_names(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
 
 
 def _likeness(name: str, pattern: str) -> float:
-    """0 to 1, of the pattern without its wildcards to the name or one of its parts."""
+    """Return the similarity, 0 to 1, of the pattern without wildcards to the name or one of its components."""
     wanted = pattern.strip("*.")
     return max(SequenceMatcher(None, wanted, part).ratio() for part in (name, *name.split(".")))

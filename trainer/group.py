@@ -1,7 +1,7 @@
-"""A role as its caller sees it: N Ray actors that are asked together and answer together.
+"""Typed handles of roles: each calls the N Ray actors of one role together and joins their answers.
 
-A call names the worker's method itself (`PolicyWorker.logprobs`), so that its arguments and its answer are checked, and
-what it needs on the device is read from the method (`trainer.engine.needs`).
+A call names the worker's method itself (`PolicyWorker.logprobs`), so that a type checker sees its arguments and its
+answer, and the memory that it needs on the device is read from the method (`trainer.engine.needs`).
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ Update = Callable[[Any, Sequence[Any], Sequence[Any], Sequence[Grid]], UpdateRes
 
 
 class Answer(Protocol[T_co]):
-    """What was asked of a role."""
+    """The answer of a role to a call."""
 
     def result(self, timeout_s: float | None = None) -> T_co:
-        """Wait for it."""
+        """Wait for the answer and return it."""
 
 
 class Ready(Generic[T]):
-    """An answer that took no work."""
+    """An answer that is available at once."""
 
     def __init__(self, value: T) -> None:
         self._value = value
@@ -48,12 +48,12 @@ class Ready(Generic[T]):
 
 
 class Pending(Generic[T]):
-    """A future resolved when every rank that was asked has answered."""
+    """A future resolved when every rank that was called has answered."""
 
     def __init__(
         self, group: WorkerGroup, call: str, refs: Sequence[Any], finish: Callable[[list[Any]], T], units: int = 1
     ) -> None:
-        """`call`: its name in messages. `units`: of work, one after the other, each of which may take `timeout_s`."""
+        """Wrap references. `call`: name in messages. `units`: sequential units of work, up to `timeout_s` each."""
         self._group = group
         self._call = call
         self._refs = list(refs)
@@ -61,12 +61,15 @@ class Pending(Generic[T]):
         self._units = max(1, units)
 
     def result(self, timeout_s: float | None = None) -> T:
-        """Wait. TimeoutError names the ranks that are missing; a rank's own error passes through, at once."""
+        """Wait for the answer and return it.
+
+        TimeoutError: some ranks have not answered; the message names them. A rank's own error is raised at once.
+        """
         self.wait(timeout_s)
         return self._finish(ray.get(self._refs, timeout=60))
 
     def wait(self, timeout_s: float | None = None) -> None:
-        """Wait until all ranks have answered; errors as of `result`."""
+        """Wait until all ranks have answered. Errors: see `result`."""
         limit = timeout_s or self._group.timeout_s * self._units
         late, deadline = list(self._refs), time.monotonic() + limit
         while late and (left_s := deadline - time.monotonic()) > 0:
@@ -78,21 +81,21 @@ class Pending(Generic[T]):
 
 
 class SharedDevice:
-    """Serializes the calls of roles that share a GPU, where one of them is on it only while it works.
+    """Serializes the calls of roles that share a GPU and occupy its memory only while they work.
 
-    A role's call waits until what was asked of another one is answered. Its errors are raised there.
+    A role's call waits until the pending call of another role is answered, and raises that call's errors.
     """
 
     def __init__(self) -> None:
         self._last: tuple[WorkerGroup, Pending[Any]] | None = None
 
     def wait_for_others(self, group: WorkerGroup) -> None:
-        """Wait until no other role is at work."""
+        """Wait until no other role is working."""
         if self._last is not None and self._last[0] is not group:
             self._last[1].wait()
 
     def used_by(self, group: WorkerGroup, asked: Pending[Any]) -> None:
-        """Note that the group works on what it was asked."""
+        """Note that the group is working on a call."""
         self._last = group, asked
 
 
@@ -104,11 +107,11 @@ class WorkerGroup:
         self.actors = list(actors)
         self.layout = layout
         self.timeout_s = timeout_s
-        self.shared_device: SharedDevice | None = None  # with the other roles on its GPU
+        self.shared_device: SharedDevice | None = None  # shared with the other roles on its GPU
         self._quadratic = QUADRATIC
 
     def _send(self, method: Callable[Concatenate[Any, P], Any], *args: P.args, **kwargs: P.kwargs) -> list[Any]:
-        """Calls a worker's method on every rank; returns references in rank order."""
+        """Call a worker's method on every rank and return the references in rank order."""
         if self.shared_device is not None and needed(method):
             self.shared_device.wait_for_others(self)
         return [getattr(actor, method.__name__).remote(*args, **kwargs) for actor in self.actors]
@@ -116,18 +119,18 @@ class WorkerGroup:
     def _pending(
         self, method: Callable[..., Any], refs: Sequence[Any], finish: Callable[[list[Any]], T], units: int = 1
     ) -> Pending[T]:
-        """The future of what `_send` returned. `units`: see `Pending`."""
+        """Return the future of the references that `_send` returned. `units`: see `Pending`."""
         asked = Pending(self, method.__name__, refs, finish, units)
         if self.shared_device is not None and needed(method):
             self.shared_device.used_by(self, asked)
         return asked
 
     def _ask(self, method: Callable[Concatenate[Any, P], T], *args: P.args, **kwargs: P.kwargs) -> Pending[list[T]]:
-        """Asks every rank; the result is their answers in rank order."""
+        """Call every rank; the result is their answers in rank order."""
         return self._pending(method, self._send(method, *args, **kwargs), list)
 
     def _ask_first(self, method: Callable[Concatenate[Any, P], T], *args: P.args, **kwargs: P.kwargs) -> Pending[T]:
-        """Asks rank 0 alone, for what needs no device."""
+        """Call rank 0 alone, with a method that needs no device memory."""
         assert not needed(method), method
         ref = getattr(self.actors[0], method.__name__).remote(*args, **kwargs)
         return Pending(self, method.__name__, [ref], lambda answers: answers[0])
@@ -142,42 +145,42 @@ class WorkerGroup:
         return hidden_sizes
 
     def save(self, folder: Path) -> Pending[list[float]]:
-        """Begin a checkpoint in a folder of its own; the result is seconds for which each rank stood still.
+        """Begin a checkpoint in a folder of its own; the result is the seconds for which each rank was blocked.
 
-        Ranks go on writing it: see `saved`. OSError: no room on the disk.
+        Ranks write it in the background: see `saved`. OSError: the disk is full.
         """
         return self._ask(Worker.save, str(folder.resolve()))
 
     def saved(self) -> Pending[list[bytes | None]]:
-        """Return what each rank has written; None of one that is still writing. OSError: it could not be written."""
+        """Return the results of all ranks; None for a rank that is still writing. OSError: it could not write."""
         return self._ask(Worker.saved)
 
     def finish_save(self, of_ranks: Sequence[bytes]) -> Pending[None]:
-        """Make what all ranks have `saved` one checkpoint."""
+        """Complete the checkpoint from the results that `saved` returned for all ranks."""
         return self._ask_first(Worker.finish_save, of_ranks)
 
     def load(self, folder: Path) -> Pending[list[None]]:
-        """Read a checkpoint that any layout wrote. ValueError: it is not whole, or of another model."""
+        """Read a checkpoint written in any layout. ValueError: it is incomplete, or of another model."""
         return self._ask(Worker.load, str(folder.resolve()))
 
     def free_cache(self) -> Pending[list[None]]:
-        """Give GPU memory that is not in use back to the other processes on the GPU."""
+        """Free cached GPU memory for the other processes on the GPU."""
         return self._ask(Worker.free_cache)
 
     def grid(self, indices: Sequence[int], num_tokens: Sequence[int]) -> Grid:
-        """Return micro-batches of the named sub-traces for this role's data-parallel ranks."""
+        """Return a grid: micro-batches of these sub-traces for each of this role's data-parallel ranks."""
         layout = self.layout
         places = pack(num_tokens, layout.data_parallel, layout.max_tokens_per_micro_batch, quadratic=self._quadratic)
         return [[[indices[place] for place in micro] for micro in row] for row in places]
 
     def predict(self, method: Callable[[Any, Sequence[Any], Grid], TokenColumn], batch: Batch) -> Pending[TokenColumn]:
-        """Predict over a whole batch: forward only."""
+        """Predict over a whole batch; forward passes only."""
         grid = self.grid(range(len(batch.items)), [item.num_tokens for item in batch.items])
         asked = self._send(method, [item.ref for item in batch.items], grid)
         return self._pending(method, asked, TokenColumn.joined, depth([grid]))
 
     def peak_memory(self) -> dict[str, float]:
-        """Return the metric `<role>/peak_memory_gb`: of the rank that has the most (`Worker.peak_memory_gb`)."""
+        """Return the metric `<role>/peak_memory_gb`: maximum of `Worker.peak_memory_gb` over ranks, in 1e9 bytes."""
         return {f"{self.name}/peak_memory_gb": max(self._ask(Worker.peak_memory_gb).result())}
 
     def minibatch_grids(self, batch: Batch, num_minibatches: int, rng: np.random.Generator) -> list[Grid]:
@@ -196,7 +199,7 @@ class WorkerGroup:
         return self._pending(method, asked, reduced, units)
 
     def _rows(self, columns: Columns, grids: Sequence[Grid]) -> list[Any]:
-        """A reference for each data-parallel row, to the columns of its own sub-traces: no rank fetches all."""
+        """Return a reference for each data-parallel row to the columns of its own sub-traces: no rank fetches all."""
         rows = []
         for number in range(self.layout.data_parallel):
             indices = sorted({index for grid in grids for micro in grid[number] for index in micro})
@@ -212,7 +215,7 @@ class PolicyGroup(WorkerGroup):
         self.config = config
 
     def logprobs(self, batch: Batch) -> Pending[TokenColumn]:
-        """Return log-probabilities of a batch under the present weights."""
+        """Return log-probabilities of a batch under the current weights, float32 [T] for each sub-trace."""
         return self.predict(PolicyWorker.logprobs, batch)
 
     def imitate(self, batch: Batch, grid: Grid) -> Pending[dict[str, float]]:
@@ -231,7 +234,7 @@ class PolicyGroup(WorkerGroup):
     ) -> Pending[dict[str, float]]:
         """Start the policy's optimizer steps of one training step.
 
-        `scores`: what was predicted before it. `corrections`: weight of every token's policy loss
+        `scores`: the predictions made before it. `corrections`: the weight of every token's policy loss
         (trainer/losses/correction.py).
         """
         epochs = []
@@ -242,7 +245,7 @@ class PolicyGroup(WorkerGroup):
         return self.train(PolicyWorker.update, batch, epochs)
 
     def export(self, folder: Path) -> Pending[list[None]]:
-        """Write a Hugging Face folder with the present weights."""
+        """Write a Hugging Face folder with the current weights."""
         return self._ask(PolicyWorker.export, str(folder.resolve()))
 
     def weight_names(self) -> Pending[list[Weight]]:
@@ -250,36 +253,36 @@ class PolicyGroup(WorkerGroup):
         return self._ask_first(PolicyWorker.weight_names)
 
     def address(self) -> Pending[tuple[str, int]]:
-        """Return the host and a port of rank 0, kept free, where it is about to meet the engines."""
+        """Return the host and a reserved port of rank 0, where it will meet the engines."""
         return self._ask_first(PolicyWorker.address)
 
     def join_engines(
         self, host: str, port: int, world_size: int, name: str, backend: str, timeout_s: float
     ) -> Pending[None]:
-        """Let rank 0 join the group over which weights go to the engines; resolved when all of them have."""
+        """Let rank 0 join the group over which weights go to the engines; resolved when all engines have joined."""
         return self._ask_first(PolicyWorker.join_engines, host, port, world_size, name, backend, timeout_s)
 
     def send_weights(self, changes: bool, keep_base: bool) -> Pending[int]:
-        """Broadcast the weights to the engines; the result is bytes sent. See `PolicyWorker.send_weights`."""
+        """Broadcast the weights to the engines; the result is the bytes sent. See `PolicyWorker.send_weights`."""
         return self._pending(PolicyWorker.send_weights, self._send(PolicyWorker.send_weights, changes, keep_base), sum)
 
 
 class NoReference:
-    """Stands where the frozen starting model would, when nothing is compared with it."""
+    """The null object used when a run has no reference model."""
 
     def logprobs(self, batch: Batch) -> Ready[TokenColumn]:
         return Ready(TokenColumn())
 
 
 def depth(grids: Sequence[Grid]) -> int:
-    """Return micro-batches that a rank does one after the other."""
+    """Return the number of micro-batches that a rank computes sequentially."""
     return sum(max((len(row) for row in grid), default=0) for grid in grids)
 
 
 def reduced(results: Sequence[UpdateResult]) -> dict[str, float]:
-    """Join the results of updates of all ranks: per-token means, maxima, and means over the optimizer steps.
+    """Join the update results of all ranks: per-token means, maxima, and means over the optimizer steps.
 
-    A number beyond the range of a float (a ratio that `dis` masks may be) is left out: metrics are finite.
+    Non-finite numbers (possible for a ratio that `dis` masks) are omitted: metrics are finite.
     """
     sums: dict[str, float] = {}
     maxima: dict[str, float] = {}
@@ -298,8 +301,8 @@ def reduced(results: Sequence[UpdateResult]) -> dict[str, float]:
 
 
 def gradient_shares(metrics: dict[str, float]) -> dict[str, float]:
-    """Return `gradient/<part>` sums of |d loss / d log pi| as shares of all of it: `gradient_share/<part>`."""
+    """Return the sums `gradient/<kind>` of |d loss / d log pi| as shares of their total: `gradient_share/<kind>`."""
     sizes = {name.removeprefix("gradient/"): size for name, size in metrics.items() if name.startswith("gradient/")}
     total = sum(sizes.values())
     rest = {name: number for name, number in metrics.items() if not name.startswith("gradient/")}
-    return rest | {f"gradient_share/{part}": size / total if total else 0.0 for part, size in sizes.items()}
+    return rest | {f"gradient_share/{kind}": size / total if total else 0.0 for kind, size in sizes.items()}

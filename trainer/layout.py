@@ -1,6 +1,6 @@
-"""Which layouts work, for which model, and the nearest that does where one can't.
+"""Checks of parallel layouts: which ones work for a model, and the nearest one that works otherwise.
 
-Nothing here starts or imports anything: numbers in, sentences out.
+Pure functions of numbers; nothing is started.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from trainer.models.shape import ModelShape
 
-MOST_STAGES = 64  # virtual ones, of a layout that is proposed
+MOST_STAGES = 64  # virtual stages of a proposed layout
 
 
 class Sizes(NamedTuple):
@@ -28,7 +28,7 @@ class Sizes(NamedTuple):
 
     @classmethod
     def of(cls, layout: Any) -> Sizes:
-        """Read them off anything that has these attributes."""
+        """Read the sizes from any object that has these attributes."""
         return cls(*(getattr(layout, name) for name in cls._fields))
 
     @property
@@ -37,17 +37,19 @@ class Sizes(NamedTuple):
 
 
 def refuse_layout(layout: Any) -> None:
-    """Refuse a layout. ValueError: it works for no model, with the numbers and the nearest one that does."""
+    """Refuse a layout. ValueError: it works for no model, with the numbers and the nearest one that works."""
     sizes = Sizes.of(layout)
     for problem in _alone(sizes):
         raise ValueError(f"{problem}: {_cure(sizes, lambda s: not any(_alone(s)))}")
 
 
 def check_layout(shape: ModelShape, layout: Any) -> None:
-    """Refuse a layout. ValueError: it can't work for this model, with the numbers and the nearest layout that works.
+    """Refuse a layout that can't work for this model.
 
-    `layout` has the attributes of `Sizes`; its own numbers go together (`refuse_layout`). The nearest layout has the
-    same number of processes; it changes as few settings as possible, and these by the smallest factors.
+    `layout` has the attributes of `Sizes` and has passed `refuse_layout`. The nearest layout has the same number of
+    processes; it changes as few settings as possible, and these by the smallest factors.
+
+    ValueError: the layout can't work; the message has the numbers and the nearest layout that works.
     """
     sizes = Sizes.of(layout)
 
@@ -59,11 +61,12 @@ def check_layout(shape: ModelShape, layout: Any) -> None:
 
 
 def chunks_of(num_layers: int, pipeline_parallel: int, virtual_stages: int) -> list[range]:
-    """Return global numbers of the layers in each chunk of the model, first to last.
+    """Return the global numbers of the layers in each chunk of the model, first to last.
 
-    The chunks go over the pipeline ranks, then over the virtual stages: of 8 layers on 2 ranks with 2 stages each rank
-    0 has 0 1 and 4 5, rank 1 has 2 3 and 6 7. Where the layers do not divide, some chunks have one more: the last never
-    (it has the projection to the vocabulary, too), the first (which has most micro-batches in flight) if it must be.
+    Chunks are assigned to the pipeline ranks, then to the virtual stages: with 8 layers on 2 ranks with 2 stages each,
+    rank 0 has layers 0 1 and 4 5, and rank 1 has 2 3 and 6 7. If the layers do not divide evenly, some chunks have one
+    more: never the last chunk (it also has the projection to the vocabulary), and the first (which has the most
+    micro-batches in flight) only if necessary.
     """
     chunks = pipeline_parallel * virtual_stages
     size, larger = divmod(num_layers, chunks)
@@ -72,7 +75,7 @@ def chunks_of(num_layers: int, pipeline_parallel: int, virtual_stages: int) -> l
     return [range(start, end) for start, end in itertools.pairwise([0, *ends])]
 
 
-@functools.cache  # asked for every tensor of every publication
+@functools.cache  # called for every tensor of every publication
 def pipeline_rank_of(layer: int, num_layers: int, pipeline_parallel: int, virtual_stages: int) -> int:
     """Return the pipeline rank that has a layer."""
     chunks = chunks_of(num_layers, pipeline_parallel, virtual_stages)
@@ -80,7 +83,7 @@ def pipeline_rank_of(layer: int, num_layers: int, pipeline_parallel: int, virtua
 
 
 def _alone(s: Sizes) -> Iterator[str]:
-    """What is wrong whatever the model."""
+    """Yield the problems of a layout that hold for every model."""
     numbers = {name: value for name, value in s._asdict().items() if name != "sequence_parallel"}
     below = [f"{name}={value}" for name, value in numbers.items() if value < 1]
     if below:
@@ -106,7 +109,7 @@ def _alone(s: Sizes) -> Iterator[str]:
 
 
 def _for_model(s: Sizes, shape: ModelShape) -> Iterator[str]:
-    """What is wrong with this model."""
+    """Yield the problems of a layout with this model."""
     tensor = f"tensor_parallel={s.tensor_parallel}"
     divided = {"num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads}
     if shape.moe is None or not all(shape.moe.layers):
@@ -137,7 +140,7 @@ def _for_model(s: Sizes, shape: ModelShape) -> Iterator[str]:
 
 
 def _cure(sizes: Sizes, works: Callable[[Sizes], bool]) -> str:
-    """The nearest sizes that work, in words."""
+    """Return a sentence with the nearest sizes that work."""
     best = min((c for c in _candidates(sizes) if works(c)), key=lambda c: _distance(sizes, c), default=None)
     if best is None:
         return "no layout with this number of processes works"
@@ -150,7 +153,7 @@ def _cure(sizes: Sizes, works: Callable[[Sizes], bool]) -> str:
 
 
 def _candidates(sizes: Sizes) -> Iterator[Sizes]:
-    """All layouts of the same number of processes, and those of more or fewer with the other numbers as they are."""
+    """Yield all layouts with this number of processes, and those with more or fewer but otherwise equal sizes."""
     total = max(1, sizes.num_processes)
     divisors = [n for n in range(1, total + 1) if total % n == 0]
     stages = range(1, min(max(8, sizes.virtual_stages), MOST_STAGES) + 1)
@@ -166,7 +169,7 @@ def _candidates(sizes: Sizes) -> Iterator[Sizes]:
 
 
 def _distance(sizes: Sizes, other: Sizes) -> tuple[float, ...]:
-    """Few settings before small factors, before the same number of processes."""
+    """Return a sort key: the number of changed settings, their factors, then a changed number of processes."""
     pairs = list(zip(sizes, other, strict=True))
     factors = [max(int(a), 1) / int(b) if a > b else int(b) / max(int(a), 1) for a, b in pairs[:2] + pairs[3:] if b]
     changed = sum(a != b for a, b in pairs)

@@ -1,4 +1,4 @@
-"""The policy's training process: log-probabilities, policy losses, weights for the engines."""
+"""The policy's training process: log-probabilities, policy losses, and weights for the engines."""
 
 from __future__ import annotations
 
@@ -32,30 +32,33 @@ class PolicyWorker(Worker):
         self.settings = settings
         self.config = config
         self.update_group: Any = None
-        self.base: Base | None = None  # what the engines hold, where only changes are sent
+        self.base: Base | None = None  # the weights that the engines hold, if only changes are sent
 
     @needs(Memory.weights)
     def logprobs(self, refs: Sequence[Any], grid: Grid) -> TokenColumn:
-        """Return log-probabilities under the present weights, float32 [T] a sub-trace."""
+        """Return log-probabilities under the current weights, float32 [T] a sub-trace."""
         return self._predict(refs, grid)
 
     def _policy_loss(self, out_2P: torch.Tensor, batch: MicroBatch) -> SummedLoss:
-        """`out_2P`: log-probabilities at temperature 1, and entropies of what the tokens were drawn from."""
+        """Return the policy loss with its metrics.
+
+        `out_2P`: log-probabilities at temperature 1, and entropies of the distributions that tokens were drawn from.
+        """
         logprobs_P, entropy_P = out_2P
         f, mask_P = batch.columns, batch.action_P
         loss_P, _, _ = self._objective(logprobs_P, entropy_P, batch)
         losses.require_finite(loss_P, mask_P, batch.name_of)
         loss = loss_P.sum()
-        # The same once more from a leaf: its gradient says how hard each token is pushed.
+        # The same loss from a leaf: its gradient measures how strongly each token is pushed.
         leaf_P = logprobs_P.detach().requires_grad_()
-        again_P, parts, extra = self._objective(leaf_P, entropy_P.detach(), batch)
+        again_P, token_loss_P, extra = self._objective(leaf_P, entropy_P.detach(), batch)
         (push_P,) = torch.autograd.grad(again_P.sum(), leaf_P)
         zero = torch.zeros_like(push_P)
         moved_P = torch.where(mask_P, logprobs_P.detach() - f["old_logprobs"], zero)
         sums = {
             "loss": loss.detach(),
-            "clip_fraction": (parts.clipped_T & mask_P).sum(),
-            "ratio_mean": torch.where(mask_P, parts.ratio_T, zero).sum(),
+            "clip_fraction": (token_loss_P.clipped_T & mask_P).sum(),
+            "ratio_mean": torch.where(mask_P, token_loss_P.ratio_T, zero).sum(),
             "kl": (torch.expm1(moved_P) - moved_P).sum(),  # k3 estimator of KL(pi_old || pi_theta), Schulman 2020
             "entropy": torch.where(mask_P, entropy_P.detach(), zero).sum(),
             "tokens": mask_P.sum(),
@@ -63,17 +66,17 @@ class PolicyWorker(Worker):
         }
         for number, name in enumerate(TOKEN_KINDS):
             sums[f"gradient/{name}"] = torch.where(mask_P & (f["kind"] == number), push_P.abs(), zero).sum()
-        maxima = {"ratio_max": torch.where(mask_P, parts.ratio_T, zero).max()}
+        maxima = {"ratio_max": torch.where(mask_P, token_loss_P.ratio_T, zero).max()}
         return SummedLoss(loss, sums, maxima)
 
     def _objective(
         self, logprobs_P: torch.Tensor, entropy_P: torch.Tensor, batch: MicroBatch
     ) -> tuple[torch.Tensor, TokenLoss, Sums]:
-        """Weighted loss [P], 0 where nothing was sampled; its policy part; sums of its other parts for the metrics."""
+        """Return the weighted loss [P], 0 where nothing was sampled; its policy loss; sums of other terms."""
         c, f, mask_P = self.config, batch.columns, batch.action_P
-        logprobs_P = torch.where(mask_P, logprobs_P, 0.0)  # what was not sampled is in no sum and no gradient
-        parts = token_loss(c, logprobs_P, batch)
-        each_P = parts.loss_T * f["corrections"] if "corrections" in f else parts.loss_T
+        logprobs_P = torch.where(mask_P, logprobs_P, 0.0)  # tokens not sampled are in no sum and no gradient
+        token_loss_P = token_loss(c, logprobs_P, batch)
+        each_P = token_loss_P.loss_T * f["corrections"] if "corrections" in f else token_loss_P.loss_T
         extra: Sums = {}
         if "reference_logprobs" in f:
             each_P = each_P + c.kl_coef * losses.kl(logprobs_P, f["reference_logprobs"], c.kl)
@@ -84,7 +87,7 @@ class PolicyWorker(Worker):
             nll_P = f["nll_weights"] * losses.nll(logprobs_P)
             weighted_P = weighted_P + nll_P
             extra["nll"] = torch.where(mask_P, nll_P, 0.0).sum()
-        return torch.where(mask_P, weighted_P, 0.0), parts, extra
+        return torch.where(mask_P, weighted_P, 0.0), token_loss_P, extra
 
     def _sft_loss(self, out_2P: torch.Tensor, batch: MicroBatch) -> SummedLoss:
         loss = torch.where(batch.action_P, losses.nll(out_2P[0]), 0.0).sum()
@@ -92,14 +95,12 @@ class PolicyWorker(Worker):
 
     @needs(Memory.weights, Memory.gradients)
     def update(self, refs: Sequence[Any], columns: Sequence[Any], grids: Sequence[Grid]) -> UpdateResult:
-        """Take policy-gradient steps, one for each grid. `columns`: of each data-parallel row; see
-        trainer/columns.py.
-        """
+        """Take one policy-gradient step for each grid. `columns`: of each data-parallel row (trainer/columns.py)."""
         return self._update(refs, self._own(columns), grids, self._policy_loss)
 
     @needs(Memory.weights, Memory.gradients)
     def imitate(self, refs: Sequence[Any], grids: Sequence[Grid]) -> UpdateResult:
-        """Take supervised steps on the action tokens, one for each grid."""
+        """Take one supervised step on the action tokens for each grid."""
         return self._update(refs, {}, grids, self._sft_loss)
 
     def weight_names(self) -> list[Weight]:
@@ -107,19 +108,19 @@ class PolicyWorker(Worker):
         return self.engine.weight_shapes()
 
     def join_engines(self, host: str, port: int, world_size: int, name: str, backend: str, timeout_s: float) -> None:
-        """Join, on rank 0, the group over which weights go to the engines; it is rank 0 there."""
+        """Join, on rank 0, the group over which weights go to the engines; this process is rank 0 of that group."""
         self.update_group = join_update_group(host, port, 0, world_size, name, backend, timeout_s)
 
     @needs(Memory.weights)
     def send_weights(self, changes: bool = False, keep_base: bool = False) -> int:
-        """Broadcast the weights to the engines, a bucket at a time (`buckets` of `weight_names`).
+        """Broadcast the weights to the engines, one bucket at a time (`buckets` of `weight_names`); return bytes sent.
 
-        All ranks call it: shards are gathered on rank 0, where one bucket lies at a time. `changes`: only elements
-        that differ from what was sent last, which must have been told to `keep_base`. Returns bytes sent.
+        All ranks call it: shards are gathered on rank 0, which holds one bucket at a time. `changes`: send only the
+        elements that differ from the weights sent last; that call must have had `keep_base` or `changes` set.
         """
         tensors = self.engine.weights()
         if self.update_group is None:
-            deque(tensors, maxlen=0)  # takes part in the gathering
+            deque(tensors, maxlen=0)  # takes part in the gather
             return 0
         if keep_base and not changes:
             self.base = Base()
@@ -127,16 +128,16 @@ class PolicyWorker(Worker):
 
     @needs(Memory.weights)
     def export(self, folder: str) -> None:
-        """Write a Hugging Face folder with the present weights (rank 0 writes, all ranks call)."""
+        """Write a Hugging Face folder with the current weights (rank 0 writes, all ranks call)."""
         weights = self.engine.weights()
         if self.settings.rank == 0:
             write_folder(weights, Path(self.settings.model_folder), Path(folder))
         else:
-            deque(weights, maxlen=0)  # takes part in the gathering
+            deque(weights, maxlen=0)  # takes part in the gather
 
 
 def token_loss(config: PolicyConfig, logprobs_P: torch.Tensor, batch: MicroBatch) -> TokenLoss:
-    """Return the configured policy loss of every token; formulas in trainer/losses/algorithms/."""
+    """Return the configured policy loss of every token; trainer/losses/algorithms/ has the formulas."""
     loss = losses.policy_loss(config.loss.value)
     arrays = [batch.columns[name] for name in loss.reads]
     sequences = (batch.sequence_P, batch.action_P, len(batch.lengths)) if loss.by_sequence else ()

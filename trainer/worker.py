@@ -1,10 +1,10 @@
-"""One process of a training role: an engine, and what its caller asks of it through Ray.
+"""One process of a training role: an engine, and the calls that arrive through Ray.
 
     driver --(references of sub-traces, their grid)--> every rank of the role
     a rank fetches only the sub-traces of its own data-parallel row
 
-`PolicyWorker` and `critic.worker.CriticWorker` say what is computed from the model's output; the engine says how. Its
-caller is unknown to a worker: all it needs comes in as arguments.
+`PolicyWorker` and `critic.worker.CriticWorker` define what is computed from the model's output; the engine computes it.
+A worker does not depend on its caller: it gets everything as arguments.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from machine.ports import ReservedPort
 from trainer.batching import MicroBatch, micro_batch, per_sub_trace
 from trainer.engine import Engine, LossFunction, Memory, Saving, needs
 
-Columns = Mapping[str, TokenColumn]  # what a loss is told about every token, by name
+Columns = Mapping[str, TokenColumn]  # per-token inputs of a loss, by name
 
 
 @dataclass(frozen=True)
 class UpdateResult:
-    """What one rank measured in one or more optimizer steps."""
+    """The measurements of one rank in one or more optimizer steps."""
 
-    sums: dict[str, float]  # over this rank's tokens, "tokens" their number; empty where another rank reports them
-    maxima: dict[str, float]  # the same
+    sums: dict[str, float]  # over this rank's tokens, "tokens" is their number; empty if another rank reports them
+    maxima: dict[str, float]  # over the same tokens
     grad_norms: tuple[float, ...]  # of each optimizer step, all ranks together
     lrs: tuple[float, ...]
 
 
 class Worker:
-    """Base of the roles. `start` must have returned on all ranks before anything else is asked."""
+    """Base class of the roles' workers. `start` must have returned on all ranks before any other call."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -46,13 +46,13 @@ class Worker:
         self._saving: Saving | None = None
 
     def address(self) -> tuple[str, int]:
-        """Return the host and a port of this process, kept free, where a group is about to meet."""
+        """Return the host and a reserved port of this process, where a group will meet."""
         self._ports.append(ReservedPort(""))
         return ray.util.get_node_ip_address(), self._ports[-1].number
 
     @needs(*Memory)
     def start(self, master: str, port: int) -> int:
-        """Join the process group, build the model, read its weights. Returns the model's hidden size."""
+        """Join the process group, build the model, read its weights; return the model's hidden size."""
         self.engine.start(master, port)
         return self.engine.shape.hidden
 
@@ -65,18 +65,18 @@ class Worker:
             yield micro_batch(indices, sub_traces, columns, self.engine.device, share.length_multiples, share.context)
 
     def _predict(self, refs: Sequence[Any], grid: Grid) -> TokenColumn:
-        """Forward only: float32 [T] for each sub-trace of this rank's row (empty on ranks that do not report it)."""
+        """Predict: float32 [T] for each sub-trace of this rank's row (empty on ranks that do not report it)."""
         row = grid[self.engine.share.row]
         found = self.engine.forward(list(self._micro_batches(row, fetch(refs, row), {})))
         return TokenColumn.joined(per_sub_trace(batch, out_A) for batch, out_A in found)
 
     def _own(self, columns: Sequence[Any]) -> Columns:
-        """Columns of this rank's data-parallel row. `columns`: a `Columns` for each row, or a reference to it."""
+        """Return the columns of this rank's data-parallel row. `columns`: a `Columns`, or a reference, for each row."""
         own: Columns = resolved([columns[self.engine.share.row]])[0]
         return own
 
     def _update(self, refs: Sequence[Any], columns: Columns, grids: Sequence[Grid], loss: LossFunction) -> UpdateResult:
-        """One optimizer step for each grid."""
+        """Take one optimizer step for each grid."""
         rows = [grid[self.engine.share.row] for grid in grids]
         steps = (list(self._micro_batches(row, fetch(refs, row), columns)) for row in rows)
         results = self.engine.update(steps, loss)
@@ -91,35 +91,31 @@ class Worker:
 
     @needs(*Memory)
     def save(self, folder: str) -> float:
-        """Take weights, optimizer state and generators as they are now and write them in the background.
+        """Copy weights, optimizer state and generators and write them in the background.
 
-        Returns the seconds for which training stood still. All ranks call it; OSError: no room on the disk.
+        Returns the seconds for which training was blocked. All ranks call it. OSError: the disk is full.
         """
         began = time.perf_counter()
         self._saving = self.engine.save(Path(folder))
         return time.perf_counter() - began
 
     def saved(self) -> bytes | None:
-        """Return what this rank has written; None while `save` is still writing, then what `finish_save` wants.
-        OSError: it could not be written.
-        """
+        """Return this rank's input of `finish_save`; None while `save` is still writing. OSError: it failed."""
         assert self._saving is not None
         return self._saving.result()
 
     def finish_save(self, of_ranks: Sequence[bytes]) -> None:
-        """Make the files of all ranks one checkpoint, on rank 0."""
+        """Complete the checkpoint, on rank 0, from the results of all ranks."""
         assert self._saving is not None
         self._saving.finish(of_ranks)
 
     @needs(*Memory)
     def load(self, folder: str) -> None:
-        """Read what `save` wrote, in this or another layout. ValueError: see the engine's `load`."""
+        """Read a checkpoint that `save` wrote in any layout. ValueError: see the engine's `load`."""
         self.engine.load(Path(folder))
 
     def peak_memory_gb(self) -> float:
-        """Return the most memory this process has held, in 1e9 bytes: on its GPU since the last call, on a CPU since
-        its start.
-        """
+        """Return the peak memory of this process in 1e9 bytes: on GPU since the last call, on CPU since its start."""
         if not torch.cuda.is_available():
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024e-9  # Linux counts in KiB
         peak = torch.cuda.max_memory_allocated()
@@ -127,7 +123,7 @@ class Worker:
         return peak * 1e-9
 
     def free_cache(self) -> None:
-        """Give GPU memory that is not in use back to the other processes on the GPU."""
+        """Free cached GPU memory for the other processes on the GPU."""
         torch.cuda.empty_cache()
 
     def stop(self) -> None:
@@ -144,7 +140,7 @@ def fetch(refs: Sequence[Any], row: Sequence[Sequence[int]]) -> dict[int, SubTra
 
 
 def resolved(refs: list[Any]) -> list[Any]:
-    """Return what references lead to; what is none passes through, in unit tests."""
+    """Return the objects behind references; other objects (in unit tests) are returned unchanged."""
     if refs and isinstance(refs[0], ray.ObjectRef):
         return list(ray.get(refs, timeout=600))
     return refs

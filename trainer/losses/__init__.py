@@ -26,7 +26,7 @@ from trainer.losses.algorithms.decoupled import decoupled
 from trainer.losses.algorithms.dis import dis
 from trainer.losses.algorithms.gspo import gspo
 from trainer.losses.algorithms.ppo import ppo
-from trainer.losses.averages import normaliser_weights, positive_weights
+from trainer.losses.averages import normalizer_weights, positive_weights
 from trainer.losses.correction import correction_weights
 from trainer.losses.distill import Divergence, distill, distill_advantages, with_tail
 from trainer.losses.kl import kl, kl_reward
@@ -48,7 +48,7 @@ __all__ = [
     "kl",
     "kl_reward",
     "nll",
-    "normaliser_weights",
+    "normalizer_weights",
     "policy_loss",
     "positive_weights",
     "ppo",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from trainer.config import LossNorm
 
 
-def normaliser_weights(episode_of: Sequence[str], num_actions: Sequence[int], norm: LossNorm) -> list[float]:
+def normalizer_weights(episode_of: Sequence[str], num_actions: Sequence[int], norm: LossNorm) -> list[float]:
     """Return the weight w_k of every token of sub-trace k, for the sub-traces of one optimizer step.
 
     With N = sum_k n_k action tokens in the step, n_k = num_actions[k], and the trainer's L = sum w l / N:
