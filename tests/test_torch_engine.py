@@ -76,7 +76,7 @@ def test_an_exported_folder_is_the_source_bit_for_bit(folder: Path, tmp_path: Pa
 
 def test_what_it_can_not_do_is_refused(folder: Path, tmp_path: Path) -> None:
     for layout in (LayoutConfig(num_processes=2), LayoutConfig(precision=Precision.bf16)):
-        with pytest.raises(ValueError, match="here only 1, fp32, none, none"):
+        with pytest.raises(ValueError, match="this engine has only 1, fp32, none, none"):
             TorchEngine(settings(folder, layout))
     with pytest.raises(ValueError, match=r"'\*self_attn\*' matches none"):
         critic(folder, ["*self_attn*"])

@@ -1,24 +1,24 @@
-"""Losses per token, one algorithm a file (algorithms/). Nothing is reduced here: a worker weighs, sums and divides.
+"""Per-token losses, one algorithm per file (algorithms/). They reduce nothing: a worker weights, sums and divides them.
 
     L = 1/N sum_i [ w_i ( c_i l_i + kl_coef KL_i - entropy_coef H_i ) + u_i nll_i ]
 
-over the action tokens i of the optimizer step, N their number over all ranks and micro-batches. Prompts, tool output
-and copied context are in no sum. A token that a loss or a correction masks adds 0 and stays in N.
+over the action tokens i of the optimizer step; N is their number over all ranks and micro-batches. Prompts, tool output
+and copied context are in no sum. A token masked by a loss or a correction adds 0 and counts in N.
 
-    l_i    policy loss        algorithms/: ppo, decoupled, dis, cispo, gspo; all have the gradient -A on-policy
+    l_i    policy loss        algorithms/: ppo, decoupled, dis, cispo, gspo; on-policy all have the gradient -A
     c_i    engine mismatch    correction.py: none, tis, icepop, mis
-    KL_i   to a reference     kl.py: k1, k2, k3; as a loss here or, on the driver, as a reward
-    w_i    what L averages    averages.py: tokens, episodes or sub-traces
+    KL_i   to a reference     kl.py: k1, k2, k3; as a loss here, or as a reward on the driver
+    w_i    unit of the mean   averages.py: tokens, episodes or sub-traces
     u_i    positive examples  averages.py
 
-`value` (value.py) is the critic's l, `nll` the supervised one, `distill` one from a teacher: same sum, same N.
+`value` (value.py) is the critic's l, `nll` the supervised l, and `distill` the l of a teacher: same sum, same N.
 
-With w_i of `token` or `episode` L does not depend on micro-batches, ranks, the order of tokens, or where an episode was
-cut; with `sub_trace`, or with gspo as l, the cut matters.
+With w_i of `token` or `episode`, L does not depend on micro-batches, ranks, the order of tokens, or where an episode
+was cut; with `sub_trace`, or with gspo as l, the cut matters.
 
-Shapes: [T], one number a token, float32 or float64 in and out. Advantages A and all log-probabilities but those of
-pi_theta are constants. Results at and beyond the range of a float stand in each docstring; `require_finite` refuses
-what is left.
+Shapes: [T], one number per token, float32 or float64 in and out. Advantages A and all log-probabilities except those of
+pi_theta are constants. Each docstring states the results at and beyond the range of a float; `require_finite` refuses
+any that are not finite.
 """
 
 from trainer.losses.algorithms.cispo import cispo

@@ -1,4 +1,4 @@
-"""What a loss is averaged over: the weight of every token, worked out on the driver for one optimizer step."""
+"""Token weights that define the mean of a loss, computed on the driver for one optimizer step."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def normalizer_weights(episode_of: Sequence[str], num_actions: Sequence[int], no
         episode     N / (E n_e)     mean over the E episodes of each one's mean over its n_e action tokens
         sub_trace   N / (S n_k)     mean over the S sub-traces of each one's mean over its n_k action tokens
 
-    `token` and `episode` do not depend on how an episode was cut; `sub_trace` does: an episode cut in three weighs
-    three times as much. Action tokens that are masked or not trained (summaries with train_summaries=false) are in n
-    and N.
+    `token` and `episode` do not depend on how an episode was cut; `sub_trace` does: an episode cut into three has three
+    times the weight. Action tokens that are masked or not trained (summaries with train_summaries=false) count in n and
+    N.
 
     ValueError: lengths differ; a negative count; an episode (`episode`) or a sub-trace (`sub_trace`) without action
     tokens, whose mean is not defined.
@@ -35,7 +35,7 @@ def normalizer_weights(episode_of: Sequence[str], num_actions: Sequence[int], no
     for k, group in enumerate(groups):
         if sizes[group] == 0:
             raise ValueError(
-                f"episode {episode_of[k]}: sub-trace {k} of the step leaves a mean over 0 action tokens "
+                f"episode {episode_of[k]}: sub-trace {k} of the step leads to a mean over 0 action tokens "
                 f"(loss_norm={norm.value}): leave it out, there is nothing to train"
             )
     return [total / (len(sizes) * sizes[group]) for group in groups]

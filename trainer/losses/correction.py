@@ -1,6 +1,6 @@
-"""Weights that make up for the engine's probabilities differing from the trainer's, on the driver.
+"""Weights that correct for differences between the engine's and the trainer's probabilities, computed on the driver.
 
-NumPy, over whole episodes: `mis` judges an episode by all its tokens, and no worker sees all of them.
+NumPy over whole episodes: `mis` decides by all tokens of an episode, and no worker has all of them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from buffer.types import Float32, SubTrace
 from trainer.config import Correction
 
-VETO = 1e-4  # a token with rho below it takes its whole episode out (`mis`)
+VETO = 1e-4  # `mis` rejects an episode that has a token with a smaller rho
 
 Float64 = NDArray[np.float64]
 
@@ -25,7 +25,7 @@ def correction_weights(
     """Return the weight c of each token's policy loss, float32 [T] for each sub-trace, in their order: l becomes c l.
 
     rho = pi_old / mu at each action token; pi_old: the trainer's policy before the step, `old_logprobs[k]` float32 [T];
-    mu: the engine's, `SubTrace.logprobs`. Read only where action_mask is True.
+    mu: the engine's policy, `SubTrace.logprobs`. Both are read only where action_mask is True.
 
         none     1
         tis      min(rho, high); low is not read
@@ -37,14 +37,14 @@ def correction_weights(
     geometric rejection with token veto (Liu, Li et al. 2025, "When Speed Kills Stability", part 3, Geo-RS; veto 1e-4).
 
     `mis` keeps an episode when low <= exp(mean of log rho over all its action tokens) <= high and no token has
-    rho < VETO. What it keeps has weight 1, not rho: the source rejects and leaves the weights alone. A mean over the
-    episode, not the sub-trace, and no product: so neither length nor the place of a cut decides.
+    rho < VETO. Kept tokens have weight 1, not rho: the source rejects and does not reweight. The criterion is a mean
+    over the episode, not a product and not per sub-trace, so neither length nor the position of a cut matters.
 
-    0 outside action_mask. Tokens of weight 0 stay in the loss's denominator (in the source of `mis` they leave it).
-    All kinds are the same however an episode is cut; for `mis` its sub-traces must all be given.
+    The weight is 0 outside action_mask. Tokens of weight 0 count in the loss's denominator (in the source of `mis` they
+    do not). No kind depends on how an episode is cut; `mis` needs all sub-traces of an episode.
 
     ValueError: numbers of log-probabilities and tokens differ; a log-probability that is NaN or infinite, or a weight
-    beyond float32 (high=inf): episode, sub-trace and index are named; not 0 <= low < high.
+    beyond float32 (high=inf): the message names episode, sub-trace and index; not 0 <= low < high.
     """
     if len(sub_traces) != len(old_logprobs):
         raise ValueError(
@@ -71,7 +71,7 @@ def correction_weights(
 
 
 def _log_rho(trace: SubTrace, old: Float32) -> Float64:
-    """log rho at each action token, in order."""
+    """Return log rho at each action token, in order. ValueError: lengths differ, or a number is not finite."""
     if len(old) != len(trace.tokens):
         raise ValueError(f"{trace.name}: {len(old)} log-probabilities for {len(trace.tokens)} tokens: must be equal")
     for numbers, whose in ((old, "the trainer's"), (trace.logprobs, "the engine's")):
@@ -80,7 +80,7 @@ def _log_rho(trace: SubTrace, old: Float32) -> Float64:
 
 
 def _weights(log_rho: Float64, kind: Correction, low: float, high: float) -> Float32:
-    """`none`, `tis`, `icepop`: each token by itself."""
+    """Return the weights of `none`, `tis` or `icepop`, which treat each token by itself."""
     if kind is Correction.none:
         return np.ones(len(log_rho), np.float32)
     with np.errstate(over="ignore"):
@@ -91,16 +91,16 @@ def _weights(log_rho: Float64, kind: Correction, low: float, high: float) -> Flo
 
 
 def _kept_episodes(sub_traces: Sequence[SubTrace], log_rhos: Sequence[Float64], low: float, high: float) -> set[str]:
-    """Episodes that `mis` keeps."""
-    parts: dict[str, list[Float64]] = {}
+    """Return the ids of the episodes that `mis` keeps."""
+    of_episode: dict[str, list[Float64]] = {}
     for trace, log_rho in zip(sub_traces, log_rhos, strict=True):
-        parts.setdefault(trace.episode_id, []).append(log_rho)
+        of_episode.setdefault(trace.episode_id, []).append(log_rho)
     kept = set()
-    for episode, ratios in parts.items():
+    for episode, ratios in of_episode.items():
         every = np.concatenate(ratios)
         if not len(every):
             continue
-        # An exact sum: the order of sub-traces and the places of cuts must not decide at a bound.
+        # An exact sum: at a bound, the order of sub-traces and the positions of cuts must not matter.
         with np.errstate(over="ignore"):
             mean, smallest = np.exp([math.fsum(every.tolist()) / len(every), every.min()])
         if low <= mean <= high and smallest >= VETO:

@@ -14,25 +14,25 @@ from trainer.losses.token import require_same_shape
 
 
 def kl(logprobs_T: torch.Tensor, reference_logprobs_T: torch.Tensor, estimator: KL) -> torch.Tensor:
-    """Return the per-token estimate of KL(pi_theta || pi_ref), differentiable, [T] (Schulman 2020, "Approximating KL
-    Divergence").
+    """Return a per-token estimate of KL(pi_theta || pi_ref), differentiable, [T].
 
-    With d = log pi_theta - log pi_ref at the sampled token, expectations over tokens sampled from pi_theta:
+    Source: Schulman 2020, "Approximating KL Divergence". With d = log pi_theta - log pi_ref at the sampled token and
+    expectations over tokens sampled from pi_theta:
 
-        estimator             value                  gradient, when it is a loss
-        k1 = d                E = KL(theta || ref)   E = 0: pure noise, pulls nowhere. Useless as a loss
-        k2 = d^2 / 2          biased, O(d^3)         E[d grad log pi] = grad KL(theta || ref): the right one
+        estimator             value                  gradient as a loss
+        k1 = d                E = KL(theta || ref)   E = 0: pure noise. Useless as a loss
+        k2 = d^2 / 2          biased, O(d^3)         E[d grad log pi] = grad KL(theta || ref): the correct gradient
         k3 = e^-d - 1 + d     E = KL(theta || ref)   E[(1 - e^-d) grad log pi] = grad KL(ref || theta): the *other* KL,
                                                      equal to first order in d; its noise grows as e^-d
 
     As a reward (`kl_reward`) the gradient is E[k grad log pi]: k1 gives grad KL(theta || ref) exactly; k3 gives
     grad KL(theta || ref) - grad KL(ref || theta), which vanishes to first order: too weak near the reference; k2 gives
-    E[d^2/2 grad log pi], weak near it as well. So: k2 (or k3, small d) in the loss, k1 in the reward; k3 to report,
-    as it is unbiased, never negative and less noisy than k1.
+    E[d^2/2 grad log pi], which is also weak there. So use k2 (or k3, for small d) in the loss and k1 in the reward;
+    report k3, which is unbiased, never negative and less noisy than k1.
 
-    In the loss a token answers for the divergence of its own distribution at the states that were visited; only in the
-    reward does it also answer for the states that it leads to. All this holds on-policy: off-policy the expectations go
-    over other tokens.
+    In the loss a token is charged for the divergence of its own distribution at the visited states; in the reward it is
+    also charged for the states that it leads to. All this holds on-policy: off-policy the expectations are over other
+    tokens.
 
     k3 beyond the float's range (d < -88 in float32) is infinite: see `require_finite`. ValueError: shapes differ.
     """
@@ -41,12 +41,12 @@ def kl(logprobs_T: torch.Tensor, reference_logprobs_T: torch.Tensor, estimator: 
 
 
 def kl_reward(old_logprobs: Float32, reference_logprobs: Float32, estimator: KL) -> Float32:
-    """Return the same numbers for the driver, where they are subtracted from rewards: float32 [T], float64 inside.
+    """Return the same estimates for the driver, which subtracts them from rewards: float32 [T], computed in float64.
 
-    Tokens were sampled from pi_old here. Which estimator suits a reward: see `kl`. k3 beyond float32 is inf; the
-    advantages refuse such a reward by name.
+    Here tokens were sampled from pi_old. `kl` explains which estimator suits a reward. k3 beyond float32 is inf; the
+    advantages refuse such a reward and name the token.
 
-    ValueError: lengths differ; a log-probability that is not finite (its index is named).
+    ValueError: lengths differ; a log-probability that is not finite (the message names its index).
     """
     if old_logprobs.shape != reference_logprobs.shape:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Policy losses by name. A file of trainer/losses/algorithms/ registers one, and no other file lists it."""
+"""The registry of policy losses. Each file of trainer/losses/algorithms/ registers one; no other file lists them."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from trainer.losses.token import TokenLoss
 
 @dataclass(frozen=True)
 class Window:
-    """A usual window of a loss's ratio, as settings and in words."""
+    """A recommended window of a loss's ratio, as settings and in words."""
 
-    clip_low: str  # as one writes it on the command line
+    clip_low: str  # as written on the command line
     clip_high: str
     meaning: str
 
 
 @dataclass(frozen=True)
 class PolicyLoss:
-    """A policy loss: what the trainer calls, which arrays it reads, and its rows in docs/algorithms.md."""
+    """A policy loss: the function, the arrays that it reads, and its rows in docs/algorithms.md."""
 
     name: str  # the value of policy.loss
     # (logprobs_T, *reads, *sequences where by_sequence, *settings) -> a TokenLoss [T]
@@ -29,8 +29,8 @@ class PolicyLoss:
     ratio: str  # the importance ratio that the window bounds
     formula: str  # l_i
     source: str
-    windows: tuple[Window, ...]  # the first is the one to begin with
-    by_sequence: bool = False  # also gets each token's sequence, the mask of action tokens and the number of sequences
+    windows: tuple[Window, ...]  # the first one is the default choice
+    by_sequence: bool = False  # also receives each token's sequence, the action mask and the number of sequences
     settings: Callable[[PolicyConfig], tuple[float, ...]] = lambda config: (config.clip_low, config.clip_high)
 
 
@@ -38,7 +38,7 @@ _LOSSES: dict[str, PolicyLoss] = {}
 
 
 def register(loss: PolicyLoss) -> PolicyLoss:
-    """Make a loss known under its name and return it. ValueError: the name is taken, or the loss has no window."""
+    """Add a loss to the registry and return it. ValueError: the name is taken, or the loss has no window."""
     if loss.name in _LOSSES:
         raise ValueError(f"policy loss {loss.name!r} is registered twice: choose another name")
     if not loss.windows:
@@ -48,19 +48,19 @@ def register(loss: PolicyLoss) -> PolicyLoss:
 
 
 def policy_loss(name: str) -> PolicyLoss:
-    """Return the loss of this name. ValueError: none has it."""
+    """Return the loss with this name. ValueError: there is none."""
     if name not in _LOSSES:
         raise ValueError(f"no policy loss {name!r}: there are {', '.join(sorted(_LOSSES))}")
     return _LOSSES[name]
 
 
 def policy_losses() -> list[PolicyLoss]:
-    """Return all losses, by name."""
+    """Return all losses by name."""
     return [_LOSSES[name] for name in sorted(_LOSSES)]
 
 
 def documentation() -> str:
-    """Return the two tables of losses and of their windows in docs/algorithms.md, as Markdown."""
+    """Return the two Markdown tables of docs/algorithms.md: the losses and their windows."""
     lines = ["| `policy.loss` | ratio | l_i | source |", "|---|---|---|---|"]
     lines += [f"| `{loss.name}` | {loss.ratio} | {loss.formula} | {loss.source} |" for loss in policy_losses()]
     lines += ["", "The usual windows:", "", "| `policy.loss` | window of the ratio | settings |", "|---|---|---|"]

@@ -63,7 +63,7 @@ def _moe_options(moe: MoeShape) -> dict[str, Any]:
         "moe_layer_freq": 1 if all(moe.layers) else [int(has) for has in moe.layers],
         "moe_router_topk": moe.top_k,
         "moe_router_score_function": "sigmoid" if moe.sigmoid else "softmax",
-        "moe_router_pre_softmax": not moe.normalised,  # a softmax over the chosen logits is the normalised one
+        "moe_router_pre_softmax": not moe.normalized,  # a softmax over the chosen logits is the normalized one
         "moe_router_topk_scaling_factor": None if moe.scale == 1.0 else moe.scale,
         "moe_router_num_groups": moe.groups if grouped else None,
         "moe_router_group_topk": moe.top_groups if grouped else None,

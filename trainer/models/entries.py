@@ -1,6 +1,6 @@
-"""Every tensor of a model: its Megatron name, the Hugging Face names that are merged into it, and how it is spread.
+"""Every tensor of a model: its Megatron name, the Hugging Face names that are merged into it, and how it is split.
 
-Arithmetic on names and shapes: nothing here imports torch, so that a folder can be checked before anything starts.
+Arithmetic on names and shapes without torch, so that a folder can be checked before anything starts.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from trainer.models.shape import ModelShape, MoeShape
 
 
 class Split(Enum):
-    """How a full tensor is spread over tensor-parallel ranks (of the experts' own group where it is an expert's)."""
+    """The split of a full tensor over tensor-parallel ranks (of the experts' own group, for an expert's tensor)."""
 
     NONE = "replicated"
     ROWS = "dim 0"
@@ -22,7 +22,7 @@ class Split(Enum):
 
 
 class Merge(Enum):
-    """How Hugging Face tensors become one."""
+    """The way in which Hugging Face tensors are merged into one."""
 
     ONE = "the tensor itself"
     QKV = "per key/value group: its queries, key, value"
@@ -32,7 +32,7 @@ class Merge(Enum):
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor. Layers and experts are counted over the whole model, not over what one rank holds."""
+    """One tensor. Layers and experts are numbered over the whole model, not over one rank's shard."""
 
     ours: str
     theirs: tuple[str, ...]
@@ -40,12 +40,12 @@ class Entry:
     merge: Merge = Merge.ONE
     split: Split = Split.NONE
     layer: int | None = None  # None: outside the layers
-    expert: int | None = None  # None: no expert's
-    float32: bool = False  # kept and written in float32 whatever the model's precision
+    expert: int | None = None  # None: not part of an expert
+    float32: bool = False  # kept and written in float32 at every precision of the model
 
 
 def entries(shape: ModelShape, value_head: bool = False) -> list[Entry]:
-    """Return every tensor of the model; with `value_head` the vocabulary projection is left out."""
+    """Return the entries of all tensors of the model; with `value_head`, without the vocabulary projection."""
     vocab = ((shape.vocab, shape.hidden),)
     found = [
         Entry("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), vocab, Merge.VOCAB, Split.ROWS),
@@ -60,7 +60,7 @@ def entries(shape: ModelShape, value_head: bool = False) -> list[Entry]:
 
 @dataclass(frozen=True)
 class Layer:
-    """Makes the entries of one layer; names without the layer's prefix."""
+    """A factory of the entries of one layer, from names without the layer's prefix."""
 
     index: int
 
@@ -102,12 +102,12 @@ class Layer:
 
 
 def decoder_layer(shape: ModelShape, layer: Layer) -> list[Entry]:
-    """Return the usual layer: attention, then one MLP or experts, with a norm before each."""
+    """Return the entries of the common layer: attention, then one MLP or experts, with a norm before each."""
     return [*attention(shape, layer), *norms(shape, layer), *mlp_or_experts(shape, layer)]
 
 
 def norms(shape: ModelShape, layer: Layer) -> list[Entry]:
-    """Return the norms before attention and MLP."""
+    """Return the entries of the norms before attention and MLP."""
     width = (shape.hidden,)
     return [
         layer.entry("input_layernorm.weight", "input_layernorm.weight", width),
@@ -116,14 +116,14 @@ def norms(shape: ModelShape, layer: Layer) -> list[Entry]:
 
 
 def mlp_or_experts(shape: ModelShape, layer: Layer) -> list[Entry]:
-    """Return the layer's experts with their router, or its one MLP."""
+    """Return the entries of the layer's experts and router, or of its single MLP."""
     if shape.moe and shape.has_experts(layer.index):
         return _experts(shape.hidden, shape.moe, layer)
     return layer.mlp("mlp", "mlp", shape.hidden, shape.ffn)
 
 
 def attention(shape: ModelShape, layer: Layer) -> list[Entry]:
-    """Return attention whose queries share keys and values in groups."""
+    """Return the entries of grouped-query attention."""
     h, d = shape.hidden, shape.head_dim
     rows = [shape.heads * d, shape.kv_heads * d, shape.kv_heads * d]
 
@@ -156,24 +156,20 @@ def _experts(hidden: int, moe: MoeShape, layer: Layer) -> list[Entry]:
 
 
 def is_kept(shape: ModelShape, name: str) -> bool:
-    """Return whether a Hugging Face tensor is not trained but goes from the source folder to an exported one as it
-    is.
-    """
+    """Return whether a Hugging Face tensor is not trained but copied from the source folder to an exported one."""
     return any(name.startswith(f"model.layers.{shape.num_layers + i}.") for i in range(shape.num_mtp))
 
 
 def strays(shape: ModelShape, names: Iterable[str]) -> list[str]:
-    """Return tensors of a Hugging Face folder that no entry takes and that are neither kept nor copies of what is
-    taken.
-    """
+    """Return the tensors of a Hugging Face folder that belong to no entry and are neither kept nor tied copies."""
     taken = {name for entry in entries(shape) for name in entry.theirs}
     if shape.tied:
-        taken.add("lm_head.weight")  # some folders hold the tied matrix twice
+        taken.add("lm_head.weight")  # some folders store the tied matrix twice
     return [n for n in names if n not in taken and not is_kept(shape, n) and not n.endswith("rotary_emb.inv_freq")]
 
 
 def weight_shapes(shape: ModelShape, dtype: str) -> list[tuple[str, str, list[int]]]:
-    """Return (name, dtype, shape) of what `export` yields, in its order, without weights."""
+    """Return (name, dtype, shape) of the tensors that `export` yields, in its order, without reading weights."""
     return [
         (name, "float32" if entry.float32 else dtype, list(size))
         for entry in entries(shape)
@@ -182,5 +178,5 @@ def weight_shapes(shape: ModelShape, dtype: str) -> list[tuple[str, str, list[in
 
 
 def padded_vocab(vocab: int, tensor_parallel_size: int) -> int:
-    """Return the vocabulary rounded up so that every rank holds the same number of rows."""
+    """Return the vocabulary size rounded up so that every rank holds the same number of rows."""
     return -(-vocab // tensor_parallel_size) * tensor_parallel_size

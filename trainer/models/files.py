@@ -1,7 +1,7 @@
-"""Where a Hugging Face folder keeps its tensors: its index and the headers of its files, read in milliseconds.
+"""The tensors of a Hugging Face folder, located by its index and the headers of its files in milliseconds.
 
-With an index only the files and tensors that it names count, whatever lies beside them; without one all *.safetensors.
-These are the files that SGLang reads as well, so that engines and training processes start from the same tensors.
+With an index, only the files and tensors that it names are used; without one, all *.safetensors files. SGLang reads
+the same files, so engines and training processes start from the same tensors.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from trainer.models.shape import ModelShape
 
 INDEX = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # of what can be loaded: anything else is quantized
+ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # types that can be loaded; all others are quantized
 OTHER_FORMATS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack")
 AGAIN = "download the folder again"
 
 
 @dataclass(frozen=True)
 class Header:
-    """One tensor, as its file describes it."""
+    """The description of one tensor in its file."""
 
     file: Path
     dtype: str
@@ -35,9 +35,9 @@ class Header:
 
 
 def check_weights(folder: Path, shape: ModelShape) -> None:
-    """Refuse a folder whose files do not hold the tensors of this model, each once and whole.
+    """Refuse a folder whose files do not hold every tensor of this model once and whole.
 
-    Values are not looked at. ValueError: see `headers` and `check_headers`.
+    Values are not checked. ValueError: see `headers` and `check_headers`.
     """
     check_headers(folder, headers(folder), entries(shape), shape)
 
@@ -65,8 +65,8 @@ def check_headers(folder: Path, found: dict[str, Header], wanted: Sequence[Entry
 def headers(folder: Path) -> dict[str, Header]:
     """Return every tensor of a folder by its name.
 
-    ValueError, with file and tensor: a file is missing, cut off or no safetensors file; a tensor is in two files; the
-    index can't be read, names a file outside the folder, or a tensor that is not where it says.
+    ValueError, with file and tensor: a file is missing, truncated or not a safetensors file; a tensor is in two files;
+    the index can't be read, names a file outside the folder, or names a tensor that its file does not hold.
     """
     named = _named(folder)
     if named is None:
@@ -89,7 +89,7 @@ def weight_files(folder: Path) -> list[Path]:
     found = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("."))
     names = [path.name for path in found]
     if names == ["consolidated.safetensors", "model.safetensors"]:
-        return found[1:]  # the other one holds the same weights under Mistral's own names
+        return found[1:]  # the first file holds the same weights under Mistral's own names
     if not found:
         others = sorted(path.name for pattern in OTHER_FORMATS for path in folder.glob(pattern))
         cure = "write it anew with transformers: AutoModelForCausalLM.from_pretrained(OLD).save_pretrained(NEW)"
@@ -106,19 +106,19 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _named(folder: Path) -> dict[str, Path] | None:
-    """What the index says: tensor -> file; None where there is no index."""
+    """Return the file of each tensor from the index; None if there is no index. ValueError: the index is bad."""
     path = folder / INDEX
     if not path.is_file():
         return None
     index = read_json(path)
-    places = index.get("weight_map")
-    if not isinstance(places, dict) or not places:
-        raise ValueError(f"{path}: names no tensors (its weight_map is {type(places).__name__}): {AGAIN}")
-    for name, file in places.items():
+    file_of = index.get("weight_map")
+    if not isinstance(file_of, dict) or not file_of:
+        raise ValueError(f"{path}: names no tensors (its weight_map is {type(file_of).__name__}): {AGAIN}")
+    for name, file in file_of.items():
         plain = isinstance(file, str) and Path(file).name == file and file.endswith(".safetensors")
         if not plain or file.startswith("."):
             raise ValueError(f"{path}: places tensor {name} in {file!r}, which is no *.safetensors file of this folder")
-    return {name: folder / file for name, file in places.items()}
+    return {name: folder / file for name, file in file_of.items()}
 
 
 def _joined(files: Iterable[Path]) -> dict[str, Header]:
@@ -135,9 +135,9 @@ def _joined(files: Iterable[Path]) -> dict[str, Header]:
 
 
 def read_header(path: Path) -> dict[str, Header]:
-    """Return the tensors of one file: 8 bytes with the length of a JSON object, the object, the tensors' bytes.
+    """Return the tensors of one safetensors file: 8 bytes with the length of a JSON object, the object, the data.
 
-    ValueError: the file is cut off (the first tensor that is not whole is named), or no such file.
+    ValueError: the file is truncated (the message names the first incomplete tensor), or not of this format.
     """
     try:
         size = path.stat().st_size

@@ -1,4 +1,4 @@
-"""Writes Hugging Face folders: weights in *.safetensors, with the config and tokenizer of the folder they come from."""
+"""Writing of Hugging Face folders: weights in *.safetensors, with the config and tokenizer of the source folder."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from trainer.models.entries import is_kept
 from trainer.models.families import read_shape
 from trainer.models.files import headers
 
-FILE_BYTES = 4 << 30  # of a written file, at most, where no single tensor is larger
+FILE_BYTES = 4 << 30  # largest size of a written file, unless a single tensor is larger
 
 
 def write_folder(weights: Iterable[tuple[str, torch.Tensor]], source: Path, folder: Path) -> None:
     """Write a Hugging Face folder with these weights and the config and tokenizer of `source`; whole or not at all.
 
-    Tensors of `source` that are not trained (further layers that predict further tokens) come along. One file is held
-    in memory at a time. OSError: no room on the disk.
+    Tensors of `source` that are not trained (layers for multi-token prediction) are copied. One file is held in memory
+    at a time. OSError: the disk is full.
     """
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
@@ -49,7 +49,7 @@ def _kept(source: Path) -> Iterator[tuple[str, torch.Tensor]]:
 def _write_files(
     weights: Iterable[tuple[str, torch.Tensor]], kept: Iterable[tuple[str, torch.Tensor]], folder: Path
 ) -> torch.dtype | None:
-    """`weights`, then `kept`, in files of at most FILE_BYTES, with an index where there are several.
+    """Write `weights`, then `kept`, in files of at most FILE_BYTES, with an index if there are several files.
 
     Returns the dtype of the first tensor.
     """
@@ -69,13 +69,13 @@ def _write_files(
             dtype = dtype or tensor.dtype
             held[name] = tensor.detach().contiguous().cpu()
     write()
-    place: dict[str, str] = {}
+    file_of: dict[str, str] = {}
     for i, sizes in enumerate(files):
         name = "model.safetensors" if len(files) == 1 else f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
         (folder / f"{i}.part").rename(folder / name)
-        place |= dict.fromkeys(sizes, name)
+        file_of |= dict.fromkeys(sizes, name)
     if len(files) > 1:
         total = sum(sum(sizes.values()) for sizes in files)
-        index = {"metadata": {"total_size": total}, "weight_map": place}
+        index = {"metadata": {"total_size": total}, "weight_map": file_of}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
     return dtype

@@ -1,4 +1,4 @@
-"""Tensors of Hugging Face folders made into those of Megatron, and back (the names of both: entries.py)."""
+"""Conversion between the tensors of Hugging Face folders and those of Megatron (entries.py has the names of both)."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from trainer.models.shape import ModelShape
 
 
 def tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Return every tensor of a model that has an entry: its parameters, and the routers' corrections, which are
-    buffers.
-    """
+    """Return every tensor of a model that has an entry: parameters, and the correction buffers of routers."""
     corrections = {name: t for name, t in model.named_buffers() if name.endswith(".router.expert_bias")}
     return dict(model.named_parameters()) | corrections
 
 
 def merge(parts: list[torch.Tensor], entry: Entry, shape: ModelShape, tp: int) -> torch.Tensor:
+    """Return the Megatron tensor of an entry from its Hugging Face tensors; the vocabulary is padded for `tp` ranks."""
     if entry.merge is Merge.ONE:
         return parts[0]
     if entry.merge is Merge.STACK:
@@ -29,6 +28,7 @@ def merge(parts: list[torch.Tensor], entry: Entry, shape: ModelShape, tp: int) -
 
 
 def unmerge(full: torch.Tensor, entry: Entry, shape: ModelShape) -> list[torch.Tensor]:
+    """Return the Hugging Face tensors of an entry from its Megatron tensor, without padding."""
     if entry.merge is Merge.ONE:
         return [full]
     rows = [s[0] for s in entry.shapes]
@@ -36,12 +36,12 @@ def unmerge(full: torch.Tensor, entry: Entry, shape: ModelShape) -> list[torch.T
         return list(full.split(rows))
     if entry.merge is Merge.VOCAB:
         return [full[: rows[0]]]
-    parts = full.unflatten(0, (shape.kv_heads, -1)).split([n // shape.kv_heads for n in rows], dim=1)
-    return [part.flatten(0, 1) for part in parts]
+    grouped = full.unflatten(0, (shape.kv_heads, -1)).split([n // shape.kv_heads for n in rows], dim=1)
+    return [tensor.flatten(0, 1) for tensor in grouped]
 
 
 def shard(full: torch.Tensor, split: Split, tp: int, rank: int) -> torch.Tensor:
-    """Return what rank `rank` of `tp` holds of a merged tensor."""
+    """Return the shard of a merged tensor that rank `rank` of `tp` holds."""
     if split is Split.NONE:
         return full
     if split is Split.COLUMNS:

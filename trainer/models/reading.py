@@ -1,4 +1,4 @@
-"""Typed reading of a `config.json`; what is missing or not mapped is refused with file, field and value."""
+"""Typed reading of a `config.json`; missing or unsupported values are refused with file, field and value."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import Any
 
 _REQUIRED = object()
-_POINTER = b"version https://git-lfs"  # what git leaves where a large file was not fetched
+_POINTER = b"version https://git-lfs"  # start of a placeholder for a file that git-LFS has not fetched
 
 
 def refuse_pointer(path: Path, start: bytes) -> None:
-    """Refuse a pointer. ValueError: a file that starts so only says where its content could be fetched."""
+    """Refuse a git-LFS pointer. ValueError: the file, which starts with `start`, is a pointer without the content."""
     if start and _POINTER.startswith(start[: len(_POINTER)]):
         raise ValueError(f"{path}: is a pointer of git-LFS in place of the file: run git lfs pull in its folder")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file. ValueError: there is none, or it can't be read."""
+    """Return the JSON object in a file. ValueError: the file can't be read or holds no JSON object."""
     try:
         content = path.read_bytes()
         refuse_pointer(path, content)
@@ -32,7 +32,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class JsonObject:
-    """The fields of one `config.json`, or of an object in it. A field that is null counts as not there."""
+    """The fields of one `config.json`, or of an object in it. A null field counts as absent."""
 
     def __init__(self, where: str, found: dict[str, Any]) -> None:
         self.where = where
@@ -40,7 +40,7 @@ class JsonObject:
 
     @staticmethod
     def read(path: Path) -> JsonObject:
-        """Read a JSON file. ValueError: no such file, or no JSON object in it."""
+        """Read a JSON file. ValueError: there is no such file, or no JSON object in it."""
         if not path.is_file():
             raise ValueError(f"{path}: no such file; a model is a Hugging Face folder")
         return JsonObject(str(path), read_json(path))
@@ -75,21 +75,21 @@ class JsonObject:
         return bool(self._typed(name, default, "true or false", bool))
 
     def list(self, name: str) -> list[Any]:
-        """Empty where the field is not there."""
+        """Return a list; empty if the field is absent."""
         return list(self._typed(name, [], "a list", list))
 
     def inside(self, name: str) -> JsonObject:
-        """Return the fields of an object; none where it is not there."""
+        """Return the fields of an object; none if it is absent."""
         return JsonObject(f"{self.where}: {name}", dict(self._typed(name, {}, "an object", dict)))
 
     def only(self, name: str, mapped: Any) -> None:
-        """Require one value. ValueError: the field is there with another one."""
+        """Require that a field has this value or is absent. ValueError: it has another value."""
         found = self.value(name, mapped)
         if found != mapped:
             raise self.refused(name, found, repr(mapped))
 
     def absent(self, name: str) -> None:
-        """Require that a field is absent. ValueError: it is there."""
+        """Require that a field is absent. ValueError: it is present."""
         if name in self:
             raise self.refused(name, self.value(name), "a model without it")
 

@@ -1,11 +1,11 @@
-"""Frequencies of the rotary position embedding, also where they are stretched for long contexts.
+"""Frequencies of the rotary position embedding, including those scaled for long contexts.
 
-With d rotated dimensions, base b and i = 0 .. d/2 - 1 the plain frequencies are f_i = b^(-2i/d). Stretched by s:
+With d rotated dimensions, base b and i = 0 .. d/2 - 1 the plain frequencies are f_i = b^(-2i/d). Scaled by factor s:
 
     linear   f_i / s
     llama3   g f_i + (1 - g) f_i / s,  g = clamp((L f_i / 2 pi - low) / (high - low), 0, 1)   L = original positions
     yarn     g f_i + (1 - g) f_i / s,  g = 1 - clamp((i - i_high) / (i_low - i_high), 0, 1)
-             i_r: where a wave makes r rotations in L positions, rounded outwards
+             i_r: the dimension whose wave makes r rotations in L positions, rounded outward
 
 Sources: Su et al. 2021 (2104.09864), Peng et al. 2023 (2309.00071), Llama 3.1's release.
 """
@@ -37,7 +37,7 @@ def inverse_frequencies(shape: ModelShape) -> torch.Tensor:
 
 
 def _yarn_borders(rope: Rope, dims: int, base: float) -> tuple[float, float]:
-    """The dimension pairs between which yarn goes from plain to stretched frequencies."""
+    """Return the two dimension pairs between which yarn goes from plain to scaled frequencies."""
 
     def pair(rotations: float) -> float:
         return dims * math.log(rope.original / (rotations * 2 * math.pi)) / (2 * math.log(base))

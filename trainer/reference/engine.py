@@ -1,7 +1,7 @@
-"""The engine in plain PyTorch: one process, a transformers model, AdamW.
+"""The reference engine in plain PyTorch: one process, a transformers model, AdamW.
 
-Read it first: it is the Megatron engine without what many processes need. The same micro-batches and losses go in, the
-same numbers come out (tests/test_equality.py).
+Read it before the Megatron engine: it has no code for several processes. From the same micro-batches and losses both
+engines compute the same numbers (tests/test_equality.py).
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ from trainer.models.families import read_shape
 from trainer.models.files import check_weights, headers
 
 _FILE = "state.pt"
-_HEAD = ("output_layer.weight", "output_layer.bias")  # what patterns to freeze call the scalar head
+_HEAD = ("output_layer.weight", "output_layer.bias")  # names of the scalar head in patterns to freeze
 
 
 class Written:
-    """A checkpoint that is on the disk already, whole: there is one rank."""
+    """A complete checkpoint on disk; there is only one rank."""
 
     def result(self) -> bytes | None:
         return b""
 
     def finish(self, of_ranks: Sequence[bytes]) -> None:
-        """Do nothing: all is written."""
+        """Do nothing: the checkpoint is complete."""
 
 
 class TorchEngine:
@@ -57,7 +57,9 @@ class TorchEngine:
         found = layout.num_processes, layout.precision, layout.recompute, layout.offload
         if found != (1, Precision.fp32, Recompute.none, Offload.none):
             asked = ", ".join(str(getattr(one, "value", one)) for one in found)
-            raise ValueError(f"num_processes, precision, recompute, offload are {asked}; here only 1, fp32, none, none")
+            raise ValueError(
+                f"num_processes, precision, recompute, offload are {asked}; this engine has only 1, fp32, none, none"
+            )
         self.settings = settings
         self.head = head
         self.freeze = freeze
@@ -65,7 +67,7 @@ class TorchEngine:
         self.updates_done = 0  # optimizer steps
 
     def start(self, master: str, port: int) -> None:
-        """Read the model, alone. ValueError: the folder's config, weights or the patterns to freeze."""
+        """Read the model; no process group is joined. ValueError: bad config or weights, or bad patterns to freeze."""
         s, folder = self.settings, Path(self.settings.model_folder)
         self.shape = read_shape(folder)
         check_weights(folder, self.shape)
@@ -83,7 +85,7 @@ class TorchEngine:
         self.optimizer = self._build_optimizer()
 
     def _parameters(self) -> dict[str, torch.nn.Parameter]:
-        """All that forward passes read, by name; the head under those that `freeze` knows."""
+        """Return the parameters by name; those of the head under the names that `freeze` patterns use."""
         found = dict(self.model.named_parameters())
         if self.head is not None:
             found = {name: p for name, p in found.items() if not name.startswith("lm_head.")}
@@ -91,17 +93,22 @@ class TorchEngine:
         return found
 
     def _freeze(self) -> None:
-        """Takes the gradient from what matches; patterns are of the names in trainer/models/entries.py."""
+        """Freeze the parameters that match a pattern on the names of trainer/models/entries.py.
+
+        ValueError: see `frozen_names`; also a tensor that transformers stores jointly with others.
+        """
         theirs = {entry.ours: entry.theirs for entry in entries(self.shape, self.head is not None)}
         theirs |= {name: (name,) for name in _HEAD if self.head is not None}
         own = self._parameters()
         for name in (one for ours in frozen_names(list(theirs), self.freeze) for one in theirs[ours]):
             if name not in own:
-                raise ValueError(f"freeze: transformers holds {name} together with others: freeze no single experts")
+                raise ValueError(
+                    f"freeze: transformers stores {name} jointly with others: do not freeze single experts"
+                )
             own[name].requires_grad_(False)
 
     def _build_optimizer(self) -> torch.optim.AdamW:
-        """AdamW without weight decay of norms and biases."""
+        """Return AdamW without weight decay of norms and biases."""
         c = self.settings.optimizer
         trained = [p for p in self._parameters().values() if p.requires_grad and not self.settings.frozen]
         groups = [
@@ -111,9 +118,9 @@ class TorchEngine:
         return torch.optim.AdamW(groups, c.lr, (c.beta1, c.beta2), c.eps)
 
     def _output(self, batch: MicroBatch) -> torch.Tensor:
-        """[2, P]: log-probabilities of the labels and entropies; with a head values [1, P]."""
+        """Return log-probabilities of the labels and entropies, [2, P]; with a head, values [1, P]."""
         sequence_P = batch.sequence_P
-        sees_PP = (sequence_P[:, None] == sequence_P).tril()  # inside each sequence, no later token
+        sees_PP = (sequence_P[:, None] == sequence_P).tril()  # causal, within each sequence
         positions, mask = batch.packing.position_T[None], sees_PP[None, None]
         out = self.model.model(batch.tokens_1P, attention_mask=mask, position_ids=positions, use_cache=False)
         hidden_1PH = out.last_hidden_state
@@ -153,7 +160,7 @@ class TorchEngine:
         return StepResult(norm, lr, tuple(losses))
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield every tensor but the head's, as transformers writes them: it may hold some of them joined."""
+        """Yield every tensor except the head's, as transformers writes it: in memory some of them may be joined."""
         with tempfile.TemporaryDirectory() as folder:
             self.model.save_pretrained(folder)
             found = headers(Path(folder))
@@ -163,18 +170,18 @@ class TorchEngine:
                         yield name, file.get_tensor(name)
 
     def weight_shapes(self) -> list[tuple[str, str, list[int]]]:
-        """Return (Hugging Face name, dtype, shape) of what `weights` yields."""
+        """Return (Hugging Face name, dtype, shape) of the tensors that `weights` yields."""
         return weight_shapes(self.shape, "float32")
 
     def save(self, folder: Path) -> Written:
-        """Write weights, optimizer state and generator at once. OSError: no room."""
+        """Write weights, optimizer state and generator before returning. OSError: the disk is full."""
         folder.mkdir(parents=True, exist_ok=True)
         state = {name: p.detach() for name, p in self._parameters().items()}
         torch.save([self.updates_done, state, self.optimizer.state_dict(), torch.get_rng_state()], folder / _FILE)
         return Written()
 
     def load(self, folder: Path) -> None:
-        """Read what `save` wrote. ValueError: it can't be read, or is of another model."""
+        """Read a checkpoint that `save` wrote. ValueError: it can't be read, or is of another model."""
         try:
             self.updates_done, state, adam, generator = torch.load(folder / _FILE, map_location=self.device)
         except (OSError, RuntimeError) as error:
@@ -189,8 +196,8 @@ class TorchEngine:
         torch.set_rng_state(generator.cpu())
 
     def present(self, *memory: Memory) -> AbstractContextManager[None]:
-        """Do nothing: all memory is on the device all the time."""
+        """Do nothing: all memory is always on the device."""
         return nullcontext()
 
     def stop(self) -> None:
-        """Leave nothing: there is no process group."""
+        """Do nothing: there is no process group."""

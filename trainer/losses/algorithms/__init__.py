@@ -1,6 +1,6 @@
-"""One policy loss a file. Importing the package imports each of them, and each registers itself.
+"""Policy losses, one per file. Importing the package imports each file, and each registers its loss.
 
-A new loss is a new file here, with its equation, gradient and range in the docstring, that ends in `register(...)`.
+To add a loss, add a file here with the equation, gradient and range in its docstring that ends in `register(...)`.
 """
 
 from importlib import import_module
@@ -8,7 +8,7 @@ from pkgutil import iter_modules
 
 
 def load() -> None:
-    """Import every file of the package that is not imported yet."""
+    """Import every file of the package that has not been imported yet."""
     for module in iter_modules(__path__):
         import_module(f"{__name__}.{module.name}")
 

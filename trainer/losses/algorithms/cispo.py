@@ -1,4 +1,4 @@
-"""Clipped importance-sampling weights."""
+"""CISPO: clipped importance-sampling weights."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def cispo(
         l = -sg[clip(x, 1 - clip_low, 1 + clip_high) A] log pi_theta
         dl/dlog pi = -clip(x, 1 - clip_low, 1 + clip_high) A
 
-    The paper has no lower bound: clip_low >= 1. `clipped_T` is True strictly outside the window; those tokens have a
-    gradient, too. A ratio beyond the float's range counts as 1 + clip_high. All tensors [T].
+    The paper has no lower bound: clip_low >= 1. `clipped_T` is True strictly outside the window; those tokens also have
+    a gradient. A ratio beyond the float's range counts as 1 + clip_high. All tensors [T].
 
     ValueError: shapes differ; a negative clip.
     """

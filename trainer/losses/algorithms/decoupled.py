@@ -17,16 +17,15 @@ def decoupled(
     clip_low: float,
     clip_high: float,
 ) -> TokenLoss:
-    """Compute decoupled PPO (AReaL, arXiv 2505.24298; Hilton et al., arXiv 2110.00641): stale samples, fresh trust
-    region.
+    """Compute decoupled PPO (AReaL, arXiv 2505.24298; Hilton et al., arXiv 2110.00641).
 
         l = sg[pi_prox / mu] * PPO(pi_theta / pi_prox)
 
-    pi_prox = pi_old, the trainer's policy at the start of the step; mu = what the engine sampled with. The first factor
-    corrects for stale or different sampling weights and has no clip; the second keeps the step near pi_prox. Where mu =
-    pi_prox it is `ppo`. `ratio_T` is pi_theta / pi_prox. All tensors [T].
+    pi_prox = pi_old, the trainer's policy at the start of the step; mu = the policy that the engine sampled from. The
+    first factor corrects for stale or different sampling weights and has no clip; the second keeps the step near
+    pi_prox. With mu = pi_prox it equals `ppo`. `ratio_T` is pi_theta / pi_prox. All tensors [T].
 
-    A first factor beyond the float's range is an infinite (A = 0: NaN) loss: see `require_finite`.
+    A first factor beyond the float's range gives an infinite loss (NaN if A = 0): see `require_finite`.
     ValueError: shapes differ; a negative clip.
     """
     require_same_shape(engine_logprobs=engine_logprobs_T, logprobs=logprobs_T)

@@ -15,14 +15,14 @@ def dis(
     clip_low: float,
     clip_high: float,
 ) -> TokenLoss:
-    """Compute the double-sided importance mask (SAO, arXiv 2607.07508): for asynchronous training, needs no pi_old.
+    """Compute the double-sided importance mask (SAO, arXiv 2607.07508), for asynchronous training; it needs no pi_old.
 
         x = pi_theta / mu, mu the engine's probability
         l = -sg[f(x) A] log pi_theta,    f(x) = x for 1 - clip_low < x < 1 + clip_high, else 0
         dl/dlog pi = -f(x) A
 
-    A token on or outside either bound has neither loss nor gradient, whatever the sign of A, and stays in the
-    denominator. So a ratio beyond the float's range is masked as any large one. All tensors [T].
+    A token on or outside either bound has neither loss nor gradient, whatever the sign of A, and counts in the
+    denominator. A ratio beyond the float's range is masked like any large ratio. All tensors [T].
 
     ValueError: shapes differ; a negative clip.
     """
@@ -30,7 +30,7 @@ def dis(
     low, high = clip_window(clip_low, clip_high)
     ratio_T = (logprobs_T - engine_logprobs_T).detach().exp()
     inside_T = (ratio_T > low) & (ratio_T < high)
-    # NaN is not outside: it passes, so that `require_finite` finds it.
+    # NaN does not count as outside, so that `require_finite` finds it.
     outside_T = ~inside_T & ~ratio_T.isnan()
     weight_T = torch.where(outside_T, 0.0, ratio_T)
     return TokenLoss(-weight_T * advantages_T * logprobs_T, ratio_T, outside_T)

@@ -19,24 +19,24 @@ def gspo(
     clip_low: float,
     clip_high: float,
 ) -> TokenLoss:
-    """Compute GSPO-token (arXiv 2507.18071): the form of GSPO in which every token has an advantage of its own.
+    """Compute GSPO-token (arXiv 2507.18071): the variant of GSPO in which every token has an advantage of its own.
 
-    For sequence i with n_i action tokens t, whose number is sequence_T[t] = i:
+    For sequence i with n_i action tokens t (sequence_T[t] = i):
 
         s_i  = exp(1/n_i sum_t log(pi_theta / pi_old)_t)             geometric mean of the tokens' ratios
-        s_it = sg[s_i] pi_theta,t / sg[pi_theta,t]                   as large as s_i
+        s_it = sg[s_i] pi_theta,t / sg[pi_theta,t]                   equal to s_i
         l_t  = -min(s_it A_t, clip(s_it, 1 - clip_low, 1 + clip_high) A_t)
         dl_t/dlog pi_t = -s_i A_t, or 0 where the clip acted (as in `ppo`)
 
     With one advantage for the whole sequence the gradient of sum_t l_t / n_i is that of GSPO. The paper's clips are
     3e-4 and 4e-4: s_i is a mean over hundreds of tokens and stays near 1.
 
-    The sequence here is the *sub-trace*: the mean goes over what is in one forward pass, not over the episode. This is
-    the one loss that notices where an episode was cut.
+    The sequence here is the *sub-trace*: the mean is over one forward pass, not over the episode. This is the only loss
+    that depends on where an episode was cut.
 
-    Tensors [T]: mask_T True = action token; sequence_T int64 in [0, num_sequences), of masked tokens, too. Tokens with
-    mask_T False are in no mean; a sequence without action tokens has s_i = 1. `ratio_T` is s_i. The mean is taken in
-    float64. s_i beyond the float's range: as in `ppo`.
+    Tensors [T]: mask_T True = action token; sequence_T int64 in [0, num_sequences), also for masked tokens. Tokens with
+    mask_T False are in no mean; a sequence without action tokens has s_i = 1. `ratio_T` is s_i. The mean is computed in
+    float64. s_i beyond the float's range: see `ppo`.
 
     ValueError: shapes differ; a sequence number out of range; a negative clip.
     """

@@ -25,12 +25,12 @@ def ppo(
         dl/dlog pi = -r A, or 0 where the clip acted:
             A > 0 and r > 1 + clip_high     A < 0 and r < 1 - clip_low     A < 0 and r > c > 0
 
-    On a bound the gradient is whole. All tensors [T]; advantages and old log-probabilities are constants.
+    Exactly on a bound the gradient is not clipped. All tensors [T]; advantages and old log-probabilities are constants.
 
-    exp(log-ratio) beyond the float's range (88 in float32): for A > 0 clipped as any large ratio, gradient 0; for A = 0
-    loss and gradient 0; for A < 0 an infinite loss (see `require_finite`), unless dual_clip bounds it.
+    exp(log-ratio) beyond the float's range (88 in float32): for A > 0 it is clipped like any large ratio, gradient 0;
+    for A = 0 loss and gradient are 0; for A < 0 the loss is infinite (see `require_finite`) unless dual_clip bounds it.
 
-    ValueError: shapes differ; a negative clip; dual_clip neither 0 nor above 1 (it would silence tokens at ratio 1).
+    ValueError: shapes differ; a negative clip; dual_clip neither 0 nor above 1 (it would mask tokens at ratio 1).
     """
     require_same_shape(logprobs=logprobs_T, old_logprobs=old_logprobs_T, advantages=advantages_T)
     if dual_clip != 0 and not dual_clip > 1:
@@ -42,7 +42,7 @@ def ppo(
 def clipped_surrogate(
     log_ratio_T: torch.Tensor, advantages_T: torch.Tensor, low: float, high: float, dual_clip: float = 0.0
 ) -> TokenLoss:
-    """Compute `ppo` from log r and the window itself."""
+    """Compute `ppo` from log r and the two bounds of the ratio."""
     ratio_T = log_ratio_T.detach().exp()
     plain_T = -ratio_T * advantages_T
     bound_T = -ratio_T.clamp(low, high) * advantages_T
@@ -52,7 +52,7 @@ def clipped_surrogate(
         capped_T = (advantages_T < 0) & (plain_T > cap_T)
         bound_T = torch.where(capped_T, cap_T, bound_T)
         clipped_T = clipped_T | capped_T
-    # Without a gradient, exp must not see the ratio either: 0 * inf is NaN.
+    # Tokens without a gradient must not reach exp: 0 * inf is NaN.
     without_T = clipped_T | ((advantages_T == 0) & ratio_T.isinf())
     moving_T = -torch.where(without_T, 0.0, log_ratio_T).exp() * advantages_T
     return TokenLoss(torch.where(clipped_T, bound_T, moving_T), ratio_T, clipped_T)

@@ -1,4 +1,4 @@
-"""Families of models: one file each reads its `config.json` and maps its tensors."""
+"""Model families. The file of each family reads its `config.json` and maps its tensors."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ READERS = qwen.READERS | llama.READERS | glm.READERS | deepseek.READERS  # by `m
 
 
 def read_shape(folder: Path) -> ModelShape:
-    """Return the numbers of a folder's model.
+    """Return the shape of a folder's model.
 
-    ValueError: no config.json, or an architecture or an option of it that is not mapped.
+    ValueError: no config.json, or an architecture or an option that is not supported.
     """
     config = JsonObject.read(folder / "config.json")
     kind = config.value("model_type", None)

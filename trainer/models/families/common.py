@@ -1,4 +1,4 @@
-"""What several families read from a `config.json`."""
+"""Readers of `config.json` that several families share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from trainer.models.shape import MoeShape, Rope
 
 
 def rope(f: JsonObject) -> dict[str, Any]:
-    """Read `rope_parameters`, or `rope_scaling` and its neighbors as older folders have it."""
+    """Read `rope_parameters`, or the `rope_scaling` and `rope_theta` of older folders."""
     r = f.inside("rope_parameters") or f.inside("rope_scaling")
     base = r.float("rope_theta", f.float("rope_theta", 10000.0))
     kind = r.value("rope_type", r.value("type", "default"))
@@ -40,7 +40,7 @@ def rope(f: JsonObject) -> dict[str, Any]:
 
 
 def decoder(f: JsonObject) -> dict[str, Any]:
-    """Read what every mapped decoder has."""
+    """Read the fields that every supported decoder has."""
     f.only("hidden_act", "silu")
     f.only("use_sliding_window", False)
     f.absent("quantization_config")
@@ -89,5 +89,5 @@ def sigmoid_moe(f: JsonObject, num_layers: int) -> MoeShape:
 
 
 def num_mtp(f: JsonObject) -> int:
-    """Return how many layers after the last predict further tokens."""
+    """Return the number of multi-token-prediction layers after the last layer."""
     return f.int("num_nextn_predict_layers", f.int("num_mtp_layers", 0))

@@ -1,4 +1,4 @@
-"""DeepSeek-V3: latent attention, and a router of sigmoids."""
+"""The family of DeepSeek-V3: latent attention, and a router with sigmoid scores."""
 
 from __future__ import annotations
 

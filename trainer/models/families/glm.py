@@ -1,4 +1,4 @@
-"""GLM-4 and GLM-4.5."""
+"""The family of GLM-4 and GLM-4.5."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from trainer.models.shape import ModelShape
 
 
 def _partial(f: JsonObject) -> float:
-    """The part of a head that has positions, in both GLM families."""
+    """Return the fraction of a head's dimensions that are rotated."""
     return f.inside("rope_parameters").float("partial_rotary_factor", f.float("partial_rotary_factor", 0.5))
 
 
@@ -21,7 +21,7 @@ def _glm4(f: JsonObject) -> ModelShape:
 
 
 def _layer(shape: ModelShape, layer: Layer) -> list[Entry]:
-    """Return the layer of GLM-4: outputs of attention and MLP are normed, too, and gate and up are one tensor."""
+    """Return the entries of a GLM-4 layer: outputs of attention and MLP are normed, and gate and up are one tensor."""
     width, gated = (shape.hidden,), (2 * shape.ffn, shape.hidden)
     return [
         *attention(shape, layer),

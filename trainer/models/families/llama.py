@@ -1,4 +1,4 @@
-"""Llama."""
+"""The family of Llama."""
 
 from __future__ import annotations
 

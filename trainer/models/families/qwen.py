@@ -1,4 +1,4 @@
-"""Qwen2, Qwen2.5, Qwen3, Qwen3-MoE."""
+"""The family of Qwen2, Qwen2.5, Qwen3 and Qwen3-MoE."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ def _qwen3_moe(f: JsonObject) -> ModelShape:
     f.only("attention_bias", False)
     common = decoder(f) | {"qk_norm": True}
     step, dense = f.int("decoder_sparse_step", 1), f.list("mlp_only_layers")
-    normalised = f.bool("norm_topk_prob")
-    if normalised and f.int("num_experts_per_tok") == 1:
-        raise f.refused("norm_topk_prob", normalised, "False where num_experts_per_tok is 1")
+    normalized = f.bool("norm_topk_prob")
+    if normalized and f.int("num_experts_per_tok") == 1:
+        raise f.refused("norm_topk_prob", normalized, "False where num_experts_per_tok is 1")
     moe = MoeShape(
         experts=f.count("num_experts" if "num_experts" in f else "num_local_experts"),
         top_k=f.int("num_experts_per_tok"),
         ffn=f.int("moe_intermediate_size"),
         layers=tuple(i not in dense and (i + 1) % step == 0 for i in range(common["num_layers"])),
-        normalised=normalised,
+        normalized=normalized,
     )
     return ModelShape(**common, moe=moe)
 
