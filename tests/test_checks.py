@@ -221,7 +221,7 @@ def test_a_warm_start_needs_no_gpus_for_a_critic_or_engines() -> None:
             ],
             ["critic.layout: pipeline_parallel*virtual_stages=2*19", "num_hidden_layers=36", "virtual_stages=18"],
         ),
-        ({"model_type": "mamba"}, [], ["config.json", "'mamba' is not mapped"]),
+        ({"model_type": "mamba"}, [], ["config.json", "'mamba' is not supported"]),
         (
             {},
             ["rollout.engine.tensor_parallel=3", "rollout.engine.num_engines=1", "cluster.gpus_per_node=9"],

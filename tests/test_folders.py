@@ -131,7 +131,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     ),
     "another model's": (
         lambda f: save_file({"vision.weight": np.zeros(3, np.float32)}, f / "vision.safetensors"),
-        ["vision.safetensors: tensor vision.weight is not mapped"],
+        ["vision.safetensors: tensor vision.weight is not supported"],
     ),
     "in two files": (
         lambda f: shutil.copy(f / WEIGHTS, f / "model-old.safetensors"),

@@ -159,7 +159,7 @@ def test_folders_are_read_whole_or_refused_and_written_bit_for_bit(
     cases = {
         "short": (norm, lambda t: t[:-1], rf"{norm} has shape \(31,\), config.json asks for \(32,\)"),
         "gone": (norm, None, rf"{norm} is missing \(23 tensors found\)"),
-        "more": ("model.layers.1.self_attn.q_proj.bias", lambda t: torch.zeros(32), "q_proj.bias is not mapped"),
+        "more": ("model.layers.1.self_attn.q_proj.bias", lambda t: torch.zeros(32), "q_proj.bias is not supported"),
     }
 
     def read(worker: Any, path: str) -> None:

@@ -1,10 +1,10 @@
-"""Lets megatron-core run on a machine without CUDA.
+"""Support for megatron-core on a machine without CUDA.
 
-megatron-core 0.16 asks `torch.cuda` for its device, streams, events and generators without looking
-whether there is one. Where CUDA is absent, every `megatron.core` module gets a stand-in for its global
-name `torch`: factories put their tensors on the CPU, and `torch.cuda` is a CPU that is always ready.
-Nothing outside megatron-core sees the stand-in, except `Tensor.cuda` and `Tensor.type`, which are
-methods and can't be scoped. With CUDA present `enable` does nothing.
+megatron-core 0.16 uses the device, streams, events and generators of `torch.cuda` without checking that
+there is a device. Without CUDA, every `megatron.core` module gets a stand-in for its global name `torch`:
+factories put their tensors on the CPU, and `torch.cuda` is a CPU whose work is always done. The stand-in
+is limited to megatron-core, except for `Tensor.cuda` and `Tensor.type`, which are methods and can't be
+scoped. With CUDA `enable` does nothing.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class _Generators:
 
 
 class _Fallback(types.ModuleType):
-    """A module that answers what it was given and asks another module for the rest."""
+    """A module with some attributes of its own that takes all others from another module."""
 
     def __init__(self, name: str, behind: types.ModuleType, **own: Any) -> None:
         super().__init__(name)
@@ -132,7 +132,7 @@ def _cuda_stand_in() -> types.ModuleType:
 
 
 class _PatchAfterImport(importlib.abc.MetaPathFinder):
-    """Patches megatron modules that load after `enable` (checkpoint strategies load late)."""
+    """An import hook that patches megatron modules loaded after `enable` (checkpoint strategies load late)."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: types.ModuleType | None = None
@@ -171,7 +171,7 @@ _tensor_type = torch.Tensor.type
 
 
 def _type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-    """`Tensor.type()`, which megatron's DDP compares with CUDA type names to sort its buckets."""
+    """Return the CUDA type name for `Tensor.type()` inside megatron-core, whose DDP groups its buckets by it."""
     answer = _tensor_type(self, *args, **kwargs)
     if args or kwargs or f"{_PREFIX}.".replace(".", "/") not in sys._getframe(1).f_code.co_filename:
         return answer
@@ -180,8 +180,8 @@ def _type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
 
 @functools.cache
 def enable() -> None:
-    """Make `import megatron.core` usable; call it before that import. Idempotent."""
-    # megatron-core says at import, module by module, that Apex and Transformer Engine are absent; we don't use them.
+    """Make `import megatron.core` work without CUDA; call it before that import. Idempotent."""
+    # Each module of megatron-core warns at import that Apex and Transformer Engine are absent; we don't use them.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
     warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"megatron\.")
     if torch.cuda.is_available():

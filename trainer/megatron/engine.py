@@ -1,4 +1,4 @@
-"""The Megatron engine: tensor, pipeline, context, expert and data parallelism, a distributed optimizer."""
+"""The Megatron engine: tensor, pipeline, context, expert and data parallelism with a distributed optimizer."""
 
 from __future__ import annotations
 
@@ -52,7 +52,10 @@ class MegatronEngine:
         self.residence: Residence | None = None
 
     def start(self, master: str, port: int) -> None:
-        """Join the process group, build this rank's chunks of the model, read their weights."""
+        """Join the process group, build this rank's chunks of the model, read their weights.
+
+        ValueError: the model's folder is bad, or the layout does not fit the model.
+        """
         s = self.settings
         self.shape = read_shape(Path(s.model_folder))
         check_layout(self.shape, s.layout)
@@ -80,7 +83,7 @@ class MegatronEngine:
             parallel_state.get_data_parallel_rank(),
             length_multiples(layout.tensor_parallel, layout.sequence_parallel, layout.context_parallel),
             (layout.context_parallel, parallel_state.get_context_parallel_rank()),
-            # Virtual stages take micro-batches in groups as large as the pipeline.
+            # With virtual stages micro-batches are processed in groups as large as the pipeline.
             layout.pipeline_parallel if layout.virtual_stages > 1 else 1,
         )
 
@@ -97,25 +100,25 @@ class MegatronEngine:
         return [chunk if self.settings.frozen else chunk.module for chunk in self.chunks]
 
     def _parameter_names(self) -> list[str]:
-        """Of the whole model, whichever process has them."""
+        """Return the parameter names of the whole model, over all processes."""
         head = [] if self.head is None else ["output_layer.weight", "output_layer.bias"]
         return [entry.ours for entry in entries(self.shape, bool(head))] + head
 
     @property
     def _reports_losses(self) -> bool:
-        """One process for each slice of the tokens reports their sums; only the last pipeline stage knows them."""
+        """Return whether this process reports losses: one on the last pipeline stage for each slice of the tokens."""
         last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
         return bool(last) and parallel_state.get_tensor_model_parallel_rank() == 0
 
     @property
     def _reports_outputs(self) -> bool:
-        """One process of every data-parallel row reports its outputs."""
+        """Return whether this process reports outputs: one process of every data-parallel row."""
         return self._reports_losses and parallel_state.get_context_parallel_rank() == 0
 
     def _run(self, batches: Sequence[MicroBatch], loss: LossFunction | None) -> list[Any]:
-        """All micro-batches through all chunks; what comes of each on the last pipeline stage, nothing elsewhere.
+        """Run all micro-batches through all chunks; return their results on the last pipeline stage, [] elsewhere.
 
-        That is the micro-batch and the first row of the model's output [C, P], or, with a loss, what it returned.
+        A result is the micro-batch and the first row of the model's output [C, P], or, with a loss, the loss's result.
         """
 
         packed = [(batch, PackedSequences(batch.packing)) for batch in batches]
@@ -157,7 +160,7 @@ class MegatronEngine:
         return found if self._reports_outputs else []
 
     def _whole(self, out_P: torch.Tensor) -> torch.Tensor:
-        """[A]: the outputs of all processes that share the sequences, one process's after the other's."""
+        """Return [A]: the outputs of all processes that share the sequences, concatenated in rank order."""
         group = parallel_state.get_context_parallel_group()
         if group.size() == 1:
             return out_P
@@ -186,7 +189,7 @@ class MegatronEngine:
         return StepResult(float(grad_norm), lr, tuple(losses) if self._reports_losses else ())
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Return every tensor but the head's under its Hugging Face name; see trainer/megatron/hf.py."""
+        """Return every tensor except the head's under its Hugging Face name; see trainer/megatron/hf.py."""
         return hf.export(self.models, self.shape, value_head=self.head is not None)
 
     def weight_shapes(self) -> list[tuple[str, str, list[int]]]:
@@ -198,7 +201,7 @@ class MegatronEngine:
         return checkpoint.begin(folder, self.chunks, self.optimizer, self.updates_done)
 
     def load(self, folder: Path) -> None:
-        """Read a checkpoint that any layout wrote. ValueError: see `checkpoint.load`."""
+        """Read a checkpoint written in any layout. ValueError: see `checkpoint.load`."""
         self.updates_done = checkpoint.load(folder, self.chunks, self.optimizer)
 
     def present(self, *memory: Memory) -> AbstractContextManager[None]:

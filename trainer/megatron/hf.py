@@ -1,8 +1,8 @@
-"""Weights between a Hugging Face folder and this process's Megatron chunks, both ways, bit for bit.
+"""Bit-exact transfer of weights between a Hugging Face folder and this process's Megatron chunks, in both directions.
 
-trainer/models/entries.py says which tensor is which, trainer/models/files.py which file holds it. No process ever holds
-a whole model: loading reads from the files only what a process keeps, exporting passes one whole tensor at a time to
-the role's rank 0.
+trainer/models/entries.py maps the tensors, and trainer/models/files.py locates their files. No process ever holds a
+whole model: when loading, a process reads only its own shard from the files; when exporting, one whole tensor at a time
+goes to the role's rank 0.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from trainer.models.shape import ModelShape  # noqa: E402
 
 
 def named(models: Sequence[Any]) -> dict[str, torch.Tensor]:
-    """Return this process's tensors under the names that they have in the whole model (`Entry.ours`).
+    """Return this process's tensors under their names in the whole model (`Entry.ours`).
 
-    A chunk counts its layers from its first one, a process its experts from its first one. On the last pipeline stage
-    a tied projection is a copy of the embedding, and called so.
+    Megatron numbers layers within a chunk and experts within a process. On the last pipeline stage a tied projection is
+    a copy of the embedding and has the embedding's name.
     """
     found: dict[str, torch.Tensor] = {}
     for model in models:
@@ -73,49 +73,48 @@ def load(models: Sequence[Any], shape: ModelShape, folder: Path, value_head: boo
             assert part.shape == target.shape, (entry, part.shape, target.shape)
             with torch.no_grad():
                 target.copy_(part)
-            # Megatron sets this in the initialisation that we skip; the gradient norm counts shards by it.
+            # Megatron sets this during the initialization that we skip; the gradient norm uses it to count shards.
             target.tensor_model_parallel = entry.expert is not None or entry.split is not Split.NONE
     left = [name for name in own if not (value_head and name.startswith("output_layer."))]
     assert not left, f"parameters without a mapping: {left}"
 
 
 def _group(entry: Entry) -> Any:
-    """The processes over which a tensor's split goes."""
+    """Return the group of processes over which a tensor is split."""
     if entry.expert is not None:
         return parallel_state.get_expert_tensor_parallel_group()
     return parallel_state.get_tensor_model_parallel_group()
 
 
 def _own_part(read: Sequence[Any], entry: Entry, shape: ModelShape, size: int, rank: int) -> torch.Tensor:
-    """What process `rank` of `size` keeps of a tensor. `read[i][rows, columns]` reads from the file of `theirs[i]`."""
+    """Return the shard of process `rank` of `size`. `read[i][rows, columns]` reads from the file of `theirs[i]`."""
     if entry.split is Split.NONE:
-        parts = [r[:] for r in read]
+        slices = [r[:] for r in read]
     elif entry.split is Split.COLUMNS:
         columns = entry.shapes[0][1] // size
-        parts = [r[:, rank * columns : (rank + 1) * columns] for r in read]
+        slices = [r[:, rank * columns : (rank + 1) * columns] for r in read]
     elif entry.merge is Merge.VOCAB:
         rows = padded_vocab(shape.vocab, size) // size
-        part = read[0][rank * rows : min((rank + 1) * rows, shape.vocab)]
-        return torch.nn.functional.pad(part, (0, 0, 0, rows - len(part)))
+        own = read[0][rank * rows : min((rank + 1) * rows, shape.vocab)]
+        return torch.nn.functional.pad(own, (0, 0, 0, rows - len(own)))
     else:
         halves = 2 if entry.split is Split.GATED and entry.merge is Merge.ONE else 1
-        parts = []
+        slices = []
         for r, (rows, *_) in zip(read, entry.shapes, strict=True):
             each = rows // halves // size
             for half in range(halves):
                 first = half * (rows // halves) + rank * each
-                parts.append(r[first : first + each])
+                slices.append(r[first : first + each])
     if entry.merge is Merge.QKV:
-        return merge(parts, entry, replace(shape, kv_heads=shape.kv_heads // size), size)
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
+        return merge(slices, entry, replace(shape, kv_heads=shape.kv_heads // size), size)
+    return torch.cat(slices) if len(slices) > 1 else slices[0]
 
 
 def export(models: Sequence[Any], shape: ModelShape, value_head: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield every tensor under its Hugging Face name, in the order of `entries`; all processes of the role must
-    iterate.
+    """Yield every tensor under its Hugging Face name, in the order of `entries`.
 
-    On the role's rank 0 tensors are whole, on its device. The others get tensors of the same shapes and dtypes on the
-    device "meta", which hold nothing.
+    All processes of the role must iterate. On the role's rank 0 tensors are whole, on its device. Other ranks get
+    tensors of the same shapes and dtypes on the device "meta", which hold no data.
     """
     own, dtype = named(models), models[0].config.params_dtype
     for entry in entries(shape, value_head):
@@ -129,10 +128,10 @@ def export(models: Sequence[Any], shape: ModelShape, value_head: bool = False) -
 
 
 def _collect(own: torch.Tensor | None, entry: Entry, shape: ModelShape, dtype: torch.dtype, config: Any) -> Any:
-    """The whole tensor on rank 0, None elsewhere.
+    """Return the whole tensor on rank 0, None elsewhere.
 
-    Of the processes that hold it the first copy's gather it: ranks count tensor-parallel ones first, pipeline stages
-    last, and of experts the data-parallel copies just before those. The first of them passes it on to rank 0.
+    The processes of its first data-parallel copy gather it, and the first of them sends it to rank 0. Ranks are ordered
+    with tensor parallelism fastest and pipeline stages slowest; for experts, data-parallel copies are second slowest.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     stages = config.pipeline_model_parallel_size
@@ -166,7 +165,7 @@ def _collect(own: torch.Tensor | None, entry: Entry, shape: ModelShape, dtype: t
 
 
 def _gather(part: torch.Tensor, split: Split, group: Any, leader: int) -> torch.Tensor | None:
-    """The whole tensor on rank `leader`, None on the other ranks of the group."""
+    """Return the whole tensor on rank `leader`, None on the other ranks of the group."""
     first = dist.get_rank() == leader
     if split is Split.NONE or group.size() == 1:
         return part if first else None

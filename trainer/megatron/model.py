@@ -1,4 +1,4 @@
-"""From a Hugging Face config to the chunks of a megatron-core GPT model that this process has."""
+"""Construction of this process's chunks of a megatron-core GPT model from a Hugging Face config."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
 def start_process(
     rank: int, layout: LayoutConfig, master: str, port: int, seed: int, timeout_s: float, threads: int
 ) -> None:
-    """Join the role's process group and make megatron's parallel groups."""
+    """Join the role's process group and create megatron's parallel groups."""
     cuda = torch.cuda.is_available()
     if not cuda:
         torch.set_num_threads(threads)
     os.environ.update(MASTER_ADDR=master, MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(layout.num_processes))
-    # SGLang does the same in its engines; where the two ends of a broadcast differ, NCCL says "invalid argument".
+    # SGLang sets the same in its engines; if the two ends of a broadcast differ, NCCL fails with "invalid argument".
     os.environ.setdefault("NCCL_CUMEM_ENABLE", "0")
     dist.init_process_group(
         "nccl" if cuda else "gloo",
@@ -69,7 +69,7 @@ def start_process(
 
 
 def leave_process() -> None:
-    """Undo `start_process`; the same process may start anew, in another layout."""
+    """Undo `start_process`; the same process may start again in another layout."""
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
 
@@ -81,7 +81,7 @@ def _virtual(layout: LayoutConfig) -> int | None:
 def transformer_config(
     shape: ModelShape, layout: LayoutConfig, options: Mapping[str, Any] | None = None
 ) -> TransformerConfig:
-    """Return Megatron's configuration. `options`: more of its fields. TypeError: one that is set here already."""
+    """Return Megatron's configuration. `options`: further fields of it. TypeError: a field that is set here already."""
     dtype = DTYPES[layout.precision]
     found: TransformerConfig = config_class(shape)(
         **model_options(shape),
@@ -100,18 +100,18 @@ def transformer_config(
         expert_model_parallel_size=layout.expert_parallel,
         expert_tensor_parallel_size=layout.expert_tensor_parallel,
         variable_seq_lengths=layout.pipeline_parallel > 1,  # micro-batches differ in length
-        # With virtual stages the other way of sending trains on wrong values, without an error.
+        # With virtual stages the other communication mode silently trains on wrong values.
         overlap_p2p_comm=layout.virtual_stages > 1,
         batch_p2p_comm=layout.virtual_stages == 1,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=layout.precision is Precision.bf16,
         use_cpu_initialization=True,
-        perform_initialization=False,  # weights are read from a folder right away
+        perform_initialization=False,  # weights are read from a folder afterward
         calculate_per_token_loss=True,  # gradients are divided by the global number of action tokens
         moe_token_dispatcher_type="alltoall",  # the default refuses sequences of varying length
         **_recompute(shape, layout),
-        # torch.compile, which needs a compiler: keeps one activation of SwiGLU less and passes once over the others
+        # Uses torch.compile, which needs a compiler: stores one activation of SwiGLU less and reads the others once.
         bias_activation_fusion=torch.cuda.is_available(),
         # other fused kernels need Apex or Transformer Engine
         bias_dropout_fusion=False,
@@ -124,7 +124,7 @@ def transformer_config(
 
 
 def _pipeline(shape: ModelShape, layout: LayoutConfig) -> list[list[str]] | None:
-    """What each chunk holds, in megatron's words; by itself it refuses numbers of layers that do not divide."""
+    """Return Megatron's description of the chunks, which it needs when the layers do not divide evenly."""
     if layout.pipeline_parallel == 1:
         return None
     chunks = chunks_of(shape.num_layers, layout.pipeline_parallel, layout.virtual_stages)
@@ -135,19 +135,19 @@ def _pipeline(shape: ModelShape, layout: LayoutConfig) -> list[list[str]] | None
 def _recompute(shape: ModelShape, layout: LayoutConfig) -> dict[str, Any]:
     found = dict(_RECOMPUTE[layout.recompute])
     if layout.recompute is Recompute.mlp and shape.moe:
-        found["recompute_modules"] = ["mlp", "moe"]  # layers with experts have another name for the same
+        found["recompute_modules"] = ["mlp", "moe"]  # in layers with experts the MLP is called "moe"
     return found
 
 
 class ScoringGPT(GPTModel):
-    """A chunk of a GPT model whose last stage answers with log-probabilities and entropies, or with values."""
+    """A chunk of a GPT model whose last stage returns log-probabilities and entropies, or values."""
 
-    real_vocab = 0  # ids that are no padding, all ranks together
+    real_vocab = 0  # number of ids without padding, over all ranks
     has_value_head = False
 
     def _postprocess(self, hidden_states: torch.Tensor, labels: torch.Tensor | None = None, **rest: Any) -> Any:
-        """On the last pipeline stage: [2, P] for `labels` int64 [1, P] (modules/scores.py), logits [1, P, V]
-        without labels, values [1, P] with a value head. Elsewhere the hidden states that the next stage takes.
+        """Return, on the last pipeline stage, [2, P] for `labels` int64 [1, P] (modules/scores.py), logits [1, P, V]
+        without labels, or values [1, P] with a value head; elsewhere the hidden states for the next stage.
         """
         if not self.post_process:
             return hidden_states
@@ -161,7 +161,9 @@ class ScoringGPT(GPTModel):
         else:
             hidden_states = copy_to_tensor_model_parallel_region(hidden_states)
         for before_forward in self.output_layer._forward_pre_hooks.values():
-            before_forward(self.output_layer, ())  # its weights may still be on their way here; it is not called itself
+            before_forward(
+                self.output_layer, ()
+            )  # waits for a pending gather of its weights; the layer itself is not called
         shared = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if shared else self.output_layer.weight
         group = parallel_state.get_tensor_model_parallel_group()

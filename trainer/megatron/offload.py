@@ -1,11 +1,11 @@
-"""What a role keeps on its device only while it works with it: bytes go to host memory and come back.
+"""Offloading of device memory to host memory while a role does not need it.
 
-    weights     parameters, and what else the model keeps        away while the role has no work   (offload: role)
-    gradients   of all parameters, in fp32                       away but in updates               (offload: role)
-    state       fp32 weights and Adam's moments                  away but in optimizer steps       (offload: optimizer)
+    weights     parameters and buffers of the model       away while the role is idle         (offload: role)
+    gradients   of all parameters, in fp32                away except during updates          (offload: role)
+    state       fp32 weights and Adam's moments           away except during optimizer steps  (offload: optimizer)
 
-Memory is emptied in place: every tensor and every view of it that megatron-core holds stays the object that it was,
-and has its values again when the bytes are back. Gradients are not kept; they come back as zeros.
+Storages are emptied in place: every tensor and every view that megatron-core holds remains the same object and has its
+values again after the bytes are restored. Gradients are not kept; they are restored as zeros.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import torch
 from trainer.config import Offload
 from trainer.engine import Memory
 
-PIECE = 1 << 28  # bytes: host memory that a device reads directly comes in powers of two
+PIECE = 1 << 28  # bytes; a power of two, because pinned host memory is allocated in powers of two
 
-AWAY = {  # outside of the work that needs them
+AWAY = {  # memory that is offloaded outside of the work that needs it
     Offload.none: frozenset[Memory](),
     Offload.optimizer: frozenset({Memory.state}),
     Offload.role: frozenset(Memory),
@@ -29,13 +29,13 @@ AWAY = {  # outside of the work that needs them
 
 
 class Shelf:
-    """Host memory for the contents of storages, which are empty meanwhile."""
+    """Host memory for the contents of storages, which are empty in the meantime."""
 
     def __init__(self) -> None:
         self._kept: list[tuple[torch.UntypedStorage, int, list[torch.Tensor]]] = []
 
     def put(self, storages: Sequence[torch.UntypedStorage], keep: bool = True) -> None:
-        """Take the bytes of storages (without `keep` only their sizes) and empty them. The shelf must be free."""
+        """Take the bytes of storages (only their sizes without `keep`) and empty them. The shelf must be free."""
         assert not self._kept, "the shelf is taken"
         for storage in storages:
             size, pieces = storage.nbytes(), []
@@ -49,7 +49,7 @@ class Shelf:
             storage.resize_(0)
 
     def give_back(self) -> None:
-        """Fill the storages again: with what they had, or with zeros."""
+        """Fill the storages again, with their old contents or with zeros."""
         for storage, size, pieces in self._kept:
             storage.resize_(size)
             if not pieces:
@@ -62,7 +62,7 @@ class Shelf:
 
 
 def _bytes(storage: torch.UntypedStorage) -> torch.Tensor:
-    """uint8 view of a whole storage."""
+    """Return a uint8 view of a whole storage."""
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
@@ -72,7 +72,7 @@ def _finish_copies() -> None:
 
 
 def storages(tensors: Iterable[torch.Tensor], but: Iterable[torch.Tensor] = ()) -> list[torch.UntypedStorage]:
-    """Return the memory behind tensors, each once, without that of the tensors `but`; none that is empty."""
+    """Return the non-empty storages of tensors, each once, without those of the tensors `but`."""
     seen = {0, *(tensor.untyped_storage().data_ptr() for tensor in but)}
     found = []
     for tensor in tensors:
@@ -84,19 +84,19 @@ def storages(tensors: Iterable[torch.Tensor], but: Iterable[torch.Tensor] = ()) 
 
 
 def weights_of(chunks: Sequence[Any]) -> list[torch.Tensor]:
-    """Return parameters and buffers of a rank's model chunks, which may be wrapped for data parallelism."""
+    """Return the parameters and buffers of a rank's model chunks, which may be wrapped for data parallelism."""
     models = [getattr(chunk, "module", chunk) for chunk in chunks]
     return [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
 
 
 def gradients_of(chunks: Sequence[Any]) -> list[torch.Tensor]:
-    """Return the buffers into which megatron-core sums gradients; none for bare models."""
+    """Return the buffers in which megatron-core sums gradients; none for bare models."""
     wrapped = [chunk for chunk in chunks if hasattr(chunk, "module")]
     return [buffer.grad_data for chunk in wrapped for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
 
 
 def state_of(optimizer: Any) -> list[torch.Tensor]:
-    """Return what Megatron's optimizer steps on and what it remembers. In fp32 it steps on views of the weights."""
+    """Return the weights that Megatron's optimizer updates and its moments. In fp32 it updates views of the weights."""
     chained = getattr(optimizer, "chained_optimizers", [optimizer])
     inner = [one.optimizer for one in chained if getattr(one, "optimizer", None) is not None]
     steps_on = [parameter for one in inner for group in one.param_groups for parameter in group["params"]]
@@ -105,10 +105,10 @@ def state_of(optimizer: Any) -> list[torch.Tensor]:
 
 
 class Residence:
-    """Which memory of a rank is on its device. Made when all is; from then on some is away."""
+    """The state of a rank's memory: on its device or offloaded. All of it is on the device at construction."""
 
     def __init__(self, offload: Offload, chunks: Sequence[Any], optimizer: Any | None) -> None:
-        """`optimizer`: None of a frozen role."""
+        """Offload the memory that `AWAY` lists. `optimizer`: None for a frozen role."""
         self._chunks = chunks
         self._optimizer = optimizer
         self._shelves = {kind: Shelf() for kind in Memory}
@@ -118,7 +118,7 @@ class Residence:
 
     @contextmanager
     def present(self, *memory: Memory) -> Iterator[None]:
-        """Keep the memory on the device inside the block; what was there before it stays there after it."""
+        """Keep the memory on the device inside the block, and after it if it was there before."""
         wanted = self.away.intersection(memory)
         for kind in Memory:
             if kind in wanted:

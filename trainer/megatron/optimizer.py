@@ -1,4 +1,4 @@
-"""Megatron's distributed optimizer with an Adam whose state can be saved and loaded anywhere."""
+"""Megatron's distributed optimizer with an Adam whose state can be saved and loaded in any layout."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ from megatron.core.optimizer import (  # noqa: E402
 
 from trainer.megatron.model import DTYPES  # noqa: E402
 
-BUCKET_SIZE: int | None = None  # parameters that travel together; None: megatron-core's 40 million or more
+BUCKET_SIZE: int | None = (
+    None  # parameters that are communicated together; None: megatron-core's default, 40 million or more
+)
 
 
 class GroupStepAdam(torch.optim.Optimizer):
@@ -84,7 +86,7 @@ class GroupStepAdam(torch.optim.Optimizer):
 
 @functools.cache
 def _use_group_step_adam() -> None:
-    """Only where neither Transformer Engine nor Apex is installed."""
+    """Replace megatron-core's Adam where neither Transformer Engine nor Apex is installed."""
     if not megatron_optimizer.USING_PYTORCH_OPTIMIZER:
         return
     megatron_optimizer.Adam = GroupStepAdam
@@ -97,7 +99,7 @@ def _use_group_step_adam() -> None:
 def freeze(
     models: Sequence[Any], own: Mapping[str, torch.Tensor], names: Sequence[str], patterns: Sequence[str]
 ) -> None:
-    """Take the gradient from parameters whose name in the whole model matches one of the patterns.
+    """Set `requires_grad` to False for parameters whose name in the whole model matches one of the patterns.
 
     Call it before `wrap_ddp`, with this process's chunks, its tensors by name, and the names of all processes'
     tensors. ValueError: see `frozen_names`.
@@ -107,17 +109,17 @@ def freeze(
             own[name].requires_grad_(False)
     for model in models:
         if patterns and model.pre_process and not any(p.requires_grad for p in model.embedding.parameters()):
-            # A recomputed layer passes no gradient to its own weights unless its input asks for one.
+            # A recomputed layer computes no gradient of its own weights unless its input requires one.
             model.embedding.register_forward_hook(lambda module, args, out: out.requires_grad_())
 
 
 def wrap_ddp(models: Sequence[Any]) -> list[DistributedDataParallel]:
     """Put Megatron's data parallelism around each of this rank's chunks, with gradients summed in fp32.
 
-    Where several ranks sum gradients, a bucket of them is on its way while those of earlier layers are computed. On
-    pipeline stages but the first, and in virtual stages but the first, all are one bucket: they have time. After an
-    optimizer step the next forward pass gathers the weights, a bucket ahead of the layers that read them: so
-    `gather_weights` before anything but a forward pass reads them.
+    If several ranks sum gradients, one bucket is reduced while the gradients of earlier layers are computed. All
+    pipeline stages and virtual stages except the first use a single bucket, because they have time to reduce it. After
+    an optimizer step the next forward pass gathers the weights, one bucket ahead of the layers that read them: call
+    `gather_weights` before anything other than a forward pass reads them.
     """
     several = parallel_state.get_data_parallel_world_size(with_context_parallel=True) > 1
     settings = DistributedDataParallelConfig(
@@ -131,17 +133,17 @@ def wrap_ddp(models: Sequence[Any]) -> list[DistributedDataParallel]:
         DistributedDataParallel(model.config, settings, model, disable_bucketing=number > 0)
         for number, model in enumerate(models)
     ]
-    if several:  # gradients are on their way once all micro-batches are in them
+    if several:  # gradients are reduced once all micro-batches have been added
         each = [chunk.no_sync for chunk in chunks]
         chunks[0].config.no_sync_func = each if len(each) > 1 else each[0]
     return chunks
 
 
 def unwrap_ddp(chunks: Sequence[Any]) -> None:
-    """Empty the wrappers, which are of no use then; frozen chunks have none.
+    """Empty the wrappers, which can't be used afterward; frozen chunks have none.
 
-    Wrapper -> autograd's nodes -> megatron's hooks on them -> wrapper is a circle that no collector sees, and from it
-    hang model, optimizer, and the process groups with their threads.
+    Wrapper -> autograd's nodes -> megatron's hooks on them -> wrapper is a reference cycle that the garbage collector
+    can't find. It keeps the model, the optimizer, and the process groups with their threads alive.
     """
     for chunk in chunks:
         if isinstance(chunk, DistributedDataParallel):
@@ -149,7 +151,7 @@ def unwrap_ddp(chunks: Sequence[Any]) -> None:
 
 
 def gather_weights(chunks: Sequence[DistributedDataParallel]) -> None:
-    """Make all weights on all ranks those of the last optimizer step; all ranks call it."""
+    """Update the weights on all ranks to those of the last optimizer step; all ranks call it."""
     for chunk in chunks:
         if chunk.ddp_config.overlap_param_gather:
             chunk.start_param_sync(force_sync=True)
@@ -174,10 +176,11 @@ def build_optimizer(chunks: Sequence[DistributedDataParallel], config: Optimizer
 
 
 def _groups(settings: megatron_optimizer.OptimizerConfig) -> dict[ParamKey, Any]:
-    """Megatron's parameter groups (no weight decay of norms and biases), none of them of two precisions.
+    """Return Megatron's parameter groups (no weight decay of norms and biases), each with a single precision.
 
-    The distributed optimizer puts a group's fp32 parameters before the others and looks them up as if it had not: it
-    would save the value head of a bf16 critic as some other parameter. The rate is every group's; it makes a group.
+    The distributed optimizer moves a group's fp32 parameters before the others but looks them up in the old order: it
+    would save the value head of a bf16 critic as another parameter. The override repeats the learning rate, which is
+    the same everywhere, only to create a group.
     """
     found: dict[ParamKey, Any] = get_standard_config_overrides(settings)
     if settings.bf16:

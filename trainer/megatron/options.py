@@ -1,4 +1,4 @@
-"""What a model's numbers mean for megatron-core: the parts of its configuration that depend on the model."""
+"""Translation of a model's shape into the options of megatron-core's configuration that depend on the model."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from trainer.models.shape import MlaShape, ModelShape, MoeShape  # noqa: E402
 
 
 def config_class(shape: ModelShape) -> type[TransformerConfig]:
-    """Return the class that takes `model_options`."""
+    """Return the configuration class for `model_options`."""
     return MLATransformerConfig if shape.mla else TransformerConfig
 
 
 def model_options(shape: ModelShape) -> dict[str, Any]:
-    """Return arguments of `config_class(shape)` that depend on the model and not on the layout."""
+    """Return the arguments of `config_class(shape)` that depend on the model and not on the layout."""
     options = {
         "num_layers": shape.num_layers,
         "hidden_size": shape.hidden,
@@ -42,12 +42,12 @@ def model_options(shape: ModelShape) -> dict[str, Any]:
 
 
 def finish(model: GPTModel, shape: ModelShape) -> None:
-    """Give a model that has just been built its own position embedding."""
+    """Set the position embedding's frequencies in a newly built model."""
     if shape.mla:
-        return  # each layer has one, made from its configuration
+        return  # each layer has its own position embedding, made from the configuration
     rotary = model.rotary_pos_emb
     rotary.inv_freq = inverse_frequencies(shape).to(rotary.inv_freq.device)
-    if shape.rope.kind == "yarn":  # megatron-core's attention reads from here how cosine and sine grow
+    if shape.rope.kind == "yarn":  # megatron-core's attention reads the scale of cosine and sine here
         model.config.yarn_rotary_scaling_factor = shape.rope.factor
         model.config.yarn_mscale = shape.rope.mscale
         model.config.yarn_mscale_all_dim = shape.rope.mscale_all
@@ -59,7 +59,7 @@ def _moe_options(moe: MoeShape) -> dict[str, Any]:
         "num_moe_experts": moe.experts,
         "moe_ffn_hidden_size": moe.ffn,
         "moe_shared_expert_intermediate_size": moe.shared_ffn or None,
-        # checkpoints have to know that layers differ
+        # checkpoints must record that layers differ
         "moe_layer_freq": 1 if all(moe.layers) else [int(has) for has in moe.layers],
         "moe_router_topk": moe.top_k,
         "moe_router_score_function": "sigmoid" if moe.sigmoid else "softmax",
@@ -68,7 +68,7 @@ def _moe_options(moe: MoeShape) -> dict[str, Any]:
         "moe_router_num_groups": moe.groups if grouped else None,
         "moe_router_group_topk": moe.top_groups if grouped else None,
         "moe_router_enable_expert_bias": moe.correction,
-        "moe_router_bias_update_rate": 0.0,  # the correction stays as it was loaded
+        "moe_router_bias_update_rate": 0.0,  # the loaded correction does not change
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "none",  # reinforcement learning adds no loss of its own
     }

@@ -1,4 +1,4 @@
-"""Which modules the layers of a model are made of."""
+"""Megatron layer specs: the modules that the layers of a model consist of."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def _layer(shape: ModelShape, experts: int | None) -> ModuleSpec:
 
 
 def block_spec(shape: ModelShape, layers: Sequence[int]) -> TransformerBlockSubmodules:
-    """Return the spec of a decoder block that holds the layers `layers`, counted from 0 over the whole model."""
+    """Return the spec of a decoder block with the layers `layers`, numbered from 0 over the whole model."""
     dense = _layer(shape, None)
     sparse = _layer(shape, shape.moe.experts) if shape.moe else dense
     specs = [sparse if shape.has_experts(layer) else dense for layer in layers]

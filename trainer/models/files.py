@@ -59,7 +59,7 @@ def check_headers(folder: Path, found: dict[str, Header], wanted: Sequence[Entry
     unknown = strays(shape, found)
     if unknown:
         others = f", nor are {len(unknown) - 1} others" if len(unknown) > 1 else ""
-        raise ValueError(f"{found[unknown[0]].file}: tensor {unknown[0]} is not mapped{others}")
+        raise ValueError(f"{found[unknown[0]].file}: tensor {unknown[0]} is not supported{others}")
 
 
 def headers(folder: Path) -> dict[str, Header]:

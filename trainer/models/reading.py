@@ -94,7 +94,7 @@ class JsonObject:
             raise self.refused(name, self.value(name), "a model without it")
 
     def refused(self, name: str, found: Any, mapped: str) -> ValueError:
-        return ValueError(f"{self.where}: {name} is {found!r}, which is not mapped; mapped: {mapped}")
+        return ValueError(f"{self.where}: {name} is {found!r}, which is not supported; supported: {mapped}")
 
     def _typed(self, name: str, default: Any, what: str, *types: type) -> Any:
         found = self.value(name, default)

@@ -1,8 +1,8 @@
-"""The group in which a trainer's rank 0 broadcasts weights to SGLang servers, and the buckets they travel in.
+"""Broadcast of weights, in buckets, from a trainer's rank 0 to SGLang servers.
 
-SGLang's side builds a process group beside the default one: a TCP store at the given address, wrapped in a PrefixStore
-of the group's name, and a group of that name on it. Both sides must agree on each of these, so this is the same
-construction in torch.distributed alone; importing SGLang for it would cost a trainer 15 s and 600 MB.
+SGLang builds a process group in addition to the default one: a TCP store at the given address, wrapped in a PrefixStore
+with the group's name, and a group of that name on it. Both sides must agree on each of these, so this module does the
+same with torch.distributed alone; importing SGLang for it would cost a trainer 15 s and 600 MB.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ Weight = tuple[str, str, list[int]]  # Hugging Face name, dtype, shape
 
 
 def buckets(weights: Sequence[Weight], limit: int = BUCKET_BYTES) -> list[list[Weight]]:
-    """Split `weights` in order into buckets of at most `limit` bytes, or of one larger module.
+    """Split `weights` in order into buckets of at most `limit` bytes, or of a single larger module.
 
-    The tensors of a module (all names but for the last two words equal: those of one attention, of one expert) stay
-    together: SGLang fuses some of them when it loads, and forgets a half that came alone.
+    The tensors of a module (their names differ in the last two words only: one attention, one expert) stay together:
+    SGLang fuses some of them when it loads them, and loses a half that arrives alone.
     """
     found: list[list[Weight]] = []
     full = 0  # bytes in the last bucket
@@ -45,9 +45,9 @@ def buckets(weights: Sequence[Weight], limit: int = BUCKET_BYTES) -> list[list[W
 def join_update_group(
     host: str, port: int, rank: int, world_size: int, group_name: str, backend: str, timeout_s: float
 ) -> distributed.ProcessGroup:
-    """Join the group as `rank`; rank 0 listens on `port`. Waits for the others, at most `timeout_s`.
+    """Join the group as `rank`; rank 0 listens on `port`. Wait for the other members for at most `timeout_s`.
 
-    `backend` is "gloo" or "nccl". TimeoutError names the group when a member does not come.
+    `backend` is "gloo" or "nccl". TimeoutError: a member has not joined; the message names the group.
     """
     timeout = timedelta(seconds=timeout_s)
     try:
@@ -73,9 +73,9 @@ def join_update_group(
 
 
 def broadcast(tensors: Iterable[torch.Tensor], group: distributed.ProcessGroup) -> None:
-    """Send each tensor from rank 0 to the group, in order; return when all are sent.
+    """Send each tensor from rank 0 to the group, in order, and wait until all are sent.
 
-    RuntimeError comes from torch when a member is lost or the group's timeout passes.
+    RuntimeError: torch lost a member, or the group's timeout has passed.
     """
     works = [distributed.broadcast(tensor.contiguous(), 0, group=group, async_op=True) for tensor in tensors]
     for work in works:
@@ -89,9 +89,9 @@ def send(
     base: Base | None,
     changes: bool,
 ) -> int:
-    """Broadcast named tensors in the buckets of `plan`, waiting once for each; return bytes sent.
+    """Broadcast named tensors in the buckets of `plan`, waiting once per bucket; return bytes sent.
 
-    Whole tensors unless `changes` is asked for; `base` is told what was sent.
+    Sends whole tensors, or only changes with `changes`; `base` keeps what was sent.
     """
     stream, sent = iter(tensors), 0
     for bucket in plan:

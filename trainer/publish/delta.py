@@ -1,14 +1,15 @@
-"""The changed part of weights, bit for bit: what the trainer's end of a delta sends.
+"""Bit-exact encoding of changed weights: the trainer's side of a delta.
 
 A small optimizer step changes few weights of a model in bf16, whose numbers lie 2^-8 of their size apart. So rank 0
-keeps on the host what it has sent last, the *base*, and of each tensor sends the places where bits differ and the
-numbers that stand there now. rollout/sglang/delta.py is the engine's end. A bucket of N tensors is three broadcasts:
+keeps the weights that it sent last, the *base*, in host memory and sends for each tensor the indices of elements whose
+bits differ and their new values. rollout/sglang/delta.py is the engine's side. A bucket of N tensors is three
+broadcasts:
 
-    counts     int64 [N]    changed elements of each tensor; -1: the whole tensor follows, where that is shorter
-    places     int32 [sum]  their flat indices, tensor after tensor (of a whole tensor none)
+    counts     int64 [N]    changed elements of each tensor; -1: the whole tensor follows, because that is shorter
+    places     int32 [sum]  their flat indices, tensor after tensor (none for a whole tensor)
     values     uint8 [...]  the bytes of the new elements, tensor after tensor
 
-The second and third are left out where they are empty. NaN can't be sent: the engine's end marks with it what stays.
+The second and third are omitted if empty. NaN can't be sent: the engine's side uses it to mark unchanged elements.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ MAX_ELEMENTS = 2**31 - 1  # a place is an int32
 
 
 def changed(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-    """Return the flat indices, int32 [K] ascending, of the elements whose bits differ: -0.0 is not 0.0.
+    """Return the flat indices, int32 [K] ascending, of the elements whose bits differ (-0.0 and 0.0 do).
 
     ValueError: shapes or dtypes differ, or there are too many elements for an int32.
     """
@@ -37,13 +38,13 @@ def changed(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
 
 
 class Base:
-    """What the engines hold: the tensors that were sent last, on the host."""
+    """The tensors that were sent last, which the engines hold, in host memory."""
 
     def __init__(self) -> None:
         self._held: dict[str, torch.Tensor] = {}
 
     def keep(self, names: Sequence[str], tensors: Sequence[torch.Tensor]) -> None:
-        """Note that the engines have been sent these."""
+        """Keep copies of tensors that have been sent to the engines."""
         for name, tensor in zip(names, tensors, strict=True):
             on_host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)  # read by each delta
             self._held[name] = on_host.copy_(tensor.detach())
@@ -59,7 +60,7 @@ class Base:
                 raise ValueError(f"{name} has not been sent whole: a delta has no base; publish whole weights first")
             new = tensor.detach().contiguous()
             if torch.isnan(new).any():
-                raise ValueError(f"{name} holds NaN: a delta can not carry it")
+                raise ValueError(f"{name} holds NaN: a delta can't carry it")
             place = changed(self._held[name].to(new.device), new)
             flat = new.reshape(-1)
             whole = len(place) * (PLACE_BYTES + new.element_size()) >= new.nbytes
@@ -71,6 +72,6 @@ class Base:
             if counts[-1]:
                 self._held[name].copy_(new)
         device = tensors[0].device
-        parts = [torch.tensor(counts, device=device)]
-        parts += [torch.cat(found) for found in (places, values) if found]
-        return [part for part in parts if part.numel()]
+        messages = [torch.tensor(counts, device=device)]
+        messages += [torch.cat(found) for found in (places, values) if found]
+        return [message for message in messages if message.numel()]

@@ -1,6 +1,6 @@
-"""The modules that a GPT layer is made of here: RMSNorm and packed attention.
+"""RMSNorm and packed attention, the modules of our GPT layers.
 
-megatron-core's own choices need Transformer Engine or Apex; these need only PyTorch, on CPU and CUDA.
+megatron-core's own modules need Transformer Engine or Apex; these need only PyTorch, on CPU and CUDA.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from trainer.megatron.modules.flash import causal_attention
 
 
 class RMSNorm(torch.nn.Module):
-    """Root mean square norm; its gradient is summed over TP where each rank sees a slice of the sequence."""
+    """Root mean square norm; its gradient is summed over TP if each rank has a slice of the sequence."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **kwargs: Any) -> None:
         super().__init__()
@@ -34,9 +34,9 @@ class RMSNorm(torch.nn.Module):
 
 
 class PackedSequences(PackedSeqParams):
-    """A `Packing` as megatron-core and `PackedAttention` read it.
+    """A `Packing` in the form that megatron-core and `PackedAttention` read.
 
-    Borders and `max_seqlen` are those of whole sequences, which is what megatron-core's rope asks for.
+    Boundaries and `max_seqlen` are those of whole sequences, which megatron-core's rope needs.
     """
 
     def __init__(self, packing: Packing) -> None:
@@ -51,7 +51,7 @@ class PackedSequences(PackedSeqParams):
             max_seqlen_kv=longest,
         )
         self.calls: list[Call] = []
-        self.back_T: torch.Tensor | None = None  # index of each query when the calls' queries are joined
+        self.back_T: torch.Tensor | None = None  # index of each query in the concatenation of the calls' queries
         if packing.place_A is None:
             self.calls.append(Call(lengths_N, lengths_N, device))
             return
@@ -67,7 +67,7 @@ class PackedSequences(PackedSeqParams):
 class Call:
     """One call of an attention kernel: consecutive queries of each sequence and the keys up to the last of them.
 
-    `queries` and `keys` are places among this process's queries and among all processes' keys; None: all of them.
+    `queries` and `keys` are indices into this process's queries and into all processes' keys; None: all of them.
     """
 
     def __init__(
@@ -84,12 +84,12 @@ class Call:
         self.borders_q, self.borders_k = (
             F.pad(n.cumsum(0), (1, 0)).to(device=device, dtype=torch.int32) for n in (queries_N, keys_N)
         )
-        if device.type == "cpu":  # what attention in plain torch needs: a place in a grid [sequences * longest]
+        if device.type == "cpu":  # for attention in plain torch: indices into a grid [sequences * longest]
             self.slot_q, self.slot_k = _slots(queries_N), _slots(keys_N)
             self.mask = None if keys is None else _bottom_right(queries_N, keys_N)
 
     def __call__(self, q_THD: torch.Tensor, k_SGD: torch.Tensor, v_SGD: torch.Tensor, scale: float | None) -> Any:
-        """[T, H, D]: causal attention; the last query of a sequence sees all its keys."""
+        """Attend causally: [T, H, D]; the last query of a sequence attends to all its keys."""
         if q_THD.is_cuda:
             borders = self.borders_q, self.borders_k, self.longest_q, self.longest_k
             return causal_attention(q_THD, k_SGD, v_SGD, *borders, scale)
@@ -103,11 +103,11 @@ class Call:
 
 
 class PackedAttention(MegatronModule):
-    """Causal attention inside each packed sequence, none across borders.
+    """Causal attention within each packed sequence, never across boundaries.
 
     CUDA: trainer/megatron/modules/flash.py. CPU (which has no such kernel): one padded batch.
-    Query [T, heads, d], key and value [T, kv_heads, d] -> [T, heads * d]. Source: Dao 2023 (varlen), Vaswani 2017.
-    With context parallelism keys and values of all processes are gathered; a process attends for its own queries.
+    Query [T, heads, d], key and value [T, kv_heads, d] -> [T, heads * d]. Sources: Dao 2023 (varlen), Vaswani 2017.
+    With context parallelism keys and values of all processes are gathered; a process computes its own queries.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class PackedAttention(MegatronModule):
 
 
 class _Gather(torch.autograd.Function):
-    """[T, ...] of every process of a group, one below the other; backward adds up what each got for its own."""
+    """All-gather of [T, ...] over a group, concatenated in rank order; backward is a reduce-scatter."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, group: Any) -> torch.Tensor:
@@ -162,19 +162,19 @@ class _Gather(torch.autograd.Function):
 
 
 def _slots(lengths_N: torch.Tensor) -> torch.Tensor:
-    """Place of each packed token in a [sequences * longest] grid padded on the right."""
+    """Return the index of each packed token in a [sequences * longest] grid padded on the right."""
     rows_N = torch.arange(len(lengths_N)) * lengths_N.max() - (lengths_N.cumsum(0) - lengths_N)
     return torch.arange(int(lengths_N.sum())) + torch.repeat_interleave(rows_N, lengths_N)
 
 
 def _bottom_right(queries_N: torch.Tensor, keys_N: torch.Tensor) -> torch.Tensor:
-    """bool [sequences, 1, longest query, longest key]: True where a key is not later than the query."""
+    """Return bool [sequences, 1, longest query, longest key]: True where a key is not later than the query."""
     at_Q, at_K = torch.arange(int(queries_N.max())), torch.arange(int(keys_N.max()))
     last_NQ = (keys_N - queries_N)[:, None] + at_Q
     return (at_K <= last_NQ[:, :, None])[:, None]
 
 
 def _pad(x_THD: torch.Tensor, slot_T: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
-    """[T, H, D] -> [sequences, H, longest, D], zero in the padding."""
+    """Reshape [T, H, D] -> [sequences, H, longest, D], zero in the padding."""
     grid = x_THD.new_zeros((shape[0] * shape[1], *x_THD.shape[1:])).index_copy(0, slot_T, x_THD)
     return grid.unflatten(0, shape).transpose(1, 2)

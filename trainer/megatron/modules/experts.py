@@ -1,7 +1,7 @@
-"""The experts of a layer, computed together: two grouped products in place of two small ones for each expert.
+"""Joint computation of a layer's experts: two grouped products instead of two small products for each expert.
 
 Parameters, their names and their order are those of megatron-core's SequentialMLP, so that mapping, checkpoints,
-publishing and gradient buffers do not know the difference.
+publishing and gradient buffers need no changes.
 """
 
 from __future__ import annotations
@@ -21,14 +21,16 @@ cpu.enable()
 from megatron.core.transformer.mlp import MLP  # noqa: E402
 from megatron.core.transformer.moe.experts import SequentialMLP  # noqa: E402
 
-# torch has a kernel for these generations, Hopper and Blackwell; elsewhere its grouped product is a loop of its own.
+# torch has a kernel for these generations, Hopper and Blackwell; on others its grouped product is a loop.
 _CAPABILITIES = (9, 10)
-_ALIGNED_BYTES = 16  # rows of both factors begin at multiples of it
+_ALIGNED_BYTES = 16  # rows of both factors must begin at multiples of it
 
 
 def grouped_product_takes(dtype: torch.dtype, device: torch.device, widths: Sequence[int]) -> bool:
-    """Return whether torch multiplies grouped rows of `widths` numbers well: bf16 on Hopper and Blackwell GPUs; on a
-    CPU, where it is a loop over plain products, bf16 and fp32.
+    """Return whether torch's grouped product can be used for rows of `widths` numbers.
+
+    It can for bf16 on Hopper and Blackwell GPUs, and for bf16 and fp32 on a CPU, where it is a loop over plain
+    products.
     """
     if any(width * dtype.itemsize % _ALIGNED_BYTES for width in widths):
         return False
@@ -38,11 +40,12 @@ def grouped_product_takes(dtype: torch.dtype, device: torch.device, widths: Sequ
 
 
 class GroupedProduct(torch.autograd.Function):
-    """x [T, I], counts of E groups of rows, int32 [E] their ends, E weights [O, I] -> x_e W_e^T for each group, [T, O].
+    """Grouped product x_e W_e^T of each group e of rows, [T, O].
 
-    The kernel wants the weights of all experts as one tensor, which Megatron's buffers do not hold in this order. They
-    are copied for each product and not kept: kept copies would double the memory of the weights of all layers.
-    Each weight gets a gradient, zero without rows: the overlap of gradients waits for every parameter.
+    Inputs: x [T, I], the counts of E groups of rows, their ends int32 [E], E weights [O, I]. The kernel needs the
+    weights of all experts as one tensor, which Megatron's buffers do not hold in this order. They are copied for each
+    product and not kept: kept copies would double the memory of the weights of all layers. Each weight gets a gradient,
+    zero without rows, because the overlapped reduction waits for every parameter.
     """
 
     @staticmethod
@@ -64,18 +67,21 @@ class GroupedProduct(torch.autograd.Function):
         grad_x_TI = F.grouped_mm(grad_TO, torch.stack(weights), offs=ends_E)
         grads_EOI = F.grouped_mm(grad_TO.t(), x_TI, offs=ends_E)
         empty = [i for i, count in enumerate(ctx.counts) if not count]
-        if empty:  # the kernels for Blackwell leave there what the memory held
+        if empty:  # the kernels for Blackwell leave uninitialized memory there
             grads_EOI.index_fill_(0, torch.tensor(empty, device=grads_EOI.device), 0.0)
         return grad_x_TI, None, None, *grads_EOI.unbind()
 
 
 class GroupedExperts(SequentialMLP):
-    """megatron-core's SequentialMLP whose forward pass takes all experts at once where torch has a product for it."""
+    """megatron-core's SequentialMLP with a forward pass over all experts at once where torch has a grouped product."""
 
     def forward(
         self, permuted_local_hidden_states: torch.Tensor, tokens_per_expert: torch.Tensor, permuted_probs: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Compute rows [T, hidden] sorted by expert, int64 [experts], router's weights [T] -> [T, hidden], no bias."""
+        """Compute the experts' outputs [T, hidden], without bias.
+
+        Inputs: rows [T, hidden] sorted by expert, their number int64 [experts] per expert, router weights [T].
+        """
         first: Any = self.local_experts[0]
         weight: torch.Tensor = first.linear_fc1.weight
         widths = [*weight.shape, *first.linear_fc2.weight.shape]
@@ -94,7 +100,7 @@ class GroupedExperts(SequentialMLP):
             linear_fc1=functools.partial(_linear, [e.linear_fc1 for e in self.local_experts], counts, ends_E),
             linear_fc2=functools.partial(_linear, [e.linear_fc2 for e in self.local_experts], counts, ends_E),
         )
-        # Activation and the router's weights are applied as for a single expert, fused where that one fuses them.
+        # Activation and router weights are applied as for a single expert, including its fused kernels.
         answer: Any = MLP.forward(together, permuted_local_hidden_states, permuted_probs)
         return answer
 
@@ -102,8 +108,8 @@ class GroupedExperts(SequentialMLP):
 def _linear(
     layers: Sequence[Any], counts: list[int], ends_E: torch.Tensor, x_TI: torch.Tensor
 ) -> tuple[torch.Tensor, None]:
-    """What the experts' `layers` say to their rows; with experts a linear layer communicates nothing itself."""
+    """Return the outputs of the experts' `layers` for their rows. An expert's linear layer does not communicate."""
     for layer in layers:
         for before_forward in layer._forward_pre_hooks.values():
-            before_forward(layer, ())  # its weights may still be on their way here; it is not called itself
+            before_forward(layer, ())  # waits for a pending gather of its weights; the layer itself is not called
     return GroupedProduct.apply(x_TI.contiguous(), counts, ends_E, *(layer.weight for layer in layers)), None

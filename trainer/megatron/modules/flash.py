@@ -1,4 +1,4 @@
-"""Causal attention of packed sequences on CUDA: FlashAttention 4 where it is installed, else what torch brings.
+"""Causal attention of packed sequences on CUDA: FlashAttention 4 if it is installed, else torch's own kernel.
 
 FlashAttention 4 (PyPI: flash-attn-4) is made for Hopper and Blackwell; the kernel inside torch is FlashAttention 2
 (Dao 2023), which reaches less than half of what a Hopper GPU can do (benchmarks/gpu/RESULTS.md).
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.nn.attention.varlen import varlen_attn
 
-# torch 2.11 takes fewer key and value heads than queries as they are; later versions want it said.
+# torch 2.11 accepts fewer key and value heads than query heads by default; later versions need a flag.
 _VARLEN_ASKS_FOR_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
 _FA4 = "flash_attn.cute"
 _FA4_CAPABILITIES = (9, 10)  # Hopper, Blackwell
@@ -24,9 +24,7 @@ _FA4_CAPABILITIES = (9, 10)  # Hopper, Blackwell
 
 @functools.cache
 def flash_attention_4() -> Callable[..., Any] | None:
-    """Return FlashAttention 4's function for packed sequences; None where it is not installed or the GPU is of another
-    kind.
-    """
+    """Return FlashAttention 4's function for packed sequences; None if not installed or not for this GPU."""
     if importlib.util.find_spec("flash_attn") is None or importlib.util.find_spec(_FA4) is None:
         return None
     if torch.cuda.get_device_capability()[0] not in _FA4_CAPABILITIES:
@@ -45,10 +43,10 @@ def causal_attention(
     longest_k: int,
     scale: float | None,
 ) -> torch.Tensor:
-    """Attend causally: query [T, H, d], key and value [S, G, d] in bf16 -> [T, H, d]; borders int32 [sequences + 1],
-    starting with 0.
+    """Attend causally: query [T, H, d], key and value [S, G, d] in bf16 -> [T, H, d].
 
-    Where a sequence has fewer queries than keys, its last query is that of its last key.
+    Borders are int32 [sequences + 1], starting with 0. If a sequence has fewer queries than keys, its last query is at
+    the position of its last key.
     """
     fa4 = flash_attention_4()
     if fa4 is not None:

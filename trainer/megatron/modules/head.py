@@ -1,4 +1,4 @@
-"""The scalar head: hidden state -> one number a token, in fp32."""
+"""The scalar head: hidden state -> one fp32 number per token."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint 
 
 
 class ValueHead(MegatronModule):
-    """Stands where GPTModel's vocabulary projection stood and is called like it.
+    """A head that replaces GPTModel's vocabulary projection and has the same call signature.
 
         v = activation(w h + b)
 

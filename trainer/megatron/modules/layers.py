@@ -1,4 +1,4 @@
-"""Modules of single families that megatron-core has not, or have only with Transformer Engine."""
+"""Modules of single model families that megatron-core lacks, or has only with Transformer Engine."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 
 from trainer.megatron.modules.attention import PackedAttention, RMSNorm  # noqa: E402
 
-if not hasattr(moe_utils, "te_general_gemm"):  # the router asks for it also where Transformer Engine is absent
+if not hasattr(moe_utils, "te_general_gemm"):  # the router reads it even without Transformer Engine
     moe_utils.te_general_gemm = None
 
 
 def _on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-    """megatron-core's own leaves a CPU tensor as it is, also where its caller needs numpy."""
+    """Replace megatron-core's own function, which returns a CPU tensor unchanged even if its caller needs numpy."""
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
@@ -33,7 +33,7 @@ if not torch.cuda.is_available():
 
 
 class RowThenNorm(RowParallelLinear):
-    """A row-parallel projection whose summed output is normed before it joins the residual stream (GLM-4)."""
+    """A row-parallel projection whose summed output is normed before it is added to the residual stream (GLM-4)."""
 
     def __init__(self, *args: Any, config: TransformerConfig, **kwargs: Any) -> None:
         super().__init__(*args, config=config, **kwargs)
@@ -45,7 +45,7 @@ class RowThenNorm(RowParallelLinear):
 
 
 class LatentNorm(RMSNorm):
-    """The norms of latent vectors keep their own eps, whatever the model's is (transformers' DeepSeek-V3)."""
+    """A norm of latent vectors with its own eps, which does not follow the model's (transformers' DeepSeek-V3)."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **kwargs: Any) -> None:
         super().__init__(config, hidden_size, 1e-6)
@@ -54,9 +54,9 @@ class LatentNorm(RMSNorm):
 class LatentDown(torch.nn.Module):
     """A projection to a small latent vector, whole on every tensor-parallel rank.
 
-    Where the sequence is not split over the ranks, the key that all heads share (the last dimensions of the projection
-    for keys and values) is used by each rank's own heads without a parallel layer in between, so its gradient is
-    summed over the ranks here; the rest passes a column-parallel layer, which sums its own.
+    If the sequence is not split over the ranks, the key that all heads share (the last dimensions of the projection for
+    keys and values) is used by each rank's own heads without a parallel layer in between, so its gradient is summed
+    over the ranks here; the other dimensions pass through a column-parallel layer, which sums their gradient.
     """
 
     def __init__(
@@ -82,12 +82,12 @@ class LatentDown(torch.nn.Module):
         return torch.cat([own, copy_to_tensor_model_parallel_region(shared)], dim=-1), None
 
 
-# The attention layer takes a projection of this kind only under the name that Transformer Engine's has.
+# The attention layer accepts a projection of this kind only under the name of Transformer Engine's class.
 multi_latent_attention.TELinear = LatentDown
 
 
 class LatentAttention(PackedAttention):
-    """Packed attention whose values are narrower than queries and keys; kernels want one width."""
+    """Packed attention whose values are narrower than queries and keys; kernels need equal widths."""
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         heads, width = value.shape[-2:]

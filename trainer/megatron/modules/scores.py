@@ -1,14 +1,14 @@
-"""Log-probabilities and entropies of a vocabulary projection that is never held whole.
+"""Log-probabilities and entropies of a vocabulary projection that is never stored whole.
 
-The logits of 32,768 tokens over 151,936 ids are 20 GB in float32, and their backward pass needs them several
-times. So the projection, the softmax and what is read off it are done for a slice of the tokens at a time, and
-once more in the backward pass, but for the logits where all of them are no more than a slice may be:
+The logits of 32,768 tokens over 151,936 ids take 20 GB in float32, and their backward pass needs them several times.
+So the projection, the softmax and the scores are computed for one slice of the tokens at a time, and again in the
+backward pass; only if all logits fit into one slice are they stored:
 
     z = h W^T,  log p_v = z_v - log sum_u e^{z_u}        score_0 = log p_y,  score_1 = H = -sum_v p_v log p_v
     d score_0 / d z_v = [v = y] - p_v                    d score_1 / d z_v = -p_v (log p_v + H)
 
 P = predictions of a micro-batch, V = this rank's rows of the (padded) vocabulary, H = hidden size, C = tokens of a
-slice. Sums over v run over all tensor-parallel ranks' rows; rows that pad the vocabulary are no tokens.
+slice. Sums over v run over the rows of all tensor-parallel ranks, without padding rows.
 """
 
 from __future__ import annotations
@@ -20,26 +20,24 @@ import torch
 from torch import distributed as dist
 from torch.nn import functional as F
 
-SLICE_BYTES = 1 << 30  # of float32 logits, the most that is held at a time
-CPU_TOKENS = 1024  # of a slice at most: caches hold their logits over a small vocabulary
+SLICE_BYTES = 1 << 30  # most bytes of float32 logits stored at a time
+CPU_TOKENS = 1024  # most tokens of a slice: their logits over a small vocabulary fit into caches
 SMALLEST = torch.finfo(torch.float32).min
 
 
 def slice_tokens(rows: int, cuda: bool) -> int:
-    """Return the number of tokens of a slice, a multiple of 128: their float32 logits over `rows` ids take at most
-    `SLICE_BYTES`.
-    """
+    """Return the number of tokens of a slice, a multiple of 128, whose float32 logits fit into `SLICE_BYTES`."""
     tokens = max(128, SLICE_BYTES // (4 * rows) // 128 * 128)
     return tokens if cuda else min(tokens, CPU_TOKENS)
 
 
 def fused(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `function`: on GPUs as one generated kernel or few; on CPUs, where that needs a compiler, as it is."""
+    """Return `function` compiled into few kernels on GPUs, and unchanged on CPUs, where that would need a compiler."""
     return torch.compile(function, dynamic=True) if torch.cuda.is_available() else function
 
 
 def _real(z_CV: torch.Tensor, num_real: int) -> torch.Tensor:
-    """float32, with the rows from `num_real` on at the smallest number."""
+    """Return float32 logits with the rows from `num_real` on set to the smallest number."""
     z_CV = z_CV.float()
     if num_real == z_CV.shape[1]:
         return z_CV
@@ -53,7 +51,7 @@ def _largest(z_CV: torch.Tensor, num_real: int) -> torch.Tensor:
 
 @fused
 def _sums(z_CV: torch.Tensor, largest_C: torch.Tensor, labels_C: torch.Tensor, num_real: int) -> torch.Tensor:
-    """[3, C]: sum e^x, sum x e^x and x_y, with x = z - largest; a label of another rank's row adds 0."""
+    """Return [3, C]: sum e^x, sum x e^x and x_y, with x = z - largest; a label in another rank's rows adds 0."""
     x_CV = _real(z_CV, num_real) - largest_C[:, None]
     e_CV = x_CV.exp()
     own_C = (labels_C >= 0) & (labels_C < num_real)
@@ -71,7 +69,7 @@ def _slope(
     grad_2C: torch.Tensor,
     num_real: int,
 ) -> torch.Tensor:
-    """Gradient with respect to the logits, in their dtype."""
+    """Return the gradient with respect to the logits, in their dtype."""
     log_p_CV = _real(z_CV, num_real) - log_total_C[:, None]
     p_CV = log_p_CV.exp()
     at_label_CV = torch.arange(z_CV.shape[1], device=z_CV.device) == labels_C[:, None]
@@ -81,7 +79,10 @@ def _slope(
 
 
 class _Scores(torch.autograd.Function):
-    """See the module's docstring. Hidden [P, H], weight [V, H], labels int64 [P] counted from this rank's first row."""
+    """The scores with their gradient; see the top of this file.
+
+    Hidden [P, H], weight [V, H], labels int64 [P] relative to this rank's first row.
+    """
 
     @staticmethod
     def forward(
@@ -113,7 +114,7 @@ class _Scores(torch.autograd.Function):
     def backward(ctx: Any, grad_2P: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None, None]:
         hidden_PH, weight_VH, labels_P, log_total_P, entropy_P, *kept = ctx.saved_tensors
         grad_hidden_PH = torch.empty_like(hidden_PH)
-        grad_weight_VH = torch.zeros_like(weight_VH, dtype=torch.float32)  # the slices' parts are summed in float32
+        grad_weight_VH = torch.zeros_like(weight_VH, dtype=torch.float32)  # the slices' gradients are summed in float32
         for number, start in enumerate(range(0, len(hidden_PH), ctx.size)):
             part = slice(start, start + ctx.size)
             hidden_CH = hidden_PH[part]
@@ -132,8 +133,8 @@ def scores(
 ) -> torch.Tensor:
     """Return float32 [2, P]: log-probability of each label, and entropy in nats of the distribution it is drawn from.
 
-    `weight_VH` is the slice of the rank's place in the tensor-parallel `group`; `vocab` counts the real ids, all
-    ranks together. The gradient with respect to `hidden_PH` is this rank's part of a sum over `group`.
+    `weight_VH` is this rank's slice in the tensor-parallel `group`; `vocab` is the number of real ids over all ranks.
+    The gradient with respect to `hidden_PH` is this rank's summand of a sum over `group`.
     """
     rows = weight_VH.shape[0]
     first = group.rank() * rows

@@ -1,16 +1,15 @@
-"""Megatron distributed checkpoints: weights, optimizer state, generators; written in the background.
+"""Megatron distributed checkpoints of weights, optimizer state and generators, written in the background.
 
-    begin    all ranks together   copies what belongs to the checkpoint into host memory; training may go on
-    result   each rank            None while its file is being written, then what it wrote
-    finish   rank 0               the index over all ranks' files: from here on the folder is complete
+    begin    all ranks together   copies the contents of the checkpoint into host memory; training may continue
+    result   each rank            None while its file is being written, then the description of its file
+    finish   rank 0               writes the index over all ranks' files, which completes the folder
 
-A thread of the rank's own process writes (writing files does not hold up the interpreter), and between `begin` and
-`finish` no rank waits for another: one that fails blocks none. megatron-core's own asynchronous save forks a process
-that has CUDA and network threads in it, and finishes with a collective that has to come between two training steps on
-all ranks.
+A thread of the rank's own process writes (file I/O releases the interpreter lock), and between `begin` and `finish` no
+rank waits for another: a failed rank blocks no other. megatron-core's own asynchronous save forks a process with CUDA
+and network threads in it, and finishes with a collective that has to run between two training steps on all ranks.
 
-The caller owns atomicity: it saves into a folder of its own and renames that when every role is done. `load` reads
-into any layout; the generators' states are for the one that they were saved in.
+The caller is responsible for atomicity: it saves into a separate folder and renames it when every role is done. `load`
+reads into any layout; the generators' states are restored only in the layout that they were saved in.
 """
 
 from __future__ import annotations
@@ -54,12 +53,14 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy  # noqa: E402
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker  # noqa: E402
 
-_FORMAT = {"non_homogeneous_layers": True}  # each layer's tensor under a name of its own, not all layers in one
+_FORMAT = {
+    "non_homogeneous_layers": True
+}  # each layer's tensor has its own name; layers are not stacked into one tensor
 _UNREADABLE = (CheckpointException, CheckpointingException, OSError, RuntimeError, EOFError, pickle.UnpicklingError)
 
 
 class _Strategy(TorchDistSaveShardedStrategy):
-    """Plans a save as megatron-core does and leave the writing to `Writing`."""
+    """A save strategy that plans like megatron-core and leaves the writing to `Writing`."""
 
     def __init__(self) -> None:
         super().__init__("torch_dist", 1, thread_count=1)
@@ -70,14 +71,14 @@ class _Strategy(TorchDistSaveShardedStrategy):
 
 
 class Writing:
-    """One rank's part of a checkpoint on its way to disk."""
+    """One rank's share of a checkpoint that is being written to disk."""
 
     def __init__(self, folder: Path, strategy: _Strategy, live: set[int]) -> None:
         self._folder = folder
         self._writer = strategy.writer
         self._index = strategy.index
         if self._index is not None:  # rank 0's
-            vars(self._index).pop("all_local_plans", None)  # as large as the index, and of no use to a reader
+            vars(self._index).pop("all_local_plans", None)  # as large as the index, and not needed by readers
         buckets = self._writer.write_buckets
         self._writer.write_buckets = None
         files = [(Path(path), key, [*objects, *_staged(tensors, live)]) for path, key, (objects, tensors) in buckets]
@@ -93,7 +94,7 @@ class Writing:
             try:
                 with path.open("wb") as stream:
                     items.reverse()
-                    while items:  # memory goes back as it is written
+                    while items:  # memory is freed as it is written
                         item, data = items.pop()
                         one = _write_item(
                             self._writer.transforms, stream, data, item, key, SerializationFormat.TORCH_SAVE
@@ -101,16 +102,14 @@ class Writing:
                         self._written.append(one)
                     stream.flush()
                     os.fsync(stream.fileno())
-            except (OSError, RuntimeError) as error:  # RuntimeError: torch's zip writer, when a write fails under it
+            except (OSError, RuntimeError) as error:  # RuntimeError: from torch's zip writer, when a write fails
                 cause = error if isinstance(error, OSError) else error.__context__
                 number = cause.errno if isinstance(cause, OSError) else None
                 self._error = OSError(number, os.strerror(number) if number else str(error), str(path))
                 return
 
     def result(self) -> bytes | None:
-        """Return what `finish` needs from this rank; None while it is being written. OSError: it could not be
-        written.
-        """
+        """Return this rank's input of `finish`; None while it is being written. OSError: it could not be written."""
         if self._thread.is_alive():
             return None
         if self._error is not None:
@@ -118,13 +117,13 @@ class Writing:
         return pickle.dumps(self._written)
 
     def finish(self, of_ranks: Sequence[bytes]) -> None:
-        """Write the index, on rank 0, with the results of all ranks in rank order. OSError: it could not."""
+        """Write the index, on rank 0, from the results of all ranks in rank order. OSError: it can't be written."""
         self._writer.finish(self._index, [pickle.loads(one) for one in of_ranks])
         save_config(CheckpointingConfig("torch_dist", 1), str(self._folder))
 
 
 def _staged(tensors: Sequence[tuple[Any, torch.Tensor]], live: set[int]) -> Iterator[tuple[Any, torch.Tensor]]:
-    """Tensors that no later step changes: copies, except of what was made for this checkpoint alone."""
+    """Return tensors that no later step changes: copies, except for tensors made for this checkpoint alone."""
     for item, tensor in tensors:
         if tensor.device.type != "cpu":
             yield item, tensor.to("cpu", non_blocking=True)
@@ -133,11 +132,10 @@ def _staged(tensors: Sequence[tuple[Any, torch.Tensor]], live: set[int]) -> Iter
 
 
 def begin(folder: Path, chunks: Sequence[Any], optimizer: Any, updates_done: int) -> Writing:
-    """Begin to write a checkpoint; all ranks call it, with their DDP-wrapped chunks; what is trained after it is not in
-    the checkpoint.
+    """Begin to write a checkpoint of the current state; all ranks call it with their DDP-wrapped chunks.
 
-    It needs as much free host memory as this rank writes. OSError, on all ranks: the folder can't be made, or the
-    disk has no room for it.
+    It needs as much free host memory as this rank writes. OSError, on all ranks: the folder can't be created, or the
+    disk is too full.
     """
     problem = ""
     if dist.get_rank() == 0:
@@ -152,7 +150,7 @@ def begin(folder: Path, chunks: Sequence[Any], optimizer: Any, updates_done: int
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, (problem, size))
     _require_room(folder, found)
-    # Else megatron-core starts a server process for results, which imports everything again and outlives the job.
+    # Otherwise megatron-core starts a server process for results that imports everything again and outlives the job.
     filesystem_async._results_queue = queue.Queue()
     strategy = _Strategy()
     common = {"extra": {"updates_done": updates_done, "layout": _layout()}}
@@ -164,13 +162,13 @@ def begin(folder: Path, chunks: Sequence[Any], optimizer: Any, updates_done: int
 
 
 def _require_room(folder: Path, found: Sequence[tuple[str, int]]) -> None:
-    """OSError: a rank had a problem, or all ranks' bytes do not fit. The same on all ranks, which share the disk."""
+    """Require room on the shared disk. OSError, on all ranks: a rank had a problem, or all bytes do not fit."""
     problem = next((text for text, _ in found if text), "")
     if problem:
         raise OSError(f"{folder}: {problem}")
     need, free = sum(size for _, size in found), disk_usage(folder).free
     answer: list[Any] = [free]
-    dist.broadcast_object_list(answer, src=0)  # other ranks' view of a shared disk may be older
+    dist.broadcast_object_list(answer, src=0)  # other ranks may have an outdated view of a shared disk
     if answer[0] < need:
         raise OSError(f"{folder}: the checkpoint needs {need:,} bytes, the disk has {answer[0]:,} free")
 
@@ -178,8 +176,8 @@ def _require_room(folder: Path, found: Sequence[tuple[str, int]]) -> None:
 def load(folder: Path, chunks: Sequence[Any], optimizer: Any) -> int:
     """Load a checkpoint and return `updates_done`; all ranks call it, in any layout.
 
-    ValueError, on all ranks: the checkpoint is not complete, a file is cut off or can't be read, a tensor is missing
-    or has another shape; it names the file or tensor.
+    ValueError, on all ranks: the checkpoint is incomplete, a file is truncated or can't be read, a tensor is missing or
+    has another shape; the message names the file or tensor.
     """
     problem, index, extra = "", None, {}
     try:
@@ -199,7 +197,7 @@ def load(folder: Path, chunks: Sequence[Any], optimizer: Any) -> int:
     _require_same(_mismatch(folder, state, index))
     problem = ""
     try:
-        # Without its check that all ranks together read all: each reads the optimizer state of its own slices.
+        # Skip the check that all ranks together read everything: each reads the optimizer state of its own slices.
         loaded = dist_checkpointing.load(state, str(folder), validate_access_integrity=False)
     except _UNREADABLE as error:
         failures = getattr(error, "failures", None)
@@ -235,7 +233,7 @@ def _tensors(state: Any) -> Iterator[Any]:
 
 
 def _mismatch(folder: Path, state: dict[str, Any], index: Any) -> str:
-    """What keeps the checkpoint from being loaded into this rank's part of the model; "" when nothing does."""
+    """Return why the checkpoint can't be loaded into this rank's shard of the model; "" if it can."""
     wanted = set()
     for tensor in _tensors(state):
         stored = index.state_dict_metadata.get(tensor.key)
@@ -254,7 +252,7 @@ def _mismatch(folder: Path, state: dict[str, Any], index: Any) -> str:
 
 
 def _require_same(problem: str) -> None:
-    """ValueError on all ranks when one has a problem: none is left to wait for another."""
+    """Raise the problem of one rank on all ranks, so that no rank waits for another. ValueError: a rank has one."""
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, problem)
     for text in found:
@@ -263,7 +261,7 @@ def _require_same(problem: str) -> None:
 
 
 def _layout() -> list[int]:
-    """Sizes of the process groups: all, tensor, pipeline, context, expert."""
+    """Return the sizes of the process groups: all, tensor, pipeline, context, expert."""
     return [
         dist.get_world_size(),
         parallel_state.get_tensor_model_parallel_world_size(),

@@ -1,6 +1,6 @@
-"""Reads the tensors of a distributed checkpoint one by one, and export a model so: no process group, no GPU.
+"""Reading of a distributed checkpoint tensor by tensor, and export of its model, without process group or GPU.
 
-A tensor may lie in pieces, in the files of the ranks that held them; here it is whole again, whatever the layout.
+A tensor may be stored in pieces, in the files of the ranks that held them; it is read whole, whatever the layout was.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ from trainer.models.shape import ModelShape
 
 
 def read_index(folder: Path) -> Any:
-    """Return torch's `Metadata` of a checkpoint: names, shapes and pieces of its tensors. ValueError: it has none."""
+    """Return torch's `Metadata` of a checkpoint: names, shapes and pieces of its tensors.
+
+    ValueError: the checkpoint is incomplete, or its metadata can't be read.
+    """
     for name in ("metadata.json", ".metadata"):
         if not (folder / name).is_file():
             raise ValueError(f"{folder}: not a complete checkpoint ({name} is missing)")
@@ -36,7 +39,7 @@ def read_index(folder: Path) -> Any:
 
 
 def cut_off(folder: Path, index: Any, names: Collection[str]) -> str:
-    """Say which file of these tensors is missing or shorter than the index knows it; "" when all are whole."""
+    """Return a message about a file of these tensors that is missing or shorter than in the index; "" if none is."""
     ends: dict[str, int] = {}
     for piece, info in index.storage_data.items():
         if piece.fqn in names:
@@ -50,7 +53,7 @@ def cut_off(folder: Path, index: Any, names: Collection[str]) -> str:
 
 
 class Stored:
-    """The tensors of a checkpoint. ValueError: it is not complete, or a file is cut off."""
+    """The tensors of a checkpoint. ValueError: it is incomplete, or a file is truncated."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -60,14 +63,12 @@ class Stored:
             raise ValueError(problem)
 
     def shape(self, name: str) -> tuple[int, ...] | None:
-        """Return the shape of the whole tensor; None when there is no such tensor."""
+        """Return the shape of the whole tensor; None if there is no such tensor."""
         found = self._index.state_dict_metadata.get(name)
         return tuple(found.size) if isinstance(found, TensorStorageMetadata) else None
 
     def read(self, name: str, first: int | None = None) -> torch.Tensor:
-        """Return the whole tensor, or with `first` its part [first] of dimension 0. ValueError: a piece can't be
-        read.
-        """
+        """Return the whole tensor, or with `first` its slice [first] of dimension 0. ValueError: a piece is bad."""
         known = self._index.state_dict_metadata[name]
         size = list(known.size)
         low, high = (0, size[0]) if first is None else (first, first + 1)
@@ -99,10 +100,10 @@ class Stored:
 
 
 def export(folder: Path, source: Path, out: Path) -> None:
-    """Write the model of a checkpoint as a Hugging Face folder; `source`: the one that its training started from.
+    """Write the model of a checkpoint as a Hugging Face folder; `source`: the folder that its training started from.
 
-    It holds one file of the result in memory at a time. ValueError: the checkpoint is not complete, a file is cut off,
-    a tensor is missing or misshapen. OSError: no room on the disk. Then nothing is left at `out`.
+    One file of the result is held in memory at a time. After an error nothing is left at `out`. ValueError: the
+    checkpoint is incomplete, a file is truncated, a tensor is missing or misshapen. OSError: the disk is full.
     """
     try:
         write_folder(weights(Stored(folder), read_shape(source)), source, out)
@@ -114,8 +115,9 @@ def export(folder: Path, source: Path, out: Path) -> None:
 
 
 def weights(stored: Stored, shape: ModelShape) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield every trained tensor under its Hugging Face name, whole, in the order of `entries`. ValueError: see
-    `export`.
+    """Yield every trained tensor, whole, under its Hugging Face name, in the order of `entries`.
+
+    ValueError: see `export`.
     """
     for entry in entries(shape):
         name, expert = _name_in_checkpoint(entry)
@@ -133,7 +135,7 @@ def weights(stored: Stored, shape: ModelShape) -> Iterator[tuple[str, torch.Tens
 
 
 def _name_in_checkpoint(entry: Entry) -> tuple[str, int | None]:
-    """The experts of a layer are one tensor there, in its first dimension."""
+    """Return the name of an entry in the checkpoint and its index in dimension 0, where experts are stacked."""
     name = f"model.{entry.ours}"
     if entry.expert is None:
         return name, None

@@ -19,5 +19,5 @@ def read_shape(folder: Path) -> ModelShape:
     config = JsonObject.read(folder / "config.json")
     kind = config.value("model_type", None)
     if not isinstance(kind, str) or kind not in READERS:
-        raise ValueError(f"{config.where}: model_type {kind!r} is not mapped; mapped: {', '.join(READERS)}")
+        raise ValueError(f"{config.where}: model_type {kind!r} is not supported; supported: {', '.join(READERS)}")
     return READERS[kind](config)
