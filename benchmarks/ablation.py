@@ -1,14 +1,14 @@
-"""What each part of the algorithm is worth at the demo's scale: whole runs of `slime train`, several seeds each.
+"""Ablation of the algorithm's components at the demo's scale: whole runs of `slime train`, several seeds each.
 
     .venv/bin/python benchmarks/ablation.py run --seeds 3 --jobs 2 [-- key=value ...]
     .venv/bin/python benchmarks/ablation.py table                      prints the table, draws the curves
 
-`run` starts what is not finished yet and may be stopped at any time: a run that was stopped goes on from its newest
-checkpoint. Everything lies in runs/ablation/seed_<n>/. A job needs about 2 cores and 5 GB, and ten minutes on such
-cores. The runs of one seed start from the same warm start, whose policy passes about a tenth of the held-out tasks.
+`run` starts the runs that are not finished yet and may be stopped at any time: a stopped run continues from its newest
+checkpoint. All output is in runs/ablation/seed_<n>/. A job needs about 2 cores and 5 GB, and ten minutes on such cores.
+The runs of one seed start from the same warm start, whose policy passes about a tenth of the held-out tasks.
 
-What is compared is the held-out pass rate at equal numbers of generated tokens, value pre-training included. So a
-variant without pre-training gets as many steps more as its episodes would have made.
+The comparison is of held-out pass rates at equal numbers of generated tokens, including value pre-training. So a
+variant without pre-training gets as many extra steps as the episodes of pre-training would have filled.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from slime.report.charts import Chart, Series, percent, standalone
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 35
 WARMUP_STEPS = 6  # steps' worth of episodes that value pre-training generates: 640 trained on, 128 to measure on
-STAGGER_S = 4.0  # between two starts: Ray's start-up is the heaviest moment of a run
+STAGGER_S = 4.0  # between two starts: Ray's start-up is the heaviest phase of a run
 RESULTS = ROOT / "benchmarks" / "ablation.json"
 CURVES = ROOT / "benchmarks" / "ablation.svg"
-AS_MANY_EPISODES = f"steps={STEPS + WARMUP_STEPS}"  # of a run without value pre-training
+AS_MANY_EPISODES = f"steps={STEPS + WARMUP_STEPS}"  # override of a run without value pre-training
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One line of the table: what differs from the recipe `ppo_coding`."""
+    """One row of the table: the overrides of the recipe `ppo_coding`."""
 
     name: str
     title: str
@@ -80,7 +80,7 @@ class Cell:
         return (self.run_dir / "model").is_dir()
 
     def command(self, extra: Sequence[str]) -> list[str]:
-        """The command that runs it or goes on with it."""
+        """Return the command that starts or continues the run."""
         own = [f"run={self.variant.name}", f"runs_dir={self.run_dir.parent}", f"seed={self.seed}", f"steps={STEPS}"]
         shared = ["tracking.wandb=false", "checkpoint.keep=1"]
         train = [sys.executable, "-m", "slime.cli", "train", "recipe=ppo_coding"]
@@ -88,15 +88,15 @@ class Cell:
 
 
 def cells(folder: Path, num_seeds: int, names: Sequence[str] = ()) -> list[Cell]:
-    """All runs, seed by seed, so that a table of the first seeds is complete as early as possible."""
+    """Return all runs, seed by seed, so that the table of the first seeds is complete as early as possible."""
     chosen = [variant for variant in VARIANTS if not names or variant.name in names]
     return [Cell(variant, seed, folder) for seed in range(num_seeds) for variant in chosen]
 
 
 def run_all(todo: Sequence[Cell], jobs: int, extra: Sequence[str]) -> bool:
-    """Runs cells, `jobs` at a time; True when all of them finished. What they print is kept in <run>.log.
+    """Run cells, `jobs` at a time; return whether all of them finished. Their output goes to <run>.log.
 
-    The first run of a seed makes the warm start that the others share, so these wait for it.
+    The first run of a seed makes the warm start that the others share, so the others wait for it.
     """
     waiting, running = list(todo), list[tuple[Cell, subprocess.Popen[bytes]]]()
     failed: list[str] = []
@@ -128,7 +128,7 @@ def run_all(todo: Sequence[Cell], jobs: int, extra: Sequence[str]) -> bool:
 
 
 def curve(rows: Sequence[Mapping[str, float]]) -> list[tuple[float, float]]:
-    """(tokens generated so far, held-out pass rate) at every evaluation."""
+    """Return (tokens generated so far, held-out pass rate) at every evaluation."""
     tokens, points = 0.0, []
     for row in rows:
         tokens += row.get("rollout/tokens_generated", 0.0)
@@ -141,7 +141,7 @@ Curves = dict[str, dict[str, list[tuple[float, float]]]]  # variant -> seed -> c
 
 
 def collect(folder: Path, num_seeds: int) -> Curves:
-    """The curves of all runs that have measured the start and something after it, finished or not."""
+    """Return the curves of all runs, finished or not, that have at least two evaluations."""
     found: Curves = {}
     for cell in cells(folder, num_seeds):
         points = curve(read_metrics(cell.run_dir))
@@ -151,7 +151,7 @@ def collect(folder: Path, num_seeds: int) -> Curves:
 
 
 def reaching(found: Curves, tokens: float) -> Curves:
-    """Those that have generated at least `tokens`."""
+    """Return the curves of the runs that have generated at least `tokens`."""
     kept = {
         name: {seed: points for seed, points in seeds.items() if points[-1][0] >= tokens}
         for name, seeds in found.items()
@@ -160,18 +160,18 @@ def reaching(found: Curves, tokens: float) -> Curves:
 
 
 def at(points: Sequence[tuple[float, float]], tokens: float) -> float:
-    """Pass rate after `tokens` generated tokens, linear between evaluations."""
+    """Return the pass rate after `tokens` generated tokens, linear between evaluations."""
     xs, ys = zip(*points, strict=True)
     return float(np.interp(tokens, xs, ys))
 
 
 def mean_up_to(points: Sequence[tuple[float, float]], tokens: float, samples: int = 200) -> float:
-    """Mean pass rate on the way from 0 to `tokens`: how early it was learned."""
+    """Return the mean pass rate between 0 and `tokens`, which is higher the earlier the policy learns."""
     return float(np.mean([at(points, tokens * (k + 0.5) / samples) for k in range(samples)]))
 
 
 def table(found: Curves, tokens: float) -> Iterator[str]:
-    """Markdown lines: mean and range over the seeds that have reached `tokens`."""
+    """Yield the lines of a Markdown table: mean and range over the seeds that have reached `tokens`."""
     yield f"Held-out pass rate by generated tokens, up to {tokens / 1e3:.0f}k; mean (lowest - highest seed)."
     yield ""
     yield "| variant | seeds | start | at half of the tokens | at all of them | mean on the way |"
@@ -191,15 +191,15 @@ def table(found: Curves, tokens: float) -> Iterator[str]:
 
 
 def draw(found: Curves, tokens: float) -> str:
-    """SVG: mean pass rate over seeds by thousands of generated tokens."""
+    """Return an SVG chart of the mean pass rate over seeds by thousands of generated tokens."""
     kept, grid = reaching(found, tokens), np.linspace(0, tokens, 40)
     series = [
         Series(
             variant.title,
             [(float(x) / 1e3, float(np.mean([at(points, float(x)) for points in seeds.values()]))) for x in grid],
-            colour,
+            color,
         )
-        for colour, variant in enumerate(VARIANTS)
+        for color, variant in enumerate(VARIANTS)
         if (seeds := kept.get(variant.name))
     ]
     title = "Held-out pass rate by thousands of generated tokens, mean over seeds"
@@ -214,7 +214,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "ablation")
     parser.add_argument("--variants", nargs="*", default=[], choices=[variant.name for variant in VARIANTS])
-    parser.add_argument("--tokens", type=float, default=0.0, help="budget to compare at; 0: what every run has reached")
+    parser.add_argument(
+        "--tokens", type=float, default=0.0, help="budget to compare at; 0: the most that every run has reached"
+    )
     options = parser.parse_args(own)
     if options.action == "run":
         todo = [cell for cell in cells(options.folder, options.seeds, options.variants) if not cell.finished]
@@ -231,9 +233,9 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """What stands before and after `--`."""
-    place = arguments.index("--") if "--" in arguments else len(arguments)
-    return arguments[:place], arguments[place + 1 :]
+    """Return the arguments before and after `--`."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    return arguments[:end], arguments[end + 1 :]
 
 
 if __name__ == "__main__":

@@ -1,19 +1,19 @@
-"""How fast `critic.advantages.advantages` is, on one core: ragged tokens a second, beside a copy and beside others.
+"""Speed of `critic.advantages.advantages` on one core, in ragged tokens per second, beside a copy and other trainers.
 
     .venv/bin/python benchmarks/advantages.py            ours and a plain copy, about 20 seconds
     .venv/bin/python benchmarks/advantages.py --peers    verl and TRL as well (an environment of their own in .cache/)
 
 Sub-traces of 16 to 65,536 tokens, log-uniform (half of them are shorter than 1,024, the mean is 7,900), 1 to 8 an
 episode, chained by compactions. `agent`: a context, then sampled blocks between blocks of tool output; `actions`:
-every token but the first is sampled, the most work a token can be. Measured is the whole public call: checks, masks,
-links, the recursion for both lambdas, three float32 arrays a sub-trace. The copy is np.copyto of the 13 bytes a token
-that the call reads (it writes 12), in the same alternation, so the ratio of the two says more than either.
+every token except the first is sampled, the most work per token. The measurement covers the whole public call: checks,
+masks, links, the recursion for both lambdas, three float32 arrays a sub-trace. The copy is np.copyto of the 13 bytes
+per token that the call reads (it writes 12), alternating with the call, so their ratio is more reliable than either.
 
-Seconds are CPU seconds of the one thread: on a quiet machine the same as the wall's, which stands beside them, and on
-a busy one what the work itself took. Each number is the median of several runs.
+Seconds are CPU seconds of the one thread: on a quiet machine they equal the wall-clock seconds printed beside them, and
+on a busy one they are the time of the work itself. Each number is the median of several runs.
 
-Peers get the same sub-traces padded to the longest one, [batch, length], as they do it themselves, and one lambda.
-What they do otherwise is printed beside their numbers.
+Peers get one lambda and the same sub-traces padded to the longest one, [batch, length], which is their own format. The
+table says what else they do differently.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Data:
 
 
 def make_data(num_tokens: int, all_actions: bool, seed: int = 0) -> Data:
-    """Whole episodes with at least `num_tokens` tokens."""
+    """Return whole episodes with at least `num_tokens` tokens in total."""
     rng = np.random.default_rng(seed)
     sub_traces: list[SubTrace] = []
     total = 0
@@ -77,7 +77,7 @@ def make_data(num_tokens: int, all_actions: bool, seed: int = 0) -> Data:
 
 
 def agent_mask(rng: np.random.Generator, length: int) -> np.ndarray:
-    """A context, then blocks: sampled, tool, sampled, ..., the last token is sampled."""
+    """Return a mask: a context, then blocks (sampled, tool, sampled, ...); the last token is sampled."""
     mask = np.zeros(length, bool)
     at = int(rng.integers(1, max(2, min(length // 2, 2 * TOOL_BLOCK))))
     while at < length:
@@ -109,14 +109,14 @@ def sub_trace(mask: np.ndarray, episode_id: str, position: int, last: bool) -> S
 
 
 def seconds(work: Callable[[], object]) -> tuple[float, float]:
-    """CPU seconds of this thread, and the wall's."""
+    """Return the CPU seconds of this thread and the wall-clock seconds of `work`."""
     began, cpu_began = time.perf_counter(), time.thread_time()
     work()
     return time.thread_time() - cpu_began, time.perf_counter() - began
 
 
 def measure(name: str, data: Data, config: AdvantageConfig, repeats: int) -> float:
-    """Prints a row; tokens a second."""
+    """Print a row and return tokens per second."""
     source = np.ones(BYTES_READ * data.num_tokens, np.uint8)
     copy = np.empty_like(source)
     ours, copies = [], []
@@ -136,7 +136,7 @@ def measure(name: str, data: Data, config: AdvantageConfig, repeats: int) -> flo
 
 
 def padded(data: Data) -> dict[str, np.ndarray]:
-    """[B, L] each: values, rewards and the mask of sampled tokens, zero behind the end of a sub-trace."""
+    """Return [B, L] arrays of values, rewards and the mask of sampled tokens, zero after the end of a sub-trace."""
     shape = len(data.sub_traces), max(len(trace.tokens) for trace in data.sub_traces)
     columns = {"values": np.zeros(shape, np.float32), "rewards": np.zeros(shape, np.float32)}
     columns["mask"] = np.zeros(shape, np.float32)
@@ -149,7 +149,7 @@ def padded(data: Data) -> dict[str, np.ndarray]:
 
 
 def compare(data: Data, lam: float) -> None:
-    """Rows of the peers, on the same sub-traces padded, and how far their returns are from ours."""
+    """Print the rows of the peers on the same sub-traces, padded, with the differences of their returns from ours."""
     pad_s, _ = seconds(lambda: padded(data))
     columns: dict[str, Any] = padded(data)
     for row, trace in enumerate(data.sub_traces):  # the terminal reward at every end, as `independent` has it
@@ -165,10 +165,10 @@ def compare(data: Data, lam: float) -> None:
         theirs = dict(np.load(f"{folder}/out.npz"))
     print(
         f"\n{data.num_tokens / 1e6:.1f}M tokens in {len(data.sub_traces)} sub-traces, {data.action_share:.0%} actions, "
-        f"each an episode's end; padded to {columns['mask'].shape}: {slots / data.num_tokens:.1f} places a token, "
+        f"each an episode's end; padded to {columns['mask'].shape}: {slots / data.num_tokens:.1f} slots a token, "
         f"{slots * 12 / 1e6:.0f} MB of input, filled in {pad_s:.2f} s (not counted below).\n"
     )
-    print("| function | tokens/s | places/s | largest difference of a return from ours | what it does otherwise |")
+    print("| function | tokens/s | slots/s | largest difference of a return from ours | what it does differently |")
     print("|---|---|---|---|---|")
     print(f"| ours, `credit: independent` | {data.num_tokens / ours_s / 1e6:.0f}M | | | |")
     for name, peer in found.items():

@@ -1,14 +1,14 @@
-"""The advantage functions of other trainers, in an environment of their own: called by advantages.py, not by hand.
+"""The advantage functions of other trainers in a separate environment; called by advantages.py, not by hand.
 
 `environment()` makes .cache/benchmarks/peers once (about 2 GB) and returns its interpreter. With that interpreter
 `advantages_peers.py IN.npz OUT.npz` times each function on padded float32 [B, L] tensors on one thread and prints JSON:
-name -> what it is, CPU seconds of each run, what it does otherwise. OUT holds the returns of each, by name.
+name -> description, CPU seconds of each run, differences from ours. OUT holds the returns of each, by name.
 
 - verl: `verl.trainer.ppo.core_algos.compute_gae_advantage_return`.
 - TRL: `PPOTrainer.compute_advantages` of 0.11.4, the last release with a function for it (0.12 to 0.29 have the same
   loop in the middle of `train`, 1.16 has no PPO). It is a method that reads three settings of `self`.
 - OpenRLHF: not measured. Its `RemoteExperienceMaker.get_advantages_and_returns` (0.11.2) is the loop of TRL without
-  whitening, but its module imports flash-attn, which can not be built without CUDA.
+  whitening, but its module imports flash-attn, which can't be built without CUDA.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from types import SimpleNamespace
 from typing import Any
 
 VENV = Path(__file__).resolve().parent.parent / ".cache" / "benchmarks" / "peers"
-ALONE = ["verl==0.9.1", "trl==0.11.4"]  # without their requirements, of which these modules import:
+ALONE = ["verl==0.9.1", "trl==0.11.4"]  # without their requirements, of which these modules import only:
 NEEDS = [
     "accelerate==1.2.1",
     "codetiming",
@@ -43,7 +43,7 @@ RUNS = 3
 
 
 def environment() -> Path:
-    """The interpreter that has the peers; made at the first call."""
+    """Return the interpreter that has the peers; the first call makes its environment."""
     python, ready = VENV / "bin" / "python", VENV / "ready"
     wanted = "\n".join([*ALONE, *NEEDS])
     if not ready.exists() or ready.read_text() != wanted:

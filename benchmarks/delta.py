@@ -1,14 +1,14 @@
-"""How much of a model's weights one optimizer step changes in bf16, and what a delta of it weighs.
+"""Share of a model's bf16 weights that one optimizer step changes, and the size of the resulting delta.
 
     .venv/bin/python benchmarks/delta.py [--model FOLDER ...]
 
-Each model takes Adam steps of real gradients (cross-entropy of random tokens) on fp32 weights, as the trainer does;
-after every step its weights are rounded to bf16, as the engines get them, and encoded against those of the step before
-by trainer/publish/delta.py. Without --model: a Qwen3-shaped model of 29M parameters, random with std 0.02.
+Each model takes Adam steps with real gradients (cross-entropy of random tokens) on fp32 weights, like the trainer;
+after every step its weights are rounded to bf16, as for the engines, and trainer/publish/delta.py encodes them against
+those of the previous step. Without --model: a Qwen3-shaped model of 29M parameters, random with std 0.02.
 
-A weight w changes when its step carries it over the border between two numbers of bf16, which lie 2^-8 |w| to 2^-7 |w|
-apart. A step of size s does so to about s / (2^-7.5 |w|) of the weights near w: steps of 1e-6 to one in a hundred of
-those near 0.02, to one in ten of those near 0.002.
+A weight w changes when its step crosses the boundary between two bf16 numbers, which are 2^-8 |w| to 2^-7 |w| apart. A
+step of size s changes about s / (2^-7.5 |w|) of the weights near w: a step of 1e-6 changes one in a hundred of those
+near 0.02, and one in ten of those near 0.002.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ def folder_model(folder: str) -> Any:
 
 
 def rounded(model: Any) -> dict[str, torch.Tensor]:
-    """What the engines get."""
+    """Return the weights rounded to bf16, as the engines get them."""
     return {name: weight.detach().to(torch.bfloat16) for name, weight in model.named_parameters()}
 
 
 def measure(model: Any, lr: float) -> list[tuple[int, float, float]]:
-    """(step, share of elements that changed, bytes of the delta over bytes of whole weights) of each step shown."""
+    """Return (step, share of changed elements, bytes of the delta over bytes of whole weights) of each shown step."""
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, betas=(0.9, 0.95))
     generator = torch.Generator().manual_seed(1)
     base, held = Base(), rounded(model)

@@ -1,10 +1,10 @@
-"""How the demo ends: whole runs of `make demo`'s recipe, several seeds, and what is promised of each.
+"""Results of the demo: whole runs of `make demo`'s recipe with several seeds, checked against what the demo promises.
 
     .venv/bin/python benchmarks/demo.py run --seeds 3 [-- key=value ...]
     .venv/bin/python benchmarks/demo.py table                          prints the table, draws docs/demo_curve.svg
 
-`run` starts what is not finished yet, one run after the other, and may be stopped at any time. Everything lies in
-runs/demo/. A run needs 2 cores that have no other work; the first of a seed makes its warm start, too.
+`run` starts the runs that are not finished yet, one after the other, and may be stopped at any time. All output is in
+runs/demo/. A run needs 2 otherwise idle cores; the first run of a seed also makes its warm start.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ class Outcome:
     """A finished run in numbers."""
 
     pass_rates: tuple[tuple[float, float], ...]  # (step, held-out pass rate)
-    explained_variance: float  # of the critic on episodes that it has not seen, mean of the last `LAST_STEPS` steps
+    explained_variance: float  # of the critic on unseen episodes, mean of the last `LAST_STEPS` steps
     num_tokens: float  # sampled for training and value pre-training
-    minutes: float  # from the start of the run to its last step; the warm start is not among them
+    minutes: float  # from the start of the run to its last step, without the warm start
 
     @staticmethod
     def of(rows: Rows) -> Outcome:
-        """Reads a run's metrics. ValueError: it was never evaluated, or has no critic."""
+        """Read a run's metrics. ValueError: it was never evaluated, or has no critic."""
         rates = tuple((row["step"], row["eval/pass_rate"]) for row in rows if "eval/pass_rate" in row)
         explained = [row["critic/explained_variance"] for row in rows if "critic/explained_variance" in row]
         if not rates or not explained:
@@ -64,13 +64,13 @@ class Outcome:
 
     @property
     def holds(self) -> bool:
-        """Whether the run keeps what is promised of the demo."""
+        """Return whether the run meets the promises of the demo."""
         ends_well = self.last >= MIN_PASS_RATE and self.last >= self.best - MAX_FALL
         return ends_well and self.explained_variance >= MIN_EXPLAINED
 
 
 def table(outcomes: Mapping[int, Outcome]) -> Iterator[str]:
-    """Markdown lines, a run each."""
+    """Yield the lines of a Markdown table with one row per run."""
     yield "| seed | start | best | last | explained variance, last 5 steps | tokens | minutes | as promised |"
     yield "|---|---|---|---|---|---|---|---|"
     for seed, run in outcomes.items():
@@ -80,7 +80,7 @@ def table(outcomes: Mapping[int, Outcome]) -> Iterator[str]:
 
 
 def draw(outcomes: Mapping[int, Outcome]) -> str:
-    """SVG: the held-out pass rate of every seed by step."""
+    """Return an SVG chart of the held-out pass rate of every seed by step."""
     series = [Series(f"seed {seed}", run.pass_rates, seed, dots=True) for seed, run in outcomes.items()]
     return standalone(Chart("Held-out pass rate", series, bounds=(0.0, 1.0), form=percent))
 
@@ -101,7 +101,7 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     outcomes = {seed: Outcome.of(read_metrics(run_dir)) for seed, run_dir in runs.items() if run_dir.is_dir()}
     if not outcomes:
-        print(f"{options.folder}: no run is there: start them with `run`", file=sys.stderr)
+        print(f"{options.folder}: there is no run in it: start them with `run`", file=sys.stderr)
         return 2
     CURVE.write_text(draw(outcomes))
     print("\n".join(table(outcomes)))

@@ -1,29 +1,29 @@
-"""How much time the packing of long-tailed agent traces loses, next to simpler packers. Needs no accelerator.
+"""Time lost by the packing of long-tailed agent traces, compared with simpler packers. Needs no accelerator.
 
     .venv/bin/python benchmarks/packing.py [--seeds 3]        half a minute on one core
 
-The time of a micro-batch is modelled, not measured: a sub-trace of n tokens costs n + QUADRATIC * n^2 (matrices and
+The time of a micro-batch is modeled, not measured: a sub-trace of n tokens costs n + QUADRATIC * n^2 (matrices and
 causal attention, buffer/packing.py). With W[r, j] the cost of micro-batch j of rank r, R ranks, m micro-batches each:
 
     step loss        = 1 - mean_r sum_j W[r, j] / max_r sum_j W[r, j]    ranks meet once, to reduce the gradient
     micro-batch loss = 1 - sum_r,j W[r, j] / (R * sum_j max_r W[r, j])   ranks meet after every micro-batch
 
-are parts of the ranks' time spent waiting. Data parallelism meets once a step; experts spread over data-parallel
-ranks meet in every micro-batch. No packer can lose less at the step barrier than
+are fractions of the ranks' time spent waiting. Data-parallel ranks meet once a step; ranks over which experts are
+spread meet in every micro-batch. No packer can lose less at the step barrier than
 
     unavoidable      = 1 - mean_r sum_j W[r, j] / B,   B = max over c = 0, 1, .. of the sum of the c + 1 cheapest
                                                        of the c * R + 1 costliest sub-traces, and of the mean itself
 
-since some rank trains c + 1 of those; c = 0 is the costliest sub-trace alone. The bound does not know of the cap.
+since some rank trains c + 1 of those; c = 0 is the costliest sub-trace alone. The bound ignores the cap.
 
-Not in these losses: the fixed overhead of a micro-batch, full, short or empty. So m stands beside the fewest that any
-packer could need, ceil(total tokens / (cap * R)), with the part of micro-batches that are empty. Padding costs
-nothing else: sub-traces lie one after the other in a micro-batch, at their own length. Nor does the model know of
-communication, or of kernels that run better on some lengths.
+These losses exclude the fixed overhead of a micro-batch, whether full, short or empty. So m is printed beside the
+fewest that any packer could need, ceil(total tokens / (cap * R)), with the fraction of micro-batches that are empty.
+Padding has no other cost: sub-traces are concatenated in a micro-batch at their own length. The model also ignores
+communication and kernels that are more efficient at some lengths.
 
 Exit code 1: in some scenario with at least 10 sub-traces a rank and less than 2% unavoidable loss, one seed of our
 packer loses more than 2% at the step barrier. The standard scenario (512 episodes, 32 ranks, cap 65,536, all three
-kinds of lengths) is among them.
+kinds of lengths) is one of them.
 """
 
 from __future__ import annotations
@@ -58,12 +58,12 @@ STANDARD = (512, 32, 65_536)  # episodes, ranks, cap
 
 
 def sub_traces_per_episode(rng: np.random.Generator, episodes: int) -> Int64:
-    """1 to 8, 2.5 on average."""
+    """Return numbers from 1 to 8, 2.5 on average."""
     return np.minimum(rng.geometric(0.4, episodes), 8)
 
 
 def compacted(rng: np.random.Generator, episodes: int) -> Int64:
-    """Agents that fill their context: all but an episode's last end between the threshold and the limit."""
+    """Sample agents that fill their context: all but an episode's last end between the threshold and the limit."""
     parts = []
     for count in sub_traces_per_episode(rng, episodes):
         parts += [rng.integers(CONTEXT - RESERVE, CONTEXT + 1, count - 1), rng.lognormal(9.2, 1.2, 1)]
@@ -71,13 +71,13 @@ def compacted(rng: np.random.Generator, episodes: int) -> Int64:
 
 
 def lognormal(rng: np.random.Generator, episodes: int) -> Int64:
-    """Median 4,900 tokens; one in 50 at the limit. Agents with many short sub-agents."""
+    """Sample agents with many short sub-agents: median 4,900 tokens, one in 50 at the limit."""
     lengths = rng.lognormal(8.5, 1.3, sub_traces_per_episode(rng, episodes).sum())
     return np.clip(lengths, 200, CONTEXT).astype(np.int64)
 
 
 def pareto(rng: np.random.Generator, episodes: int) -> Int64:
-    """Half below 1,100 tokens, tail index 0.9; one in 80 at the limit."""
+    """Sample a heavy tail: half below 1,100 tokens, tail index 0.9, one in 80 at the limit."""
     lengths = 500 * (1 + rng.pareto(0.9, sub_traces_per_episode(rng, episodes).sum()))
     return np.clip(lengths, 200, CONTEXT).astype(np.int64)
 
@@ -85,17 +85,17 @@ def pareto(rng: np.random.Generator, episodes: int) -> Int64:
 KINDS = (compacted, lognormal, pareto)
 
 
-# Packers to compare with.
+# Packers for comparison.
 
 
 def padded(rows: Grid) -> Grid:
-    """Every rank gets as many micro-batches as the longest row."""
+    """Add empty micro-batches until every rank has as many as the longest row."""
     most = max(1, *(len(row) for row in rows))
     return [row + [[] for _ in range(most - len(row))] for row in rows]
 
 
 def filled(order: Sequence[int], lengths: Int64, max_tokens: int, look_back: bool) -> list[list[int]]:
-    """Each into the first micro-batch with room; without `look_back`, into the newest or else a new one."""
+    """Put each sub-trace into the first micro-batch with room; without `look_back`, into the newest or a new one."""
     micros: list[list[int]] = []
     room: list[int] = []
     for k in order:
@@ -110,12 +110,12 @@ def filled(order: Sequence[int], lengths: Int64, max_tokens: int, look_back: boo
 
 
 def by_arrival(lengths: Int64, num_ranks: int, max_tokens: int) -> Grid:
-    """Sub-trace k to rank k mod R, micro-batches filled one after the other."""
+    """Assign sub-trace k to rank k mod R and fill micro-batches one after the other."""
     return padded([filled(range(r, len(lengths), num_ranks), lengths, max_tokens, False) for r in range(num_ranks)])
 
 
 def by_tokens(lengths: Int64, num_ranks: int, max_tokens: int) -> Grid:
-    """Longest first, to the rank with the fewest tokens; first-fit inside a rank. Attention does not count."""
+    """Assign the longest first to the rank with the fewest tokens, first-fit within a rank; ignores attention."""
     ranks = [(0, rank) for rank in range(num_ranks)]
     rows: list[list[int]] = [[] for _ in ranks]
     for k in np.argsort(-lengths, kind="stable").tolist():
@@ -126,15 +126,15 @@ def by_tokens(lengths: Int64, num_ranks: int, max_tokens: int) -> Grid:
 
 
 def first_fit(lengths: Int64, num_ranks: int, max_tokens: int) -> Grid:
-    """First-fit-decreasing over all sub-traces, micro-batches dealt to ranks in turn."""
+    """Pack all sub-traces by first-fit-decreasing and deal the micro-batches to ranks in turn."""
     micros = filled(np.argsort(-lengths, kind="stable").tolist(), lengths, max_tokens, True)
     return padded([micros[rank::num_ranks] for rank in range(num_ranks)])
 
 
 def differencing(lengths: Int64, num_ranks: int, max_tokens: int) -> Grid:
-    """Largest differencing of costs over ranks, then over a rank's micro-batches; their number rises till caps hold.
+    """Apply largest differencing of costs over ranks, then over a rank's micro-batches, as many as the cap requires.
 
-    The two stages of verl 0.9.1, whose package cannot be imported without torch, Ray and tensordict.
+    These are the two stages of verl 0.9.1, whose package can't be imported without torch, Ray and tensordict.
     """
     costs = cost(lengths).tolist()
     rows = [np.array(row, np.int64) for row in _differences(costs, num_ranks)]
@@ -147,7 +147,7 @@ def differencing(lengths: Int64, num_ranks: int, max_tokens: int) -> Grid:
 
 
 def _differences(costs: Sequence[float], num_parts: int) -> list[list[int]]:
-    """Karmarkar and Karp (1982): merge the two partial partitions of largest spread, costliest part with cheapest."""
+    """Merge the two partial partitions of largest spread, costliest with cheapest (Karmarkar and Karp, 1982)."""
     empty: list[tuple[float, list[int]]] = [(0.0, []) for _ in range(num_parts - 1)]
     heap = [(-c if num_parts > 1 else 0.0, k, [*empty, (c, [k])]) for k, c in enumerate(costs)]
     heapq.heapify(heap)
@@ -159,7 +159,7 @@ def _differences(costs: Sequence[float], num_parts: int) -> list[list[int]]:
 
 
 def ours(lengths: Int64, num_ranks: int, max_tokens: int) -> Grid:
-    """buffer/packing.py."""
+    """Pack with buffer/packing.py."""
     return pack(lengths.tolist(), num_ranks, max_tokens)
 
 
@@ -174,24 +174,24 @@ PACKERS: dict[str, Packer] = {
 
 @dataclass(frozen=True)
 class Lost:
-    """Parts of time, 0 to 1, and numbers of micro-batches a rank."""
+    """Fractions of time, 0 to 1, and numbers of micro-batches per rank."""
 
     step: float
     micro_batch: float
     unavoidable: float
     count: int
     fewest: int
-    empty: float  # part of all micro-batches
+    empty: float  # fraction of all micro-batches
     seconds: float = 0.0
 
 
 def cost(lengths: Int64, quadratic: float = QUADRATIC) -> Float64:
-    """n + quadratic * n^2 of each sub-trace, in tokens' worth of matrix work."""
+    """Return n + quadratic * n^2 of each sub-trace, in units of one token's matrix work."""
     return lengths + quadratic * lengths.astype(np.float64) ** 2
 
 
 def lost(grid: Grid, lengths: Int64, max_tokens: int, quadratic: float = QUADRATIC, seconds: float = 0.0) -> Lost:
-    """The losses of the module's docstring. AssertionError: a grid that trains something twice or breaks the cap."""
+    """Return the losses defined at the top of this file. AssertionError: a grid trains one twice or breaks the cap."""
     micros = [micro for row in grid for micro in row]
     assert sorted(k for micro in micros for k in micro) == list(range(len(lengths)))
     assert max(int(lengths[micro].sum()) for micro in micros if micro) <= max_tokens
@@ -212,7 +212,7 @@ def lost(grid: Grid, lengths: Int64, max_tokens: int, quadratic: float = QUADRAT
 
 
 def measured(packer: Packer, lengths: Int64, num_ranks: int, max_tokens: int) -> Lost:
-    """One packing, with the processor seconds it took."""
+    """Return the result of one packing, with the CPU seconds that it took."""
     began = time.process_time()
     grid = packer(lengths, num_ranks, max_tokens)
     return lost(grid, lengths, max_tokens, seconds=time.process_time() - began)
@@ -223,7 +223,7 @@ def batches(kind: Callable[[np.random.Generator, int], Int64], episodes: int, se
 
 
 def print_packers(seeds: int) -> None:
-    """All packers at the standard scenario: the worst seed's numbers."""
+    """Print all packers in the standard scenario, with the numbers of the worst seed."""
     episodes, num_ranks, cap = STANDARD
     print(f"{episodes} episodes, {num_ranks} ranks, cap {cap:,} tokens; % of time lost, worst of {seeds} seeds")
     print(f"{'':26}" + "".join(f"{kind.__name__:^36}" for kind in KINDS))
@@ -242,7 +242,7 @@ def print_packers(seeds: int) -> None:
 
 
 def print_scenarios(seeds: int) -> list[str]:
-    """Our packer everywhere: step loss, micro-batch loss, unavoidable loss. Returns what is over LIMIT."""
+    """Print our packer's step loss, micro-batch loss and unavoidable loss everywhere; return the cells over LIMIT."""
     print(
         f"ours: step / micro-batch loss [unavoidable step loss], %, worst of {seeds} seeds; "
         f"* fewer than {ENOUGH} sub-traces a rank"
@@ -268,7 +268,7 @@ def print_scenarios(seeds: int) -> list[str]:
 
 
 def print_constants(seeds: int) -> None:
-    """Step loss when the true cost of attention is not what the packer believed."""
+    """Print the step loss if the true cost of attention differs from the packer's constant."""
     episodes, num_ranks, cap = STANDARD
     print(f"ours, packed with QUADRATIC = {QUADRATIC}: step loss, %, if the true constant is")
     truths = (0.0, QUADRATIC / 2, QUADRATIC, 2 * QUADRATIC, 5 * QUADRATIC)

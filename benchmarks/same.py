@@ -1,11 +1,11 @@
-"""Whether two checkouts train the same: a short demo of a fixed seed in each, metric by metric.
+"""Comparison of training in two checkouts: a short demo with a fixed seed in each, metric by metric.
 
     .venv/bin/python benchmarks/same.py OTHER_CHECKOUT [--steps 5] [-- key=value ...]
 
-Runs `slime train recipe=ppo_coding` in both with this interpreter and one episode at a time, those of the evaluation
-first, so that the order in which the engine samples depends on no clock; `model.path=FOLDER` starts both from the same
-model. Prints every metric that differs, and exits with 1 if one does. Times, memory and rates are not compared. A
-change of form must leave everything else as it was, bit for bit.
+It runs `slime train recipe=ppo_coding` in both with this interpreter and one episode at a time, evaluation episodes
+first, so that the order in which the engine samples does not depend on a clock; `model.path=FOLDER` starts both from
+the same model. It prints every metric that differs, and exits with 1 if there is one. Times, memory and rates are not
+compared. A refactoring must leave all other metrics unchanged, bit for bit.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-MEASURED = ("time", "_gb", "seconds", "per_s", "straggler")  # parts of names that a clock or a meter fills
+MEASURED = ("time", "_gb", "seconds", "per_s", "straggler")  # substrings of the names of measured metrics
 SMALL = (
     *("recipe=ppo_coding", "run=same", "model.start=", "tracking.wandb=false", "checkpoint.every=0", "eval.every=0"),
     *("buffer.episodes_per_step=16", "critic.warmup_episodes=0", "eval.num_tasks=1"),
@@ -65,8 +65,8 @@ def train(checkout: Path, folder: Path, overrides: Sequence[str]) -> Rows:
     folder.mkdir()
     (folder / "one_at_a_time.py").write_text(TASK)
     environment = {**os.environ, "PYTHONPATH": f"{checkout}{os.pathsep}{folder}"}
-    places = [f"runs_dir={folder}", f"cache_dir={folder / 'cache'}"]
-    command = [sys.executable, "-m", "slime.cli", "train", *SMALL, *places, *overrides]
+    folders = [f"runs_dir={folder}", f"cache_dir={folder / 'cache'}"]
+    command = [sys.executable, "-m", "slime.cli", "train", *SMALL, *folders, *overrides]
     subprocess.run(command, cwd=checkout, env=environment, check=True)
     return [json.loads(line) for line in (folder / "same" / "metrics.jsonl").read_text().splitlines()]
 

@@ -1,4 +1,4 @@
-"""What a PPO step costs beside the matrix work in it. Needs no accelerator.
+"""Overhead of a PPO step relative to the matrix work in it. Needs no accelerator.
 
     .venv/bin/python benchmarks/step.py [--pairs 7]        three minutes on two idle cores
 
@@ -6,13 +6,13 @@ Two kinds of steps take turns in the same processes, with the same models, optim
 
     ours    slime/loop.py's train_step: sub-traces by Ray reference, packing, log-probabilities and values, advantages,
             losses, updates, metrics; engines, buffer and publishing are stubs that take no time
-    bare    megatron-core's schedule around tensors that were made before: forward passes with softmax and gather, then
+    bare    megatron-core's schedule around tensors prepared in advance: forward passes with softmax and gather, then
             forward, cross-entropy (the critic: squared error), backward, optimizer
 
-In both the policy and the critic work side by side, a process with one thread each. The model is the demo's times
-ten. Printed is the ratio ours / bare of each pair, by the wall and by CPU seconds of all processes that work (the two
-ranks, and for ours the driver), with medians and quartiles. On a machine with other work the CPU seconds are the ones
-to trust. Then: where ours spends what bare does not.
+In both, policy and critic work in parallel, each in a process with one thread. The model is ten times the demo's. The
+output is the ratio ours / bare of each pair, in wall-clock seconds and in CPU seconds of all working processes (the two
+ranks, and for ours the driver), with medians and quartiles. On a machine with other work trust the CPU seconds. The
+last table shows which process spends the difference.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ from slime.start.placement import placement
 from trainer.group import NoReference
 
 WINDOW = 104  # tokens of the demo's context
-PARTS = 3  # sub-traces an episode
+SUB_TRACES = 3  # of an episode
 
 
 def write_model(folder: Path) -> int:
-    """A random Qwen3 with ten times the demo's parameters; returns their number."""
+    """Write a random Qwen3 with ten times the demo's parameters and return their number."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -67,15 +67,15 @@ def write_model(folder: Path) -> int:
 
 
 def sub_traces(episodes: int, vocab: int) -> list[SubTrace]:
-    """Episodes as the demo's: three sub-traces, a quarter of whose tokens were sampled, the last one with a reward."""
+    """Return episodes like the demo's: three sub-traces, a quarter of the tokens sampled, a reward on the last one."""
     rng = np.random.default_rng(0)
     found = []
     for episode in range(episodes):
-        for position in range(PARTS):
+        for position in range(SUB_TRACES):
             length = int(rng.integers(WINDOW // 2, WINDOW + 1))
             mask = rng.random(length) < 0.25
             mask[0], mask[-1] = False, True
-            last = position == PARTS - 1
+            last = position == SUB_TRACES - 1
             rewards = np.zeros(length, np.float32)
             rewards[-1] = float(last and rng.random() < 0.5)
             found.append(
@@ -98,7 +98,7 @@ def sub_traces(episodes: int, vocab: int) -> list[SubTrace]:
 
 
 def prepare_bare(worker: Any, traces: list[SubTrace], grids: list[Any]) -> None:
-    """Runs in a rank: the micro-batches of a forward pass and of each optimizer step, as tensors."""
+    """Prepare, in a rank, the micro-batches of a forward pass and of each optimizer step as tensors."""
     from trainer.megatron.modules.attention import PackedSequences
 
     own = dict(enumerate(traces))
@@ -108,7 +108,7 @@ def prepare_bare(worker: Any, traces: list[SubTrace], grids: list[Any]) -> None:
 
 
 def bare_step(worker: Any) -> None:
-    """Runs in a rank: one forward pass over all micro-batches, then one optimizer step for each group of them."""
+    """Run, in a rank, one forward pass over all micro-batches, then one optimizer step for each group of them."""
     import torch
     from torch.nn import functional as F
 
@@ -155,12 +155,12 @@ def bare_step(worker: Any) -> None:
 
 
 def cpu_seconds(worker: Any) -> float:
-    """Runs in a rank: CPU time of its process since its start."""
+    """Return, in a rank, the CPU seconds of its process since its start."""
     return time.process_time()
 
 
 class Bench:
-    """The two roles, and both kinds of step on them."""
+    """The two roles with both kinds of step."""
 
     def __init__(self, config: Config, folder: Path, episodes: int) -> None:
         from transformers import AutoConfig
@@ -196,7 +196,7 @@ class Bench:
         self._watch: Any = SimpleNamespace(sample=lambda *rest: None)
 
     def call(self, function: Callable[..., Any], *arguments: Sequence[Any]) -> list[Any]:
-        """Runs a function in both ranks at once, with one of each list of arguments."""
+        """Run a function in both ranks at once, each with its element of every list of arguments."""
         refs = [
             group.actors[0].__ray_call__.remote(function, *(argument[i] for argument in arguments))
             for i, group in enumerate(self.groups)
@@ -204,7 +204,7 @@ class Bench:
         return list(ray.get(refs, timeout=600))
 
     def prepare(self) -> None:
-        """Gives the ranks what bare steps read."""
+        """Send the inputs of bare steps to the ranks."""
         indices, num_tokens = range(len(self.traces)), [len(trace.tokens) for trace in self.traces]
         rng = np.random.default_rng(0)
         counts = (self.config.policy.num_minibatches, self.config.critic.num_minibatches)
@@ -215,14 +215,14 @@ class Bench:
         self.call(prepare_bare, [self.traces] * 2, grids)
 
     def ours(self) -> dict[str, float]:
-        """One step of the product; its metrics."""
+        """Run one step of the product and return its metrics."""
         return loop.train_step(self.config, self._run, self._watch, 1, evaluating=False)
 
     def bare(self) -> None:
         self.call(bare_step)
 
     def measured(self, step: Callable[[], Any], driver: bool) -> tuple[float, list[float]]:
-        """Seconds by the wall, and CPU seconds of policy, critic and driver (0 where it is not part of the work)."""
+        """Return wall-clock seconds, and CPU seconds of policy, critic and driver (0 if the driver does no work)."""
         before, own, began = self.call(cpu_seconds), time.process_time(), time.perf_counter()
         step()
         wall, mine = time.perf_counter() - began, time.process_time() - own
@@ -231,7 +231,7 @@ class Bench:
 
 
 def quartiles(numbers: Sequence[float], unit: str = "") -> str:
-    """Median (first to third quartile)."""
+    """Return a text with the median and the first and third quartile."""
     low, middle, high = np.percentile(numbers, [25, 50, 75])
     return f"{middle:.3f}{unit} ({low:.3f} - {high:.3f})"
 
@@ -254,7 +254,7 @@ def main() -> None:
 
 
 def report(bench: Bench, pairs: int, size: int) -> None:
-    """Measures and prints."""
+    """Measure the pairs and print the results."""
     bench.prepare()
     tokens = sum(len(trace.tokens) for trace in bench.traces)
     print(f"{size / 1e6:.2f} million parameters, {tokens} tokens in {len(bench.traces)} sub-traces a step", flush=True)

@@ -1,15 +1,15 @@
-"""Speed of packed attention, forward and backward, by kernel: which one is worth calling from the trainer.
+"""Speed of packed attention, forward and backward, by kernel, to choose the trainer's kernel.
 
     python benchmarks/gpu/attention.py
 
-flash   torch.nn.attention.varlen, what the trainer calls where FlashAttention 4 is not installed
-fa4     FlashAttention 4 (flash-attn-4), what the trainer calls where it is
+flash   torch.nn.attention.varlen, which the trainer calls if FlashAttention 4 is not installed
+fa4     FlashAttention 4 (flash-attn-4), which the trainer calls if it is installed
 cudnn   scaled_dot_product_attention on cuDNN, one call a sequence
 ragged  the cuDNN operator that varlen_attn would call if its switch allowed it, all sequences in one call
 
-Useful FLOP count the lower triangle: 4 * width * length^2 / 2 forward, twice that backward. Distances are to flash,
-the largest of output and gradients; a kernel is of use when its distance is near 1e-2 or below. Some versions of torch
-hand cuDNN the width of a head as the longest sequence in `ragged`'s backward pass: a large distance there says so.
+Useful FLOP count the lower triangle: 4 * width * length^2 / 2 forward, twice that backward. Distances are to flash, the
+largest of output and gradients; a kernel is usable if its distance is near 1e-2 or below. Some versions of torch pass
+the width of a head to cuDNN as the longest sequence in `ragged`'s backward pass: a large distance shows this.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def kernels(lengths: list[int]) -> dict[str, Attention]:
-    """Query [T, H, d], key and value [T, G, d] -> [T, H, d], by name."""
+    """Return the kernels by name: query [T, H, d], key and value [T, G, d] -> [T, H, d]."""
     from torch.nn.attention import varlen
 
     borders = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to("cuda", torch.int32)
@@ -50,8 +50,8 @@ def kernels(lengths: list[int]) -> dict[str, Attention]:
     def cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         found = []
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            for parts in zip(*(x.split(lengths) for x in (q, k, v)), strict=True):
-                a, b, c = (x.transpose(0, 1)[None] for x in parts)
+            for sequence in zip(*(x.split(lengths) for x in (q, k, v)), strict=True):
+                a, b, c = (x.transpose(0, 1)[None] for x in sequence)
                 found.append(F.scaled_dot_product_attention(a, b, c, is_causal=True, enable_gqa=True)[0])
         return torch.cat(found, 1).transpose(0, 1)
 
@@ -74,7 +74,7 @@ class _Ragged(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         q, k, v, out, lse, seed, offset, borders = ctx.saved_tensors
-        n, no_bias = ctx.longest, None  # an empty tensor would be taken for a bias of one dimension
+        n, no_bias = ctx.longest, None  # an empty tensor would be treated as a one-dimensional bias
         grads = torch.ops.aten._cudnn_attention_backward(
             grad.contiguous(), q, k, v, out, lse, seed, offset, no_bias, borders, borders, n, n, 0.0, True
         )
@@ -82,7 +82,7 @@ class _Ragged(torch.autograd.Function):
 
 
 def measure(name: str, lengths: list[int], heads: int = 32, kv_heads: int = 8, d: int = 128) -> list[str]:
-    """The row of a kernel: TFLOP/s, first call, distance of output and gradients to flash."""
+    """Return the row of a kernel: TFLOP/s, first call, distance of output and gradients to flash."""
     torch.manual_seed(0)
     q, k, v, g = (
         torch.randn(sum(lengths), n, d, device="cuda", dtype=torch.bfloat16) for n in (heads, kv_heads, kv_heads, heads)
@@ -127,7 +127,7 @@ def main() -> None:
         "fa4",
         "cudnn",
         "ragged",
-    ):  # the last one may leave CUDA in a state that stops all that follows
+    ):  # the last one may leave CUDA in a state in which all later calls fail
         for lengths in (list(common.LENGTHS), [512] * 64):
             common.say(measure(name, lengths))
 

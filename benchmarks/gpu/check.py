@@ -1,8 +1,8 @@
-"""Whether the trainer computes on a GPU what its definitions say: packed attention, scores, log-probabilities, layouts.
+"""Correctness of the trainer on a GPU: packed attention, scores, log-probabilities, layouts.
 
     python benchmarks/gpu/check.py               one GPU
-    python benchmarks/gpu/check.py --gpus 2      and the layouts that two GPUs allow, against one
-    python benchmarks/gpu/check.py --gpus 2 --models experts      of layouts only those of a model with experts
+    python benchmarks/gpu/check.py --gpus 2      also the layouts that two GPUs allow, against one
+    python benchmarks/gpu/check.py --gpus 2 --models experts      only the layouts of a model with experts
 
 Every number is |found - reference| / |reference| in Frobenius norm (for log-probabilities, nats). References are
 computed in float64 from the same inputs, one sequence at a time; those of a model by transformers in float32.
@@ -40,7 +40,7 @@ LAYOUTS = {
     "CP2": LayoutConfig(num_processes=2, context_parallel=2, precision=Precision.bf16),
     "EP2": LayoutConfig(num_processes=2, expert_parallel=2, precision=Precision.bf16),
 }
-MODELS = {  # and the layouts that say something about each
+MODELS = {  # with the layouts that are relevant for each
     "dense": [name for name in LAYOUTS if name != "EP2"],
     "experts": ["1 GPU", "1 GPU, MLP recomputed", "DP2", "TP2+SP", "EP2"],
 }
@@ -53,7 +53,7 @@ def distance(found: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def check_attention(heads: int = 16, kv_heads: int = 8, d: int = 128) -> list[list[str]]:
-    """Packed attention, forward and backward, against softmax attention in float64."""
+    """Compare packed attention, forward and backward, with softmax attention in float64."""
     from megatron.core.transformer.enums import AttnMaskType
 
     from trainer.megatron.model import transformer_config
@@ -72,11 +72,11 @@ def check_attention(heads: int = 16, kv_heads: int = 8, d: int = 128) -> list[li
     out = attention(*ours, None, packed_seq_params=PackedSequences(Packing(lengths, torch.device("cuda"))))
     out.backward(g.flatten(1))
     exact = [x.double().requires_grad_() for x in (q, k, v)]
-    parts = []
+    exact_out = []
     for a, b, c in zip(*(x.split(lengths) for x in exact), strict=True):
         shaped = [x.transpose(0, 1)[None] for x in (a, b, c)]
-        parts.append(F.scaled_dot_product_attention(*shaped, is_causal=True, enable_gqa=True)[0].transpose(0, 1))
-    reference = torch.cat(parts)
+        exact_out.append(F.scaled_dot_product_attention(*shaped, is_causal=True, enable_gqa=True)[0].transpose(0, 1))
+    reference = torch.cat(exact_out)
     reference.backward(g.double())
     rows = [["packed attention, forward", f"{distance(out, reference.flatten(1)):.1e}"]]
     for name, x, y in zip("qkv", ours, exact, strict=True):
@@ -97,7 +97,7 @@ class _Alone:
 
 
 def check_scores(tokens: int = 1500, hidden: int = 256) -> list[list[str]]:
-    """Log-probability and entropy from bf16 hidden states in slices, against float64."""
+    """Compare log-probability and entropy from bf16 hidden states in slices with float64."""
     from trainer.megatron.modules.scores import scores
 
     torch.manual_seed(2)
@@ -120,8 +120,9 @@ def check_scores(tokens: int = 1500, hidden: int = 256) -> list[list[str]]:
 
 
 def make_model(folder: Path, kind: str = "dense") -> Path:
-    """A random model whose predictions are far from uniform: a Qwen3 of 130 million parameters, or a Qwen3-MoE of 230
-    million in 4 layers of 32 experts, 4 a token.
+    """Write a random model whose predictions are far from uniform and return its folder.
+
+    It is a Qwen3 of 130 million parameters, or a Qwen3-MoE of 230 million with 4 layers of 32 experts, 4 a token.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -147,7 +148,7 @@ def make_model(folder: Path, kind: str = "dense") -> Path:
 
 
 def reference_logprobs(kind: str, folder: Path, traces: list[Any], dtype: torch.dtype) -> np.ndarray:
-    """transformers' own model, one sequence and one expert at a time; predictions of all sequences together."""
+    """Return the log-probabilities of transformers' own model, computed one sequence and one expert at a time."""
     from transformers import AutoModelForCausalLM
 
     how = {"attn_implementation": "sdpa"} | ({"experts_implementation": "eager"} if kind == "experts" else {})
@@ -162,7 +163,7 @@ def reference_logprobs(kind: str, folder: Path, traces: list[Any], dtype: torch.
 
 
 def train_rank(options: argparse.Namespace) -> None:
-    """One rank of a layout: log-probabilities, four updates, log-probabilities; rank 0 writes them."""
+    """Run one rank of a layout: log-probabilities, four updates, log-probabilities; write the results."""
     layout = replace(LAYOUTS[options.layout], max_tokens_per_micro_batch=4096)
     settings = EngineSettings(options.rank, layout, OptimizerConfig(lr=1e-4), options.folder, 0, 1, 300.0)
     worker = PolicyWorker(settings, PolicyConfig(layout=layout))
@@ -193,7 +194,7 @@ def run_layout(name: str, folder: Path) -> dict[str, Any]:
 
 
 def check_layouts(kind: str, num_gpus: int) -> None:
-    """Log-probabilities before and after four supervised steps, in every layout, against one GPU and transformers."""
+    """Compare log-probabilities before and after four updates in every layout with one GPU and transformers."""
     folder = make_model(Path(tempfile.mkdtemp()), kind)
     traces = common.sub_traces(4096, VOCAB)
     exact = reference_logprobs(kind, folder, traces, torch.float32)

@@ -1,4 +1,4 @@
-"""What the GPU benchmarks share: model shapes, random models and sub-traces, the measured matrix rate, tables."""
+"""Shared code of the GPU benchmarks: model shapes, random models and sub-traces, the measured matrix rate, tables."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LENGTHS = (16384, 8192, 4096, 2048, 1024, 1024)
 
 
 def write_config(folder: Path, model: str, num_layers: int = 0) -> Path:
-    """A folder with the config.json of a Qwen3 model and no weights; `num_layers` > 0 cuts it short."""
+    """Write the config.json of a Qwen3 model, without weights, and return the folder; `num_layers` > 0 cuts layers."""
     shape = dict(QWEN3[model])
     if num_layers:
         shape["num_hidden_layers"] = num_layers
@@ -56,7 +56,7 @@ def write_config(folder: Path, model: str, num_layers: int = 0) -> Path:
 
 
 def sub_trace(rng: np.random.Generator, num_tokens: int, vocab: int, name: str) -> SubTrace:
-    """A random sub-trace: turns of 256 tokens, of which the second half is sampled."""
+    """Return a random sub-trace: turns of 256 tokens whose second half is sampled."""
     mask = np.arange(num_tokens) % 256 >= 128
     mask[-1] = True
     return SubTrace(
@@ -76,14 +76,14 @@ def sub_trace(rng: np.random.Generator, num_tokens: int, vocab: int, name: str) 
 
 
 def sub_traces(num_tokens: int, vocab: int, seed: int = 0) -> list[SubTrace]:
-    """LENGTHS scaled so that they are `num_tokens` predictions together."""
+    """Return sub-traces with LENGTHS scaled to `num_tokens` predictions in total."""
     rng = np.random.default_rng(seed)
     scale = sum(LENGTHS) // num_tokens
     return [sub_trace(rng, length // scale + 1, vocab, f"e{i}") for i, length in enumerate(LENGTHS)]
 
 
 def milliseconds(run: Callable[[], Any], repeats: int = 10, warm_up: int = 3) -> float:
-    """Median time of `run` on the GPU, by events around each call."""
+    """Return the median milliseconds of `run` on the GPU, measured by events around each call."""
     for _ in range(warm_up):
         run()
     times = []
@@ -98,15 +98,16 @@ def milliseconds(run: Callable[[], Any], repeats: int = 10, warm_up: int = 3) ->
 
 
 def matrix_rate(n: int = 8192) -> float:
-    """bf16 FLOP/s of an n x n x n product of random numbers: the ceiling that utilisation is measured against."""
+    """Return the bf16 FLOP/s of an n x n x n product of random numbers, the reference rate of utilization."""
     a, b = (torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     return 2 * n**3 / (milliseconds(lambda: a @ b, repeats=20) * 1e-3)
 
 
 def run_ranks(script: str, arguments: Sequence[str], num_ranks: int, timeout_s: float, first_gpu: int = 0) -> None:
-    """Runs `script` once a GPU, each process seeing one.
+    """Run `script` once per GPU; each process sees one GPU.
 
-    RuntimeError as soon as one fails (the others would wait for it until their own time is over); TimeoutError.
+    RuntimeError: a process failed (raised at once, because the others would wait for it). TimeoutError: not done in
+    `timeout_s`.
     """
     ends = time.monotonic() + timeout_s
     port = ReservedPort("127.0.0.1")
@@ -132,7 +133,7 @@ def run_ranks(script: str, arguments: Sequence[str], num_ranks: int, timeout_s: 
 
 
 class OneRank:
-    """A worker in this process, asked as a role of processes is (trainer/group.py)."""
+    """A worker in this process with the interface of a role of processes (trainer/group.py)."""
 
     def __init__(self, worker: Any) -> None:
         self.worker = worker
@@ -140,7 +141,7 @@ class OneRank:
         self._thread = ThreadPoolExecutor(1)
 
     def __getattr__(self, method: str) -> Any:
-        """The worker's method, run in a thread; `result(timeout_s)` is its answer."""
+        """Return a function that runs the worker's method in a thread; `result(timeout_s)` is its answer."""
 
         def run(*arguments: Any) -> Any:
             self.said[method] = getattr(self.worker, method)(*arguments)
@@ -150,7 +151,7 @@ class OneRank:
 
 
 def machine() -> str:
-    """One line: GPU, driver and versions of what is measured."""
+    """Return one line with GPU, driver and library versions."""
     import triton
 
     asked = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
@@ -160,14 +161,14 @@ def machine() -> str:
 
 
 def say(cells: Sequence[Any], head: bool = False) -> None:
-    """Prints a row of a Markdown table at once: a script that is cut short keeps what it has measured."""
+    """Print a row of a Markdown table at once, so that an aborted script keeps its measurements."""
     print("| " + " | ".join(str(cell) for cell in cells) + " |", flush=True)
     if head:
         print("|" + "---|" * len(cells), flush=True)
 
 
 def table(rows: Sequence[Sequence[Any]]) -> str:
-    """Rows of a Markdown table, the first one its head."""
+    """Return a Markdown table; the first row is its head."""
     text = [[str(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in text) for i in range(len(text[0]))]
     lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in text]

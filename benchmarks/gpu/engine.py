@@ -1,10 +1,10 @@
-"""One SGLang engine on a GPU against the trainer: start, speed, log-probabilities, new weights, memory given away.
+"""One SGLang engine on a GPU and the trainer: start, speed, log-probabilities, new weights, released memory.
 
     python benchmarks/gpu/engine.py                    both on GPU 0, weights over gloo
     python benchmarks/gpu/engine.py --engine-gpu 1     one each, weights over nccl
 
-The product's server, client and policy worker run, without Ray. The trainer scores what the engine sampled; then it
-takes a few steps, publishes, and scores what the engine samples from the new weights.
+The product's server, client and policy worker run without Ray. The trainer scores the engine's samples; then it takes a
+few steps, publishes, and scores the engine's samples from the new weights.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ CONTEXT, PROMPT, SAMPLED = 2048, 256, 512
 
 
 def used_gb(gpu: int) -> float:
-    """GPU memory in use by all processes, from the driver."""
+    """Return the GPU memory in use by all processes, in GB, from the driver."""
     asked = ["nvidia-smi", f"--id={gpu}", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
     return int(subprocess.run(asked, capture_output=True, text=True, check=True).stdout) * 1.048576e-3
 
 
 def traces_of(prompts: list[np.ndarray], answers: list[Any]) -> list[Any]:
-    """Sub-traces of one turn each, as the trainer gets them."""
+    """Return sub-traces of one turn each, in the trainer's format."""
     from buffer.types import Status, SubTrace, SubTraceKind
 
     found = []
@@ -61,7 +61,7 @@ def traces_of(prompts: list[np.ndarray], answers: list[Any]) -> list[Any]:
 
 
 def compare(worker: Any, traces: list[Any]) -> str:
-    """Differences between the engine's and the trainer's log-probabilities of sampled tokens, in nats."""
+    """Return a line with differences of the engine's and the trainer's log-probabilities of sampled tokens, in nats."""
     grid = [[[i] for i in range(len(traces))]]
     scored = worker.logprobs(traces, grid)
     gap = np.concatenate([(scored[i] - t.logprobs)[t.action_mask] for i, t in enumerate(traces)])
@@ -75,14 +75,14 @@ def compare(worker: Any, traces: list[Any]) -> str:
 
 
 async def sample(client: Any, prompts: list[np.ndarray]) -> tuple[list[Any], float]:
-    """All prompts at once; the answers and the sampled tokens a second."""
+    """Send all prompts at once; return the answers and the sampled tokens per second."""
     began = time.perf_counter()
     answers = await asyncio.gather(*(client.generate(list(map(int, p)), SAMPLED, []) for p in prompts))
     return list(answers), sum(len(a.output_ids) for a in answers) / (time.perf_counter() - began)
 
 
 async def session(options: argparse.Namespace, weights: Any, vocab: int) -> None:
-    """Everything that is asked of a running engine. `weights`: the path to it from `weights.policy`."""
+    """Run all measurements on a running engine. `weights`: publishes to it from `weights.policy`."""
     from rollout.engines.client import EngineClient
 
     worker = weights.policy.worker

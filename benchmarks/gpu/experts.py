@@ -1,16 +1,16 @@
 """Speed of the experts of one layer, forward and backward: one after another against all together.
 
     python benchmarks/gpu/experts.py                      Qwen3-30B-A3B's layer, 32,768 tokens
-    python benchmarks/gpu/experts.py --experts 16         what one GPU of eight has of it under expert parallelism
+    python benchmarks/gpu/experts.py --experts 16         the share of one GPU of eight under expert parallelism
 
-loop     megatron-core's SequentialMLP, as the trainer takes it where torch has no grouped product
+loop     megatron-core's SequentialMLP, which the trainer uses where torch has no grouped product
 grouped  the trainer's own module, two grouped products
 
 `even` rows are drawn uniformly over the experts; `skewed` ones by 1 / rank, and an eighth of the experts get none.
-`layer` is the whole: router, sorting, experts, summing up. Useful FLOP are those of the experts' products alone:
-6 * rows * hidden * width forward, twice that backward. A distance is that to the loop of the same row, the largest of
-output, gradient of the input and gradients of all weights. Peak memory is what one forward and backward pass needs on
-top of weights and inputs.
+`layer` is the whole layer: router, sorting, experts, summation. Useful FLOP are those of the experts' products alone:
+6 * rows * hidden * width forward, twice that backward. A distance is relative to the loop with the same rows, the
+largest of output, gradient of the input and gradients of all weights. Peak memory is the memory of one forward and
+backward pass in addition to weights and inputs.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ Layer = Callable[[torch.Tensor], torch.Tensor]
 
 
 def make_layer(config: dict[str, Any]) -> Any:
-    """The trainer's module for the experts of a layer, router included, with random weights in bf16."""
+    """Return the trainer's module for the experts of a layer, including the router, with random weights in bf16."""
     from megatron.core.transformer.spec_utils import build_module
 
     folder = Path(tempfile.mkdtemp())
@@ -85,7 +85,7 @@ def make_layer(config: dict[str, Any]) -> Any:
 
 
 def counts_of(rows: int, num_experts: int, skewed: bool) -> list[int]:
-    """How many of the rows each expert gets."""
+    """Return the number of rows of each expert."""
     weight_E = 1 / torch.arange(1.0, num_experts + 1) if skewed else torch.ones(num_experts)
     if skewed:
         weight_E[:: min(8, num_experts)] = 0
@@ -94,14 +94,14 @@ def counts_of(rows: int, num_experts: int, skewed: bool) -> list[int]:
 
 
 def largest_distance(found: Sequence[torch.Tensor], base: Sequence[torch.Tensor]) -> float:
-    """Output, gradient of the input, and the gradients of all weights as one; an expert's own may be zero."""
+    """Return the largest distance of output, input gradient and all weight gradients taken as one vector."""
     joined = [torch.cat([x.flatten() for x in side[2:]]) for side in (found, base)]
     pairs = [*zip(found[:2], base[:2], strict=True), (joined[0], joined[1])]
     return max(distance(a, b) for a, b in pairs)
 
 
 def measure(run: Layer, x: torch.Tensor, weights: Sequence[torch.Tensor]) -> tuple[float, float, float, Any]:
-    """Milliseconds forward and backward, peak GB of both, and output and gradients."""
+    """Return milliseconds forward and backward, peak GB of both, and output and gradients."""
     grad = torch.randn(x.shape, device=DEVICE, dtype=x.dtype, generator=torch.Generator(DEVICE).manual_seed(2))
     torch.autograd.grad(run(x), (x, *weights), grad)  # compiles
     torch.cuda.synchronize()
@@ -118,7 +118,7 @@ def measure(run: Layer, x: torch.Tensor, weights: Sequence[torch.Tensor]) -> tup
 
 
 def report(name: str, run: Layer, x: torch.Tensor, weights: Sequence[torch.Tensor], flop: float) -> None:
-    """The rows of both ways to compute `run`."""
+    """Print the rows of both ways to compute `run`."""
     base: Any = None
     for way in ("loop", "grouped"):
         takes = experts.grouped_product_takes if way == "grouped" else lambda *of: False

@@ -1,13 +1,13 @@
-"""Weights from a trainer on GPU 0 into an engine on GPU 1: seconds and GB/s, against NCCL's own broadcast.
+"""Speed of publishing weights from a trainer on GPU 0 to an engine on GPU 1, compared with NCCL's own broadcast.
 
     python benchmarks/gpu/publish.py --model 8b --attention triton
 
-First NCCL alone, between two processes that see one GPU each, with NCCL_CUMEM_ENABLE at 0 (what SGLang sets in its
-engines and our trainers in themselves) and at 1. Where 0 fails here, both ends have to be set to 1.
+The first measurement is NCCL alone, between two processes that see one GPU each, with NCCL_CUMEM_ENABLE=0 (which SGLang
+sets in its engines and our trainers set in their processes) and 1. If 0 fails here, set both ends to 1.
 
-The trainer holds weights only (random ones); the path is the product's: slime/weights.py, the policy worker's
-`send_weights`, SGLang's update from a distributed group. Then the engine proves that it holds them, and gets changes
-only, of every hundredth weight.
+The second one uses a trainer with random weights only and the product's own path: slime/weights.py, the policy worker's
+`send_weights`, SGLang's update from a distributed group. Then the engine's weights are verified, and changes of every
+hundredth weight are sent.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from machine.ports import ReservedPort
 
 
 def broadcast_rank(options: argparse.Namespace) -> None:
-    """One of two ranks: broadcasts of 1 GiB, and of the sizes of a layer's tensors one after the other."""
+    """Run one of two ranks: broadcasts of 1 GiB, then of the sizes of a layer's tensors one after the other."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(options.port), NCCL_CUMEM_ENABLE=options.cumem)
     dist.init_process_group("nccl", rank=options.rank, world_size=2, timeout=timedelta(seconds=120))
     for megabytes in (1024, 128, 32, 8):
@@ -54,7 +54,7 @@ def broadcast_rank(options: argparse.Namespace) -> None:
 
 
 def frozen_policy(folder: Path) -> Any:
-    """The policy's worker with random weights and without optimizer, and the weights in the folder, for the engine."""
+    """Return a policy worker with random weights and no optimizer, and the folder with its weights for the engine."""
     from trainer.config import LayoutConfig, OptimizerConfig, PolicyConfig, Precision
     from trainer.engine import EngineSettings
     from trainer.models.folder import write_folder
@@ -71,14 +71,14 @@ def frozen_policy(folder: Path) -> Any:
 
 
 def change(worker: Any) -> None:
-    """Moves every hundredth weight."""
+    """Change every hundredth weight."""
     for chunk in worker.engine.models:
         for parameter in chunk.parameters():
             parameter.data.view(-1)[::100].mul_(1.25)
 
 
 def session(weights: Any, repeats: int) -> None:
-    """Joins the group and publishes a few times: whole weights, a proof, changes, a proof."""
+    """Join the group and publish a few times: whole weights, a proof, changes, a proof."""
 
     def publish(what: str) -> None:
         times = []
@@ -128,7 +128,7 @@ def main() -> None:
     for cumem in ("0", "1"):
         try:
             common.run_ranks(__file__, [*sys.argv[1:], f"--cumem={cumem}"], 2, timeout_s=120)
-        except (RuntimeError, TimeoutError) as error:  # that it fails is a result, too
+        except (RuntimeError, TimeoutError) as error:  # a failure is a result, too
             print(f"NCCL_CUMEM_ENABLE={cumem}: {error}", flush=True)
     folder = common.write_config(Path(tempfile.mkdtemp()), options.model)
     os.environ["CUDA_VISIBLE_DEVICES"] = "0"

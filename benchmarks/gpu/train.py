@@ -3,15 +3,15 @@
     python benchmarks/gpu/train.py --model 1.7b --recompute layer
     python benchmarks/gpu/train.py --model 8b --gpus 2 --recompute layer      data parallel, optimizer state shared
 
-The product's own workers run, on weights drawn at random, without Ray, one role after the other. A step is what
-the loop asks for: the policy's log-probabilities, the critic's values, one update of each over the same tokens.
-The table is printed after each role, so that what is cut short leaves the policy's rows.
+The product's own workers run on random weights, without Ray, one role after the other. A step has the calls of the
+loop: the policy's log-probabilities, the critic's values, one update of each over the same tokens. The table is printed
+after each role, so that an aborted run still shows the policy's rows.
 
-    utilisation = useful FLOP / seconds / measured rate of a large bf16 product
+    utilization = useful FLOP / seconds / measured rate of a large bf16 product
     useful FLOP = tokens * (2 forward, 6 update) * parameters in products + 2 (6) * attention width * sum of length^2
 
-Attention counts its lower triangle: 2 products of 2 * width * length^2 / 2 forward. What recomputation does twice
-is no useful FLOP; `--recompute` says how much that is.
+Attention counts its lower triangle: 2 products of 2 * width * length^2 / 2 forward. Recomputed FLOP are not useful;
+`--recompute` sets how many there are.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from trainer.worker import Columns
 
 
 def random_weights(models: Sequence[torch.nn.Module]) -> None:
-    """Normal numbers of standard deviation 0.02 in matrices; norms and heads stay as they are made."""
+    """Fill matrices with normal numbers of standard deviation 0.02; leave norms and heads unchanged."""
     torch.manual_seed(0)
     for parameter in chain.from_iterable(gpt.parameters() for gpt in models):
         if parameter.dim() == 2 and parameter.shape[0] > 1:
@@ -58,7 +58,7 @@ class RandomEngine(MegatronEngine):
 
 
 def columns_of(role: str, traces: list[SubTrace]) -> Columns:
-    """What an update is told, about the size that it has in a run."""
+    """Return the columns of an update, with numbers of a realistic size."""
     zeros = TokenColumn((i, 0.0 * t.logprobs) for i, t in enumerate(traces))
     if role == "critic":
         returns = TokenColumn((i, t.action_mask.astype(np.float32)) for i, t in enumerate(traces))
@@ -69,7 +69,7 @@ def columns_of(role: str, traces: list[SubTrace]) -> Columns:
 
 
 def useful_flop(config: dict[str, Any], role: str, lengths: list[int]) -> float:
-    """Of one forward pass over sequences of `lengths` predictions; an update is three times as much."""
+    """Return the useful FLOP of a forward pass over sequences of `lengths` predictions; an update has 3 times that."""
     h, f, d = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     q, kv = config["num_attention_heads"] * d, config["num_key_value_heads"] * d
     products = config["num_hidden_layers"] * (h * (q + 2 * kv) + q * h + 3 * h * f)
@@ -88,7 +88,7 @@ def timed(run: Callable[[], Any]) -> float:
 
 
 def measure(role: str, options: argparse.Namespace, folder: Path, port: int) -> dict[str, Any]:
-    """Median seconds of the role's phases and its peak memory, on this rank."""
+    """Return the median seconds of the role's phases and its peak memory on this rank."""
     config = json.loads((folder / "config.json").read_text())
     layout = LayoutConfig(
         num_processes=options.gpus,
@@ -146,7 +146,7 @@ def measure(role: str, options: argparse.Namespace, folder: Path, port: int) -> 
 
 
 def profile(run: Callable[[], Any], num_rows: int) -> None:
-    """Prints the kernels that take most of `run`; 0 rows: only runs it, because all ranks have to."""
+    """Print the most expensive kernels of `run`; with 0 rows only run it, because all ranks have to."""
     if not num_rows:
         run()
         return
@@ -164,12 +164,12 @@ def profile(run: Callable[[], Any], num_rows: int) -> None:
 
 
 def answer_file(role: str, first_gpu: int) -> Path:
-    """Where rank 0 leaves what it measured."""
+    """Return the file to which rank 0 writes its measurements."""
     return Path(tempfile.gettempdir()) / f"train_{role}_{first_gpu}.json"
 
 
 def report(found: list[dict[str, Any]], rate: float, options: argparse.Namespace) -> str:
-    """The table: a row a phase, then the whole step."""
+    """Return the table: one row per phase, then the whole step."""
     rows: list[list[Any]] = [["phase", "s", "share", "tokens/s/GPU", "MFU", "peak GB"]]
     total_s = sum(f["forward_s"] + f["update_s"] for f in found)
     flop_all = 0.0
@@ -189,7 +189,7 @@ def report(found: list[dict[str, Any]], rate: float, options: argparse.Namespace
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=list(common.QWEN3), default="1.7b")
-    parser.add_argument("--layers", type=int, default=0, help="cut the model to so many; 0: all")
+    parser.add_argument("--layers", type=int, default=0, help="cut the model to this number of layers; 0: all")
     parser.add_argument("--tokens", type=int, default=32768, help="of a micro-batch")
     parser.add_argument("--micro-batches", type=int, default=1)
     parser.add_argument("--gpus", type=int, default=1)
@@ -198,7 +198,7 @@ def main() -> None:
     parser.add_argument("--recompute", choices=[r.value for r in Recompute], default="layer")
     parser.add_argument("--roles", default="policy,critic")
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--profile", type=int, default=0, help="so many kernels")
+    parser.add_argument("--profile", type=int, default=0, help="print this number of kernels")
     parser.add_argument("--rank", type=int, default=-1, help="set by the script itself")
     parser.add_argument("--port", type=int, default=0, help="set by the script itself")
     options = parser.parse_args()
