@@ -64,10 +64,10 @@ def sub_traces_per_episode(rng: np.random.Generator, episodes: int) -> Int64:
 
 def compacted(rng: np.random.Generator, episodes: int) -> Int64:
     """Sample agents that fill their context: all but an episode's last end between the threshold and the limit."""
-    parts = []
+    lengths = []
     for count in sub_traces_per_episode(rng, episodes):
-        parts += [rng.integers(CONTEXT - RESERVE, CONTEXT + 1, count - 1), rng.lognormal(9.2, 1.2, 1)]
-    return np.clip(np.concatenate(parts), 200, CONTEXT).astype(np.int64)
+        lengths += [rng.integers(CONTEXT - RESERVE, CONTEXT + 1, count - 1), rng.lognormal(9.2, 1.2, 1)]
+    return np.clip(np.concatenate(lengths), 200, CONTEXT).astype(np.int64)
 
 
 def lognormal(rng: np.random.Generator, episodes: int) -> Int64:

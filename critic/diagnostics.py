@@ -161,16 +161,16 @@ def _actions(sub_traces: Sequence[SubTrace], targets: Sequence[Targets]) -> _Act
     for trace, target in zip(sub_traces, targets, strict=True):
         episodes.setdefault(trace.episode_id, []).append((trace, target))
     values, returns, turns, counts = [], [], [], []
-    for parts in episodes.values():
+    for members in episodes.values():
         next_turn = count = 0
-        for trace, target in sorted(parts, key=lambda part: part[0].position):
-            places = np.flatnonzero(trace.action_mask)
-            if not len(places):
+        for trace, target in sorted(members, key=lambda member: member[0].position):
+            indices = np.flatnonzero(trace.action_mask)
+            if not len(indices):
                 continue
-            turn = next_turn + np.concatenate([[0], np.cumsum(np.diff(places) > 1)])
-            next_turn, count = int(turn[-1]) + 1, count + len(places)
-            values.append(target.values[places])
-            returns.append(target.returns[places])
+            turn = next_turn + np.concatenate([[0], np.cumsum(np.diff(indices) > 1)])
+            next_turn, count = int(turn[-1]) + 1, count + len(indices)
+            values.append(target.values[indices])
+            returns.append(target.returns[indices])
             turns.append(turn.astype(np.int32))
         counts.append(count)
     return _Actions(

@@ -134,7 +134,7 @@ def episode_returns(sub_traces: Sequence[SubTrace], episode_ids: Sequence[str], 
             index = int(np.flatnonzero(trace.action_mask)[~np.isfinite(given)][0])
             raise ValueError(f"{trace.name}: reward at index {index} is {trace.rewards[index]}: must be finite")
         rewards[owner] += given[given != 0].tolist()
-    found = np.array([math.fsum(parts) for parts in rewards])
+    found = np.array([math.fsum(numbers) for numbers in rewards])
     for owner in set(range(len(episode_ids))) - set(owners):
         found[owner] = np.float32(terminal[owner])
         if not np.isfinite(found[owner]):

@@ -30,13 +30,9 @@ class Packing:
         self.lengths_N = torch.tensor(lengths, dtype=torch.int64)  # of whole sequences
         self.start_N = self.lengths_N.cumsum(0) - self.lengths_N
         self.device = device
-        self.place_A: torch.Tensor | None = (
-            None  # index of each token in the concatenation of all processes' tokens; CPU
-        )
+        self.place_A: torch.Tensor | None = None  # index of each token among all processes' concatenated tokens; CPU
         if context_size == 1:
-            self.own_T = torch.arange(
-                int(self.lengths_N.sum())
-            )  # indices of this process's tokens among all tokens; CPU
+            self.own_T = torch.arange(int(self.lengths_N.sum()))  # indices of this process's tokens; CPU
         else:
             held = held_pieces(context_size)
             own = [pieces(self.start_N, self.lengths_N // (2 * context_size), numbers) for numbers in held]

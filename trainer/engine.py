@@ -229,4 +229,4 @@ def frozen_names(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
 def _likeness(name: str, pattern: str) -> float:
     """Return the similarity, 0 to 1, of the pattern without wildcards to the name or one of its components."""
     wanted = pattern.strip("*.")
-    return max(SequenceMatcher(None, wanted, part).ratio() for part in (name, *name.split(".")))
+    return max(SequenceMatcher(None, wanted, word).ratio() for word in (name, *name.split(".")))

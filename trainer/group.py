@@ -170,8 +170,8 @@ class WorkerGroup:
     def grid(self, indices: Sequence[int], num_tokens: Sequence[int]) -> Grid:
         """Return a grid: micro-batches of these sub-traces for each of this role's data-parallel ranks."""
         layout = self.layout
-        places = pack(num_tokens, layout.data_parallel, layout.max_tokens_per_micro_batch, quadratic=self._quadratic)
-        return [[[indices[place] for place in micro] for micro in row] for row in places]
+        rows = pack(num_tokens, layout.data_parallel, layout.max_tokens_per_micro_batch, quadratic=self._quadratic)
+        return [[[indices[k] for k in micro] for micro in row] for row in rows]
 
     def predict(self, method: Callable[[Any, Sequence[Any], Grid], TokenColumn], batch: Batch) -> Pending[TokenColumn]:
         """Predict over a whole batch; forward passes only."""
@@ -185,8 +185,8 @@ class WorkerGroup:
 
     def minibatch_grids(self, batch: Batch, num_minibatches: int, rng: np.random.Generator) -> list[Grid]:
         """Return one grid for each optimizer step of an epoch: whole episodes, shuffled."""
-        parts = split([item.episode_id for item in batch.items], num_minibatches, rng)
-        return [self.grid(part, [batch.items[i].num_tokens for i in part]) for part in parts]
+        minibatches = split([item.episode_id for item in batch.items], num_minibatches, rng)
+        return [self.grid(chosen, [batch.items[i].num_tokens for i in chosen]) for chosen in minibatches]
 
     def train(
         self, method: Update, batch: Batch, epochs: Iterable[tuple[Columns, list[Grid]]]

@@ -62,9 +62,7 @@ def distill(
     if kind is Divergence.forward_kl:
         return _kl(teacher_TV, logprobs_TV)
     if not 0 < mix < 1:
-        raise ValueError(
-            f"mix={mix}: must lie between 0 (towards forward_kl) and 1 (towards reverse_kl), both excluded"
-        )
+        raise ValueError(f"mix={mix}: must lie between 0 (toward forward_kl) and 1 (toward reverse_kl), both excluded")
     # exp(-1e4) is 0 in every float: this changes no probability and avoids -inf - -inf in the mixture's gradient.
     student_TV, teacher_TV = logprobs_TV.clamp(min=-1e4), teacher_TV.clamp(min=-1e4)
     share = torch.tensor(mix, dtype=logprobs_TV.dtype, device=logprobs_TV.device)

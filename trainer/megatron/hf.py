@@ -169,13 +169,13 @@ def _gather(part: torch.Tensor, split: Split, group: Any, leader: int) -> torch.
     first = dist.get_rank() == leader
     if split is Split.NONE or group.size() == 1:
         return part if first else None
-    parts = [torch.empty_like(part) for _ in range(group.size())] if first else None
-    dist.gather(part.contiguous(), parts, dst=leader, group=group)
-    if parts is None:
+    shards = [torch.empty_like(part) for _ in range(group.size())] if first else None
+    dist.gather(part.contiguous(), shards, dst=leader, group=group)
+    if shards is None:
         return None
     if split is Split.COLUMNS:
-        return torch.cat(parts, dim=1)
+        return torch.cat(shards, dim=1)
     if split is Split.ROWS:
-        return torch.cat(parts)
-    halves = [part.chunk(2) for part in parts]
+        return torch.cat(shards)
+    halves = [shard.chunk(2) for shard in shards]
     return torch.cat([half[i] for i in range(2) for half in halves])

@@ -161,9 +161,7 @@ class ScoringGPT(GPTModel):
         else:
             hidden_states = copy_to_tensor_model_parallel_region(hidden_states)
         for before_forward in self.output_layer._forward_pre_hooks.values():
-            before_forward(
-                self.output_layer, ()
-            )  # waits for a pending gather of its weights; the layer itself is not called
+            before_forward(self.output_layer, ())  # waits for a gather of its weights; the layer is not called
         shared = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if shared else self.output_layer.weight
         group = parallel_state.get_tensor_model_parallel_group()

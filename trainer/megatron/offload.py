@@ -40,9 +40,9 @@ class Shelf:
         for storage in storages:
             size, pieces = storage.nbytes(), []
             if keep:
-                for part in _bytes(storage).split(PIECE):
-                    pieces.append(torch.empty(part.shape, dtype=torch.uint8, pin_memory=storage.device.type == "cuda"))
-                    pieces[-1].copy_(part, non_blocking=True)
+                for chunk in _bytes(storage).split(PIECE):
+                    pieces.append(torch.empty(chunk.shape, dtype=torch.uint8, pin_memory=storage.device.type == "cuda"))
+                    pieces[-1].copy_(chunk, non_blocking=True)
             self._kept.append((storage, size, pieces))
         _finish_copies()
         for storage, _, _ in self._kept:
@@ -55,8 +55,8 @@ class Shelf:
             if not pieces:
                 _bytes(storage).zero_()
                 continue
-            for part, piece in zip(_bytes(storage).split(PIECE), pieces, strict=True):
-                part.copy_(piece, non_blocking=True)
+            for chunk, piece in zip(_bytes(storage).split(PIECE), pieces, strict=True):
+                chunk.copy_(piece, non_blocking=True)
         _finish_copies()
         self._kept = []
 

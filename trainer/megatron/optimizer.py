@@ -29,9 +29,7 @@ from megatron.core.optimizer import (  # noqa: E402
 
 from trainer.megatron.model import DTYPES  # noqa: E402
 
-BUCKET_SIZE: int | None = (
-    None  # parameters that are communicated together; None: megatron-core's default, 40 million or more
-)
+BUCKET_SIZE: int | None = None  # parameters communicated together; None: megatron-core's default, at least 40 million
 
 
 class GroupStepAdam(torch.optim.Optimizer):

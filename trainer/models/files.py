@@ -173,5 +173,5 @@ def read_header(path: Path) -> dict[str, Header]:
 
 
 def _described(path: Path, tensor: dict[str, Any]) -> tuple[Header, int, int]:
-    first, last = (int(place) for place in tensor["data_offsets"])
+    first, last = (int(offset) for offset in tensor["data_offsets"])
     return Header(path, str(tensor["dtype"]), tuple(int(n) for n in tensor["shape"])), first, last

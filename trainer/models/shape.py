@@ -78,9 +78,7 @@ class ModelShape:
     moe: MoeShape | None = None
     mla: MlaShape | None = None
     num_mtp: int = 0  # layers for multi-token prediction after the last one: kept unchanged, not trained
-    layer_entries: Callable[[ModelShape, Layer], list[Entry]] | None = (
-        None  # tensors of a layer; None: those of the common layer
-    )
+    layer_entries: Callable[[ModelShape, Layer], list[Entry]] | None = None  # of a layer; None: the common layer's
 
     def has_experts(self, layer: int) -> bool:
         """Return whether layer `layer`, numbered from 0 over the whole model, has experts."""

@@ -54,24 +54,24 @@ class Base:
 
         ValueError: a tensor that has not been sent whole before, or a NaN.
         """
-        counts, places, values = [], [], []
+        counts, indices, values = [], [], []
         for name, tensor in zip(names, tensors, strict=True):
             if name not in self._held:
                 raise ValueError(f"{name} has not been sent whole: a delta has no base; publish whole weights first")
             new = tensor.detach().contiguous()
             if torch.isnan(new).any():
                 raise ValueError(f"{name} holds NaN: a delta can't carry it")
-            place = changed(self._held[name].to(new.device), new)
+            index = changed(self._held[name].to(new.device), new)
             flat = new.reshape(-1)
-            whole = len(place) * (PLACE_BYTES + new.element_size()) >= new.nbytes
-            counts.append(-1 if whole else len(place))
+            whole = len(index) * (PLACE_BYTES + new.element_size()) >= new.nbytes
+            counts.append(-1 if whole else len(index))
             if not whole:
-                places.append(place)
-                flat = flat[place.long()]
+                indices.append(index)
+                flat = flat[index.long()]
             values.append(flat.view(torch.uint8))
             if counts[-1]:
                 self._held[name].copy_(new)
         device = tensors[0].device
         messages = [torch.tensor(counts, device=device)]
-        messages += [torch.cat(found) for found in (places, values) if found]
+        messages += [torch.cat(found) for found in (indices, values) if found]
         return [message for message in messages if message.numel()]

@@ -111,5 +111,5 @@ def _linear(
     """Return the outputs of the experts' `layers` for their rows. An expert's linear layer does not communicate."""
     for layer in layers:
         for before_forward in layer._forward_pre_hooks.values():
-            before_forward(layer, ())  # waits for a pending gather of its weights; the layer itself is not called
+            before_forward(layer, ())  # waits for a gather of its weights; the layer is not called
     return GroupedProduct.apply(x_TI.contiguous(), counts, ends_E, *(layer.weight for layer in layers)), None

@@ -116,14 +116,14 @@ class _Scores(torch.autograd.Function):
         grad_hidden_PH = torch.empty_like(hidden_PH)
         grad_weight_VH = torch.zeros_like(weight_VH, dtype=torch.float32)  # the slices' gradients are summed in float32
         for number, start in enumerate(range(0, len(hidden_PH), ctx.size)):
-            part = slice(start, start + ctx.size)
-            hidden_CH = hidden_PH[part]
+            own = slice(start, start + ctx.size)
+            hidden_CH = hidden_PH[own]
             z_CV = kept[number] if kept else F.linear(hidden_CH, weight_VH)
             slope_CV = _slope(
-                z_CV, log_total_P[part], entropy_P[part], labels_P[part], grad_2P[:, part].contiguous(), ctx.num_real
+                z_CV, log_total_P[own], entropy_P[own], labels_P[own], grad_2P[:, own].contiguous(), ctx.num_real
             )
             del z_CV
-            grad_hidden_PH[part] = slope_CV @ weight_VH
+            grad_hidden_PH[own] = slope_CV @ weight_VH
             grad_weight_VH += slope_CV.t() @ hidden_CH
         return grad_hidden_PH, grad_weight_VH.to(weight_VH.dtype), None, None, None
 
