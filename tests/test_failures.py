@@ -202,9 +202,9 @@ def test_the_third_signal_ends_a_run_that_can_not_end_in_order(tmp_path: Path) -
     from slime.observe.failures import Failures
     with Failures(Path({str(tmp_path)!r})) as failures:
         child = subprocess.Popen(["sleep", "600"], start_new_session=True)
-        print(child.pid, flush=True)
         try:
             with failures.at_once():
+                print(child.pid, flush=True)  # in the block that the first signal is to end
                 time.sleep(600)
         finally:
             print("ending", flush=True)
