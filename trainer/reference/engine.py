@@ -1,7 +1,7 @@
 """The reference engine in plain PyTorch: one process, a transformers model, AdamW.
 
 Read it before the Megatron engine: it has no code for several processes. From the same micro-batches and losses both
-engines compute the same numbers (tests/test_equality.py).
+engines compute the same numbers (tests/trainer/test_equality.py).
 """
 
 from __future__ import annotations

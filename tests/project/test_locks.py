@@ -15,8 +15,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
+from tree import ROOT
 
-ROOT = Path(__file__).parent.parent
 STAMP = Path(sys.prefix) / "setup.stamp"  # its first line names the lock that this environment was made from
 LOCK = STAMP.read_text().splitlines()[0] if STAMP.exists() else "locks/cpu.txt"
 TORCH_LOCK = "locks/torch-cpu.txt" if "+" in importlib.metadata.version("torch") else "locks/torch-cuda.txt"

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from tree import ROOT
 
-ROOT = Path(__file__).parent.parent
 PROJECT = (
     *("slime", "launch", "recipes", "critic", "trainer", "rollout", "buffer", "machine", "tests", "benchmarks"),
     *("docs", "examples", "locks", "README.md", "pyproject.toml", "Makefile"),
@@ -57,7 +57,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "ruff check .",
         "ruff format --check .",
         "mypy",
-        "pytest -q -p no:cacheprovider tests/test_layout.py tests/test_dependencies.py",
+        "pytest -q -p no:cacheprovider tests/project/test_layout.py tests/project/test_dependencies.py",
     ],
 )
 def test_other_files_in_a_checkout_change_nothing(checkout: Path, command: str) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tree import ROOT
 
 from slime.config import ConfigError, Loaded, dump, leaves, load, load_start
 from slime.config.effect import without_effect
@@ -179,7 +180,7 @@ def test_what_is_said_of_machines_and_places_reaches_the_warm_start() -> None:
 
 def test_the_files_that_are_chosen_count_not_the_names_in_them(tmp_path: Path) -> None:
     for group, name in (("cluster", "local"), ("model", "tiny")):
-        text = Path(__file__).parent.parent.joinpath("recipes", group, f"{name}.yaml").read_text()
+        text = (ROOT / "recipes" / group / f"{name}.yaml").read_text()
         (tmp_path / group).mkdir()
         (tmp_path / group / "mine.yaml").write_text(text.replace("max_turn_tokens: 22", "max_turn_tokens: 21"))
     arguments = load([PPO, "model=mine", "cluster=mine"], tmp_path).start

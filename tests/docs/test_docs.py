@@ -17,6 +17,7 @@ from enum import Enum
 from pathlib import Path
 
 import pytest
+from tree import ROOT
 
 from buffer.tasks import read_rows
 from buffer.types import Episode, Status
@@ -36,7 +37,6 @@ from slime.schema import Config
 from slime.start.prepare import make_task
 from trainer.config import KL, Correction, KLPlace, Loss, LossNorm
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 EXAMPLE = ROOT / "examples" / "lookup"
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])

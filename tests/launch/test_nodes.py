@@ -25,6 +25,7 @@ from typing import Any
 import psutil
 import pytest
 from runs import START_S, Place, Run, rows_of
+from tree import ROOT
 
 from launch import local, nodes
 from launch.config import ClusterConfig
@@ -436,7 +437,7 @@ def story(place: Place, cluster: Cluster) -> Story:
     probe = subprocess.run(
         [sys.executable, "-c", PROBE, cluster.address],
         env={**os.environ, **cluster.environment},
-        cwd=Path(__file__).parent.parent,
+        cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=200,

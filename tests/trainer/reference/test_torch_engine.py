@@ -1,4 +1,4 @@
-"""The engine in plain torch: what it saves, freezes, exports and refuses. Its numbers: tests/test_equality.py."""
+"""The engine in plain torch: what it saves, freezes, exports and refuses. Its numbers: trainer/test_equality.py."""
 
 from __future__ import annotations
 

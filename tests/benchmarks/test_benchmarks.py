@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 from roles import random_qwen3
+from tree import ROOT
 
-ROOT = Path(__file__).parent.parent
 GPU = sorted(
     path.stem for path in (ROOT / "benchmarks" / "gpu").glob("*.py") if path.stem not in ("__init__", "common")
 )

@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 from ray.core.generated.common_pb2 import ActorDeathCause
+from tree import ROOT
 
 from buffer.config import BufferConfig
 from buffer.store import Store
@@ -26,7 +27,7 @@ from slime.observe import failures as module
 from slime.observe.failures import Failures
 
 LIMIT_S = 60.0
-STORE = Path(__file__).parent.parent / "buffer" / "store.py"
+STORE = ROOT / "buffer" / "store.py"
 
 
 @pytest.fixture(autouse=True)

@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from tree import ROOT
 
 from trainer.config import Loss, PolicyConfig
 from trainer.losses import algorithms, policy_loss, registry
 from trainer.policy import token_loss
 
-ROOT = Path(__file__).parent.parent
 NEW = """
 from trainer.losses.registry import PolicyLoss, Window, register
 from trainer.losses.token import TokenLoss

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tree import ROOT
 
 from buffer.types import Batch, EpisodeStats, Status, SubTrace, SubTraceInfo, SubTraceKind, Targets
 from critic.diagnostics import critic_metrics
@@ -27,7 +28,6 @@ from slime.observe.metrics import (
 from trainer.columns import TOKEN_KINDS
 
 JUNK = 1e6  # stands where nothing may be read
-ROOT = Path(__file__).parent.parent
 
 
 def trace(

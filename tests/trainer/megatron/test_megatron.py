@@ -1,4 +1,4 @@
-"""Megatron workers: minibatches, norms, checkpoints, folders. Layouts: tests/test_equality.py."""
+"""Megatron workers: minibatches, norms, checkpoints, folders. Layouts: tests/trainer/test_equality.py."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import torch
 from trainer.megatron.modules import scores as module
 from trainer.megatron.modules.scores import scores
 
-ALONE = SimpleNamespace(size=lambda: 1, rank=lambda: 0)  # a tensor-parallel group of one; more: tests/test_megatron.py
+ALONE = SimpleNamespace(size=lambda: 1, rank=lambda: 0)  # a tensor-parallel group of one
 V, PADDED, H, P = 97, 100, 16, 200
 
 

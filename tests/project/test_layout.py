@@ -145,6 +145,13 @@ def test_this_tree_keeps_the_rules() -> None:
     assert violations(ROOT) == []
 
 
+def test_tests_mirror_the_folders_of_the_product() -> None:
+    folders = {path.parent.relative_to(ROOT / "tests") for path in (ROOT / "tests").glob("**/*.py")}
+    of_their_own = {Path(), Path("support"), Path("project")}
+    assert [folder.as_posix() for folder in sorted(folders - of_their_own) if not (ROOT / folder).is_dir()] == []
+    assert [path.name for path in (ROOT / "tests").glob("*.py")] == ["conftest.py"]
+
+
 def test_the_floors_have_an_order() -> None:
     order = list(TopologicalSorter(ALLOWED).static_order())  # CycleError: two floors import each other
     assert order[0] == "machine"

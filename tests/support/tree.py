@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 OWN_FILES: list[str] = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["ruff"]["include"]  # patterns
 
 

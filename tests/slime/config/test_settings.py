@@ -5,17 +5,15 @@ from __future__ import annotations
 import ast
 from dataclasses import FrozenInstanceError, fields, is_dataclass, replace
 from enum import Enum
-from pathlib import Path
 
 import pytest
+from tree import ROOT
 
 from buffer.config import BufferConfig
 from machine.settings import setting
 from slime.config.reference import PAGE, page
 from slime.config.settings import Bounds, sections, settings
 from slime.schema import Config
-
-ROOT = Path(__file__).parent.parent
 
 
 def test_every_setting_has_one_sentence_of_help() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from runs import START_S, Place, Run, rows_of
+from tree import ROOT
 
 from launch.environment import RAY_SOCKET, SOCKET_PATH_BYTES
 from launch.lock import LockError, run_lock
@@ -383,7 +384,9 @@ def test_a_finished_run_says_so(story: Story) -> None:
 def test_a_resume_with_other_settings_is_refused(place: Place, story: Story, warm_start: Path) -> None:
     command = place.command(*RUN, f"model.path={warm_start}", "steps=9", "policy.clip_low=0.1")
     before = (story.run_dir / "config.yaml").read_text()
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT / "tests" / "support", capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "clip_low" in done.stderr

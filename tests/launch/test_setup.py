@@ -18,9 +18,7 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
-
-ROOT = Path(__file__).parent.parent
-
+from tree import ROOT
 
 CPU_BUILD = "locks/torch-cpu.txt"
 CUDA_BUILD = "locks/torch-cuda.txt"

@@ -8,8 +8,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from tree import ROOT
 
-ROOT = Path(__file__).parent.parent
 BUILD = runpy.run_path(str(ROOT / "docs" / "build.py"))  # a script, not a module of the project
 PAGES = [page for section in BUILD["pages"](ROOT).values() for page in section]
 
