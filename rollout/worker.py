@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import random
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from rollout.environment import Demonstrator, Environment, require_kind
 from rollout.rendering.factory import make_renderer
 from rollout.rendering.templates import end_ids
 from rollout.sandbox.interface import SandboxPool
+from rollout.seeds import Domain, turn_seed
 from rollout.task import Task
 
 STOP_TIMEOUT_S = 10.0  # for lanes to let go of their sandboxes
@@ -65,14 +67,18 @@ class Played:
 class EngineSampler:
     """Generates the policy's turns with an SGLang engine."""
 
-    def __init__(self, engine: Lease, stop_ids: Iterable[int]) -> None:
+    def __init__(self, engine: Lease, stop_ids: Iterable[int], seed_of_turn: Callable[[int], int]) -> None:
         self._engine = engine
         self._stop_ids = sorted(stop_ids)
+        self._seed_of_turn = seed_of_turn
+        self._num_turns = 0  # asked for
         self.waited_s = 0.0  # for the engine, over all turns
 
     async def sample(self, prompt_ids: list[int], max_tokens: int, kind: TurnKind) -> Sampled:
         began = time.monotonic()
-        sampled = await self._engine.generate(prompt_ids, max_tokens, self._stop_ids)
+        seed = self._seed_of_turn(self._num_turns)
+        self._num_turns += 1
+        sampled = await self._engine.generate(prompt_ids, max_tokens, self._stop_ids, seed=seed)
         self.waited_s += time.monotonic() - began
         return sampled
 
@@ -125,11 +131,12 @@ class RolloutWorker:
         self._pool = make_pool(s.config.sandbox)  # in the loop's own thread, which sandboxes follow into death
 
     @contextlib.contextmanager
-    def _sampler(self, number: int, attempt: int) -> Iterator[Sampler]:
+    def _sampler(self, domain: Domain, number: int, attempt: int) -> Iterator[Sampler]:
         """Hold one engine for all turns of an episode."""
         assert self._engines is not None, "start() comes first"
+        seed_of_turn = functools.partial(turn_seed, self.settings.seed, domain, number)
         with self._engines.lease(number, attempt) as engine:
-            yield EngineSampler(engine, self._renderer.stop_ids)
+            yield EngineSampler(engine, self._renderer.stop_ids, seed_of_turn)
 
     async def _play(self, row: TaskRow, index: int, sampler: Sampler, name: str) -> Played:
         began = time.monotonic()
@@ -167,7 +174,7 @@ class RolloutWorker:
                 continue
             name = ticket.episode_id
             try:
-                with self._sampler(ticket.number, ticket.attempt) as sampler:
+                with self._sampler(Domain.train, ticket.number, ticket.attempt) as sampler:
                     played = await self._play(self._train_rows[ticket.row], ticket.row, sampler, name)
             except Exception as error:  # noqa: BLE001 (the one place: an episode's failure is data)
                 await buffer.fail.remote(ticket, reason(error), traceback.format_exc())
@@ -187,7 +194,7 @@ class RolloutWorker:
                 row = self._eval_rows[index]
                 for attempt in range(EVAL_ATTEMPTS):
                     try:
-                        with self._sampler(index, attempt) as sampler:
+                        with self._sampler(Domain.eval, index, attempt) as sampler:
                             played = await self._play(row, index, sampler, f"eval-{index}")
                     except Exception as error:  # noqa: BLE001 (told with its row, and without its class)
                         if attempt + 1 == EVAL_ATTEMPTS:

@@ -126,11 +126,14 @@ class EngineClient:
         stop_ids: Sequence[int],
         temperature: float = 1.0,
         rid: str | None = None,
+        *,
+        seed: int | None = None,
     ) -> Generation:
         """Sample until a stop id, the model's own end-of-text id, or `max_new_tokens`.
 
-        `max_new_tokens` is clamped to what the context has left. `temperature` 0 is greedy. ValueError: an id outside
-        the vocabulary (it would end the server), or a prompt that leaves no room for a token.
+        `max_new_tokens` is clamped to what the context has left. `temperature` 0 is greedy. `seed`, in [0, 2^63), and a
+        token's position decide its draw where the engine draws by seeds (docs/concepts.md); None: any draw. ValueError:
+        an id outside the vocabulary (it would end the server), or a prompt that leaves no room for a token.
         """
         room = self.context_tokens - len(prompt_ids)
         if room < 1:
@@ -148,6 +151,7 @@ class EngineClient:
             "top_p": 1.0,
             "min_p": 0.0,
             "repetition_penalty": 1.0,
+            **({} if seed is None else {"sampling_seed": seed}),
         }
         request = {"input_ids": self._checked_ids(prompt_ids, "prompt"), "sampling_params": sampling, "rid": rid}
         cache_version = await self._cache_version()

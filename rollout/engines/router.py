@@ -29,7 +29,9 @@ class Client(Protocol):
 
     answered: int  # calls, from the start on
 
-    async def generate(self, prompt_ids: Sequence[int], max_new_tokens: int, stop_ids: Sequence[int]) -> Generation: ...
+    async def generate(
+        self, prompt_ids: Sequence[int], max_new_tokens: int, stop_ids: Sequence[int], *, seed: int | None = None
+    ) -> Generation: ...
     async def close(self) -> None: ...
 
 
@@ -48,9 +50,11 @@ class Lease:
     _engine: _Engine
     _router: EngineRouter = field(repr=False)
 
-    async def generate(self, prompt_ids: Sequence[int], max_new_tokens: int, stop_ids: Sequence[int]) -> Generation:
+    async def generate(
+        self, prompt_ids: Sequence[int], max_new_tokens: int, stop_ids: Sequence[int], *, seed: int
+    ) -> Generation:
         """Sample one turn; as `EngineClient.generate`."""
-        return await self._router.generate(self._engine, prompt_ids, max_new_tokens, stop_ids)
+        return await self._router.generate(self._engine, prompt_ids, max_new_tokens, stop_ids, seed=seed)
 
 
 class EngineRouter:
@@ -82,12 +86,12 @@ class EngineRouter:
         return min(usable, key=lambda engine: (engine.num_episodes, (engine.number - turn) % count))
 
     async def generate(
-        self, engine: _Engine, prompt_ids: Sequence[int], max_new_tokens: int, stop_ids: Sequence[int]
+        self, engine: _Engine, prompt_ids: Sequence[int], max_new_tokens: int, stop_ids: Sequence[int], *, seed: int
     ) -> Generation:
         """Sample on an engine and note whether it makes progress."""
         before = engine.client.answered
         try:
-            found = await engine.client.generate(prompt_ids, max_new_tokens, stop_ids)
+            found = await engine.client.generate(prompt_ids, max_new_tokens, stop_ids, seed=seed)
         except EngineUnreachable:
             self._lose(engine)
             raise

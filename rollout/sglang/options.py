@@ -38,7 +38,7 @@ OURS = {
     **dict.fromkeys(("tokenizer_path", "skip_tokenizer_init", "skip_server_warmup", "sleep_on_idle"), ""),
     **dict.fromkeys(("grammar_backend", "log_level_http", "weight_version", "dtype", "config"), ""),
 }
-OURS_ON_CPUS = dict.fromkeys(("sampling_backend", "disable_overlap_schedule"), "")
+OURS_ON_CPUS = dict.fromkeys(("sampling_backend", "disable_overlap_schedule", "enable_deterministic_inference"), "")
 
 
 def option_arguments(options: Mapping[str, Any]) -> list[str]:

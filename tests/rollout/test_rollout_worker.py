@@ -66,7 +66,7 @@ def worker(play: Any) -> RolloutWorker:
     settings: Any = SimpleNamespace(name="rollout-0", config=config, task=task, seed=0)
     made = RolloutWorker(settings, rows, rows)
     made._play = play  # type: ignore[method-assign]
-    made._sampler = lambda number, attempt: nullcontext()  # type: ignore[method-assign, assignment, return-value]
+    made._sampler = lambda *of: nullcontext()  # type: ignore[method-assign, assignment]
     made._renderer = None  # type: ignore[assignment]
     return made
 

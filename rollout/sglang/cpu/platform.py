@@ -27,9 +27,13 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         return False
 
     def init_backend(self) -> None:
-        """Put GroupedAttention in the place of the backend of this name, whose settings (no graphs) it shares."""
+        """Install sampling by seeds, and GroupedAttention in the place of the backend of this name, whose settings (no
+        graphs) it shares.
+        """
         from sglang.srt.layers.attention.attention_registry import register_attention_backend
 
+        from rollout.sglang.cpu import sampling
         from rollout.sglang.cpu.backend import GroupedAttention
 
         register_attention_backend("torch_native")(GroupedAttention)
+        sampling.install()

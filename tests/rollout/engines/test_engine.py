@@ -375,6 +375,70 @@ def test_ends_of_a_generation(server: EngineServer, model: Any) -> None:
     with_client(server, work)
 
 
+def seeded(client: EngineClient, prompt: list[int], number: int) -> Awaitable[Generation]:
+    return client.generate(prompt, 40, [], seed=1000 + number)
+
+
+async def one_at_a_time(client: EngineClient, prompts: list[list[int]]) -> list[Generation]:
+    return [await seeded(client, prompt, number) for number, prompt in enumerate(prompts)]
+
+
+async def at_once(client: EngineClient, prompts: list[list[int]]) -> list[Generation]:
+    return await asyncio.gather(*(seeded(client, prompt, number) for number, prompt in enumerate(prompts)))
+
+
+async def among_others(client: EngineClient, prompts: list[list[int]]) -> list[Generation]:
+    """Beside greedy requests and requests without a seed."""
+    others = [client.generate(prompt[::-1], 60, [], temperature) for prompt in prompts for temperature in (0.0, 1.0)]
+    beside = asyncio.gather(*others)
+    found = await at_once(client, prompts)
+    await beside
+    return found
+
+
+async def retracted(client: EngineClient, prompts: list[list[int]]) -> list[Generation]:
+    """Interrupted up to five times, each time with keys and values thrown away."""
+    running = asyncio.ensure_future(at_once(client, prompts))
+    for number in range(5):
+        await asyncio.sleep(0.05)
+        if running.done():
+            assert number, "nothing was interrupted"
+            break
+        await client.pause("retract")
+        await client.flush()
+        await client.resume()
+    return await running
+
+
+@pytest.mark.e2e
+def test_a_request_is_answered_alike_whatever_runs_beside_it(server: EngineServer, model: Any) -> None:
+    prompts = prompts_with_shared_prefixes(seed=4)[:32]
+
+    async def work(client: EngineClient) -> None:
+        await client.flush()
+        base = await one_at_a_time(client, prompts)
+        for play, is_warm in ((at_once, True), (at_once, False), (among_others, False), (retracted, False)):
+            if not is_warm:
+                await client.flush()
+            found = await play(client, prompts)
+            if is_warm:
+                assert sum(generation.cached_tokens for generation in found) > 1000
+            for one, other in zip(base, found, strict=True):
+                assert one.output_ids.tolist() == other.output_ids.tolist(), play.__name__
+
+    with_client(server, work)
+
+
+@pytest.mark.e2e
+def test_seeds_decide_the_draws(server: EngineServer, model: Any) -> None:
+    async def work(client: EngineClient) -> list[Generation]:
+        return await asyncio.gather(*(client.generate([5, 6, 7], 20, [], seed=seed) for seed in (1, 1, 2, None, None)))
+
+    one, again, other, free, freer = (found.output_ids.tolist() for found in with_client(server, work))
+    assert one == again
+    assert len({tuple(ids) for ids in (one, other, free, freer)}) == 4
+
+
 @pytest.mark.e2e
 def test_abort_all_returns_what_there_is(server: EngineServer, model: Any) -> None:
     async def work(client: EngineClient) -> list[Generation]:

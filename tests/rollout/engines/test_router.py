@@ -25,7 +25,7 @@ class Client:
 
     error: Exception | None
 
-    async def generate(self, prompt_ids: Any, max_new_tokens: int, stop_ids: Any) -> Any:
+    async def generate(self, prompt_ids: Any, max_new_tokens: int, stop_ids: Any, *, seed: int | None = None) -> Any:
         self.asked.append(list(prompt_ids))
         if self.error is not None:
             raise self.error
@@ -54,7 +54,7 @@ async def engine_of(router: EngineRouter, number: int, attempt: int = 0) -> int:
 
 
 async def turn(lease: Lease) -> int:
-    answer: Any = await lease.generate([5], 1, [])
+    answer: Any = await lease.generate([5], 1, [], seed=0)
     return int(answer)
 
 
@@ -103,11 +103,11 @@ def test_an_engine_that_answers_others_meanwhile_is_slow_and_not_lost() -> None:
         class Slow(TimeoutError):
             pass
 
-        async def late(*_: Any) -> Any:
+        async def late(*_: Any, **__: Any) -> Any:
             clients[1].answered += 1  # to somebody else
             raise Slow
 
-        answer, clients[1].generate = clients[1].generate, late  # type: ignore[assignment,method-assign]
+        answer, clients[1].generate = clients[1].generate, late  # type: ignore[method-assign]
         with pytest.raises(Slow):
             await engine_of(router, 1)
         clients[1].generate = answer  # type: ignore[method-assign]

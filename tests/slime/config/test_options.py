@@ -59,6 +59,7 @@ def test_sglang_says_what_it_takes() -> None:
         "enable_mixed_chunk": (False, "=false: give a value; to leave SGLang's default, leave it out"),
         "tensor_parallel_size": (2, "use rollout.engine.tensor_parallel"),
         "sampling_backend": ("pytorch", "a run sets this itself: leave it out"),
+        "enable_deterministic_inference": (True, "a run sets this itself: leave it out"),
     }
     right = {"decode_log_interval": 7, "enable_metrics": True, "schedule_policy": "lpm"}
     told = refused_options({name: value for name, (value, _) in wrong.items()} | OURS, cpu=True)
