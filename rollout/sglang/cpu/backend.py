@@ -6,7 +6,7 @@ from typing import Any
 
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 
-from rollout.sglang.cpu.attention import Group, Span, attend, build_group, group_spans, spans_of_extend
+from rollout.sglang.cpu.attention import Group, attend, build_groups
 
 
 class GroupedAttention(TorchNativeAttnBackend):
@@ -21,15 +21,16 @@ class GroupedAttention(TorchNativeAttnBackend):
         self.groups: list[Group] = []
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
-        """Return the groups of this forward pass; all its layers share them."""
+        """Make the groups of this forward pass; all its layers share them."""
         super().init_forward_metadata(forward_batch)
         if forward_batch.forward_mode.is_decode_or_idle():
-            lens = forward_batch.seq_lens.tolist()
-            spans = [Span(index, index, length - 1, 1) for index, length in enumerate(lens)]
+            prefix_lens = (forward_batch.seq_lens - 1).tolist()
+            new_lens = [1] * len(prefix_lens)
         else:
-            spans = spans_of_extend(forward_batch.extend_prefix_lens.tolist(), forward_batch.extend_seq_lens.tolist())
+            prefix_lens = forward_batch.extend_prefix_lens.tolist()
+            new_lens = forward_batch.extend_seq_lens.tolist()
         table = self.req_to_token_pool.req_to_token[forward_batch.req_pool_indices]
-        self.groups = [build_group(spans, table, self.dtype) for spans in group_spans(spans)]
+        self.groups = build_groups(prefix_lens, new_lens, table, self.dtype)
 
     def _run_sdpa_forward_extend(
         self, query: Any, output: Any, k_cache: Any, v_cache: Any, *args: Any, **kwargs: Any

@@ -37,3 +37,9 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
 
         register_attention_backend("torch_native")(GroupedAttention)
         sampling.install()
+
+    def post_load_model(self, model: Any) -> None:
+        """Let the model's products have rows that do not depend on each other."""
+        from rollout.sglang.cpu import rows
+
+        rows.install(model)

@@ -425,6 +425,7 @@ def test_a_request_is_answered_alike_whatever_runs_beside_it(server: EngineServe
                 assert sum(generation.cached_tokens for generation in found) > 1000
             for one, other in zip(base, found, strict=True):
                 assert one.output_ids.tolist() == other.output_ids.tolist(), play.__name__
+                assert one.logprobs.tobytes() == other.logprobs.tobytes(), play.__name__
 
     with_client(server, work)
 
