@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import signal
@@ -17,6 +18,7 @@ import pytest
 from runs import START_S, Place, Run, rows_of
 from tree import ROOT
 
+from benchmarks.same import differences
 from launch.environment import RAY_SOCKET, SOCKET_PATH_BYTES
 from launch.lock import LockError, run_lock
 from machine.ports import ReservedPort
@@ -268,6 +270,14 @@ def story(place: Place, warm_start: Path) -> Story:
     return Story(run_dir, outputs, [gone, gone_too], newest, at_kill, kept, *seen_beside)
 
 
+@pytest.fixture(scope="module")
+def unbroken(place: Place, story: Story, warm_start: Path) -> Path:
+    """The folder of a run with the story's settings that nobody killed."""
+    with Run(place, *RUN, "run=unbroken", f"model.path={warm_start}") as run:
+        run.finish()
+    return place.run_dir("unbroken")
+
+
 @pytest.mark.e2e
 def test_warm_start_learns(place: Place, warm_start: Path) -> None:
     losses = [row["policy/loss"] for row in rows_of(place.run_dir("start") / "metrics.jsonl")]
@@ -302,6 +312,20 @@ def test_resume_goes_on_after_the_newest_checkpoint(story: Story) -> None:
     assert len(kept) == story.resumed_from + 1
     times = [row["time_s"] for row in rows]
     assert times == sorted(times)
+
+
+@pytest.mark.e2e
+def test_a_killed_and_resumed_run_is_the_one_that_was_not_killed(story: Story, unbroken: Path) -> None:
+    """Every metric that is no measurement of time or memory, every token of the sampled episodes, every weight."""
+    folders = unbroken, story.run_dir
+    metrics = [rows_of(folder / "metrics.jsonl") for folder in folders]
+    assert list(differences(*metrics)) == []
+    episodes = [rows_of(folder / "episodes.jsonl") for folder in folders]
+    for record in (*episodes[0], *episodes[1]):
+        record["episode_id"] = record["episode_id"].split(".")[0]  # without the attempt, which the kill made necessary
+    assert episodes[0] == episodes[1]
+    models = [hashlib.sha256((folder / "model" / "model.safetensors").read_bytes()).hexdigest() for folder in folders]
+    assert models[0] == models[1]
 
 
 @pytest.mark.e2e

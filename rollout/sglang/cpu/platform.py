@@ -27,8 +27,8 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         return False
 
     def init_backend(self) -> None:
-        """Install sampling by seeds, and GroupedAttention in the place of the backend of this name, whose settings (no
-        graphs) it shares.
+        """Put sampling by seeds into SGLang, and GroupedAttention in the place of the backend of this name, whose
+        settings (no graphs) it shares.
         """
         from sglang.srt.layers.attention.attention_registry import register_attention_backend
 

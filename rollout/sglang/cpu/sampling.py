@@ -62,7 +62,7 @@ def filtered(
 def sample(
     probs: torch.Tensor, sampling_seed: torch.Tensor | None = None, positions: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Stand in for SGLang's `sampling_from_probs_torch`, for batches without limits on what is sampled."""
+    """Return the tokens of a batch without limits on what is sampled: SGLang's `sampling_from_probs_torch`."""
     assert sampling_seed is not None, "every batch has seeds"
     assert positions is not None, "every batch has positions"
     return draw(probs, sampling_seed, positions)
@@ -78,9 +78,10 @@ def sample_filtered(
     positions: torch.Tensor,
     **options: Any,
 ) -> torch.Tensor:
-    """Stand in for SGLang's `top_k_top_p_min_p_sampling_from_probs_torch`: greedy requests have top-k 1.
+    """Return the tokens of any other batch: SGLang's `top_k_top_p_min_p_sampling_from_probs_torch`.
 
-    SGLang's own sorts all rows of the batch, so a request would draw another token beside a greedy one.
+    Greedy requests have top-k 1. SGLang's own function sorts all rows of a batch before it draws, so that a request
+    would draw another token beside a greedy one.
     """
     assert not options.get("return_filtered_probs"), "no request asks for the mask of what could be sampled"
     return sample(filtered(probs, top_ks, top_ps, min_ps if need_min_p_sampling else None), sampling_seed, positions)
