@@ -24,6 +24,7 @@ from ray._raylet import AuthenticationTokenLoader, Config
 from launch.config import ClusterConfig
 from launch.environment import direct, forget_other_ray
 from launch.nodes import NodeError
+from launch.supervisor import not_by_children
 from machine.failures import END_TIMEOUT_S
 
 ATTEMPTS = 3
@@ -123,15 +124,16 @@ def start_ray(cluster: ClusterConfig) -> None:
     mine = psutil.Process().children(recursive=True)
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            ray.init(
-                address="local",  # whatever other Ray runs on this machine
-                num_cpus=8,  # a bookkeeping number: our actors ask for none, and Ray starts as many workers in advance
-                num_gpus=cluster.gpus_per_node or None,
-                include_dashboard=False,
-                object_store_memory=OBJECT_STORE_MB << 20,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
+            with not_by_children():
+                ray.init(
+                    address="local",  # whatever other Ray runs on this machine
+                    num_cpus=8,  # a bookkeeping number: our actors ask for none; Ray starts as many workers in advance
+                    num_gpus=cluster.gpus_per_node or None,
+                    include_dashboard=False,
+                    object_store_memory=OBJECT_STORE_MB << 20,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                )
             return
         except Exception as error:
             ray.shutdown()

@@ -10,13 +10,14 @@ it finds interrupts the main thread like Ctrl-C, so every wait ends by it: of Ra
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -27,10 +28,12 @@ from machine.failures import end_descendants, ending
 INTERVAL_S = 0.5
 REPEAT_S = 10.0  # an interrupt can be lost where Python ignores exceptions, in a finalizer for instance
 CLEANUP_S = 180.0  # for a run that ends to finish a checkpoint and stop its processes
-IMPATIENT = 3  # signals
+TOGETHER_S = 1.0  # a terminal sends Ctrl-C to a shell and its script alike: such signals count once
 KNOCK_TIMEOUT_S = 5.0
 MAX_REFUSED = 3  # connections to the head of a joined cluster, one after the other
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+FROM_LAUNCHERS = (signal.SIGTERM, signal.SIGUSR1)  # the time is over, the machine is wanted: the run is started again
+TO_BE_CONTINUED = os.EX_TEMPFAIL  # 75: exit code by which a launcher knows that it is to start the same command again
 WAKE = signal.SIGURG  # of the thread to the main one: ignored by default, so it never harms
 HEAD = {"raylet": "Ray's raylet", "gcs_server": "Ray's head (gcs_server)"}
 # Ray knows the exit code of a worker that has asked for its end itself, and writes into its log what made it crash.
@@ -72,6 +75,27 @@ def forget(actors: Sequence[Any]) -> None:
         _watched.pop(actor._actor_id.hex(), None)
 
 
+def exit_code_of(cause: ProcessDied | signal.Signals | None) -> int:
+    """Return the exit code of a run that ends by a signal or a death."""
+    if cause in FROM_LAUNCHERS:
+        return TO_BE_CONTINUED
+    return 128 + cause if isinstance(cause, signal.Signals) else 1
+
+
+@contextlib.contextmanager
+def not_by_children(number: signal.Signals = signal.SIGUSR1) -> Iterator[None]:
+    """Let processes that are started in the block, and all that they start, never receive a signal.
+
+    Launchers send SIGUSR1 to all processes of a job, and it would end each one that does not handle it. This process
+    receives what came meanwhile when the block ends.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def ignore_signals() -> None:
     """Ignore signals, in a process with nothing left to do: Python takes a second to end, and a signal would change the
     exit code.
@@ -84,8 +108,9 @@ def ignore_signals() -> None:
 class Supervisor:
     """Watches as long as the block lasts; in another thread than the main one it does nothing.
 
-    The first signal interrupts, so that the run ends in order, for `CLEANUP_S` at most. A second one changes nothing (a
-    terminal sends Ctrl-C to a shell and its script alike), a third one ends the process and all that it has started.
+    A signal interrupts, so that the run ends in order, for `CLEANUP_S` at most. In a `graceful` block one of
+    `FROM_LAUNCHERS` is a question: the run ends by itself when it has saved its state. Another signal, `TOGETHER_S`
+    later or more, ends the process and all that it has started at once.
     """
 
     def __init__(self, tell: Callable[[ProcessDied | signal.Signals], None]) -> None:
@@ -96,8 +121,12 @@ class Supervisor:
         self._handlers: dict[signal.Signals, Any] = {}
         self._over = threading.Event()
         self._ending = False
-        self._refused = self._signals = 0
+        self._refused = 0
+        self._signalled_s: float | None = None
         self._interrupted_s = 0.0
+        self._heed: Callable[[signal.Signals], None] | None = None
+        self._grace_s, self._asked_until_s = 0.0, math.inf
+        self.asked: signal.Signals | None = None  # by which the run has been told to save its state and end
         self._cause: ProcessDied | signal.Signals | None = None
         self._timer = threading.Timer(CLEANUP_S, self._give_up)
         self._looking = threading.Lock()
@@ -151,17 +180,29 @@ class Supervisor:
             self._timer.daemon = True
             self._timer.start()
 
-    @property
-    def exit_code(self) -> int:
-        """Return of a run that did not end well."""
-        return 128 + self._cause if isinstance(self._cause, signal.Signals) else 1
+    @contextlib.contextmanager
+    def graceful(self, grace_s: float, heed: Callable[[signal.Signals], None]) -> Iterator[None]:
+        """Give the block `grace_s` from a launcher's signal on to end by itself; it asks `asked`. `heed`: called once,
+        when the signal comes. After that time the signal interrupts.
+        """
+        self._grace_s, self._heed = grace_s, heed
+        try:
+            yield
+        finally:
+            self._heed, self._asked_until_s = None, math.inf
 
     def _signalled(self, number: int, frame: FrameType | None) -> None:
-        self._signals += 1
-        if self._signals >= IMPATIENT:
-            self._give_up()
-        self._cause = self._cause or signal.Signals(number)
-        self._interrupt()
+        now, found = time.monotonic(), signal.Signals(number)
+        if self._signalled_s is not None and now > self._signalled_s + TOGETHER_S:
+            end_descendants()
+            os._exit(128 + found)
+        self._signalled_s = now if self._signalled_s is None else self._signalled_s
+        if self._heed is None or found not in FROM_LAUNCHERS:
+            self._cause = self._cause or found
+            self._interrupt()
+        elif self.asked is None:
+            self.asked, self._asked_until_s = found, now + self._grace_s
+            self._heed(found)
 
     def _woken(self, number: int, frame: FrameType | None) -> None:
         self._interrupt()
@@ -181,7 +222,7 @@ class Supervisor:
     def _look(self) -> None:
         with self._looking:
             if not self._over.is_set():
-                self._cause = self._cause or self._death()
+                self._cause = self._cause or self._death() or self._overdue()
         if self._cause is not None and not self._ending and time.monotonic() > self._interrupted_s + REPEAT_S:
             signal.pthread_kill(self._main, WAKE)
 
@@ -201,6 +242,10 @@ class Supervisor:
         if not ray.is_initialized():
             return None
         return self._dead_head() or self._dead_process() or self._dead_actor()
+
+    def _overdue(self) -> signal.Signals | None:
+        """The signal that the run has not heeded in time."""
+        return self.asked if time.monotonic() > self._asked_until_s else None
 
     def _dead_head(self) -> ProcessDied | None:
         import ray
@@ -241,7 +286,7 @@ class Supervisor:
 
     def _give_up(self) -> None:
         end_descendants()
-        os._exit(self.exit_code)
+        os._exit(exit_code_of(self.asked or self._cause))
 
 
 def _refuses(address: str) -> bool:

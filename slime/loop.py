@@ -58,6 +58,7 @@ def train_step(config: Config, run: Run, watch: Watch, step: int, evaluating: bo
     version = run.weights.version
     batch, sub_traces = take(config, run, watch)
     scores = run.score(batch)
+    run.abandon_if_told()
     agreement = refuse_other_weights(config, step, sub_traces, scores, version)
     corrections = correct(config.policy, sub_traces, scores)
     targets = run.estimator.targets(batch, penalized(config.policy, sub_traces, scores), scores.values)
@@ -80,6 +81,7 @@ def take(config: Config, run: Run, watch: Watch, phase: str = "rollout") -> tupl
 
     def waiting(counts: Counts) -> None:
         run.rollout.check()
+        run.abandon_if_told()
         watch.rollout(counts)
 
     with run.clock.phase(phase):

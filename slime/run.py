@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,11 @@ from slime.observe.clock import Clock
 from slime.observe.failures import Failures
 from slime.weights import Weights
 from trainer.group import NoReference, PolicyGroup, WorkerGroup
+
+
+class Abandoned(Exception):
+    """A step was given up before it changed anything, because the run has been told to end."""
+
 
 STOP_TIMEOUT_S = 30.0  # for engines and sandboxes; what has not ended then ends with its actor
 
@@ -38,6 +43,7 @@ class Run:
     trainers: list[WorkerGroup]  # all groups of processes that hold a model, a frozen one among them
     model_folder: Path  # what the run started from
     clock: Clock = field(default_factory=Clock)  # of the present step
+    told_to_end: Callable[[], bool] = lambda: False
 
     @property
     def roles(self) -> list[WorkerGroup]:
@@ -76,6 +82,11 @@ class Run:
         """Put the policy's weights into the running engines, as version `step`."""
         with self.clock.phase("publish"):
             self.weights.publish(step)
+
+    def abandon_if_told(self) -> None:
+        """Raise `Abandoned` when the run has been told to end. Called where a step has changed nothing yet."""
+        if self.told_to_end():
+            raise Abandoned
 
     def peak_memory(self) -> dict[str, float]:
         """Return the metric `<role>/peak_memory_gb` of every role that holds a model."""

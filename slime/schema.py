@@ -58,6 +58,12 @@ class CheckpointConfig:
 
     every: int = setting(10, "Steps between checkpoints; 0: only when training ends.", bounds="[0, inf)", unit="steps")
     keep: int = setting(2, "Newest checkpoints that stay on disk.", bounds="[1, inf)", unit="checkpoints")
+    grace_s: float = setting(
+        120.0,
+        "How long a run that SIGTERM or SIGUSR1 tells to end may take to finish its step and save it.",
+        bounds="(0, inf)",
+        unit="s",
+    )
 
 
 @dataclass(frozen=True)

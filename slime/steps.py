@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from slime import checkpoint, loop
 from slime.observe.failures import Failures
 from slime.observe.watch import Watch
-from slime.run import Run
+from slime.run import Abandoned, Run
 from slime.schema import Config
 
 
 class Stop:
-    """Decides after which step a run stops. The loop asks it once a step, and nothing else ends a run in order."""
+    """Decides after which step a run stops: its last one, or the newest when it has been told to end by a signal.
 
-    def __init__(self, num_steps: int) -> None:
-        self._num_steps = num_steps
+    The loop asks it once a step, and nothing else ends a run in order.
+    """
+
+    def __init__(self, num_steps: int, told_to_end: Callable[[], bool] = lambda: False) -> None:
+        self._num_steps, self._told_to_end = num_steps, told_to_end
 
     def after(self, step: int) -> bool:
         """Return whether the run stops when `step` is done."""
-        return step >= self._num_steps
+        return step >= self._num_steps or self._told_to_end()
 
 
-def train(config: Config, run: Run, watch: Watch, run_dir: Path, step: int, failures: Failures) -> None:
-    """Do every step of a run from `step` on, with its evaluations and checkpoints."""
+def train(config: Config, run: Run, watch: Watch, run_dir: Path, step: int, failures: Failures) -> int:
+    """Do every step of a run from `step` on, with its evaluations and checkpoints; return the last one that was done.
+
+    It is below `config.steps` when a launcher has told the run to end: then a checkpoint of it is on the disk. A step
+    that is still waiting for episodes or scores is given up, another one is finished first.
+    """
     run.clock.on_phase = watch.phase
     if step:
         loaded = checkpoint.load(run_dir, run)
@@ -37,18 +45,36 @@ def train(config: Config, run: Run, watch: Watch, run_dir: Path, step: int, fail
         if run.estimator.roles and config.critic.warmup_episodes:
             first |= loop.warm_up_critic(config, run, watch)
         watch.step(0, first | loop.evaluate(config, run, watch, 0))
-    stop = Stop(config.steps)
+    run.told_to_end = lambda: failures.supervisor.asked is not None
+    stop = Stop(config.steps, run.told_to_end)
     # A failure is reported before a checkpoint that is being written is waited for.
-    with checkpoint.Checkpoints(run_dir, run, config.checkpoint.keep) as checkpoints, failures.at_once():
-        last = stop.after(step)
-        while not last:
+    with (
+        failures.graceful(config.checkpoint.grace_s),
+        checkpoint.Checkpoints(run_dir, run, config.checkpoint.keep) as checkpoints,
+        failures.at_once(),
+    ):
+        saved = step
+        while not stop.after(step):
+            try:
+                _step(config, run, watch, step + 1, checkpoints)
+            except Abandoned:
+                break
             step += 1
-            last = stop.after(step)
-            evaluating = last or (config.eval.every > 0 and step % config.eval.every == 0)
-            metrics = loop.train_step(config, run, watch, step, evaluating)
-            checkpoints.check()
-            watch.step(step, metrics)  # before the checkpoint: a run goes on after a checkpoint, never before metrics
-            if last:  # before the checkpoint, whose presence says that the run is finished
+            if failures.standing is not None:
+                failures.standing.step = step
+            if step == config.steps:  # before the checkpoint, whose presence says that the run is finished
                 run.policy.export(run_dir / "model").result()
-            if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
+            if step == config.steps or (config.checkpoint.every and step % config.checkpoint.every == 0):
                 checkpoints.save(step)
+                saved = step
+        if step > saved:
+            checkpoints.save(step)
+    return step
+
+
+def _step(config: Config, run: Run, watch: Watch, step: int, checkpoints: checkpoint.Checkpoints) -> None:
+    """Do one step and record it."""
+    evaluating = step == config.steps or (config.eval.every > 0 and step % config.eval.every == 0)
+    metrics = loop.train_step(config, run, watch, step, evaluating)
+    checkpoints.check()
+    watch.step(step, metrics)  # before the checkpoint: a run goes on after a checkpoint, never before metrics

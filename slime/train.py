@@ -15,6 +15,7 @@ from slime import sft
 from slime.build import build
 from slime.config import dump
 from slime.observe.failures import Failures
+from slime.observe.standing import Standing, State
 from slime.observe.tracking import Tracker, read_metrics
 from slime.observe.view import View
 from slime.observe.watch import Watch
@@ -63,6 +64,7 @@ def run_ppo(config: Config, run_dir: Path, step: int, inputs: Prepared, failures
 
     where = place_run(config, run_dir, inputs.model_folder)
     record(config, run_dir)
+    failures.note(State.running)
     history = read_metrics(run_dir) if step else []
     settings = yaml.safe_load(dump(config))
     tracker = Tracker(run_dir, run_dir.name, settings, config.tracking, step or None, failures.aside)
@@ -77,11 +79,15 @@ def run_ppo(config: Config, run_dir: Path, step: int, inputs: Prepared, failures
                 run = build(config, inputs, run_dir, where)
             try:
                 with failures.at_once():
-                    train(config, run, watch, run_dir, step, failures)
+                    done = train(config, run, watch, run_dir, step, failures)
+                    if done < config.steps:
+                        failures.to_be_continued()
             finally:
                 run.stop(failures)
         finally:
             tracker.close()
+        if done < config.steps:
+            return
         view.phase("report")
         report = write_report(run_dir)
         rows = [row for row in read_metrics(run_dir) if "eval/pass_rate" in row]
@@ -93,6 +99,7 @@ def run_ppo(config: Config, run_dir: Path, step: int, inputs: Prepared, failures
                 f"on {last['eval/num_tasks']:.0f} tasks"
             )
         view.final(f"{held_out}; report: {report}")
+        failures.note(State.finished)
 
 
 def main(config: Config, start: Config | None, failures: Failures) -> None:
@@ -104,10 +111,12 @@ def main(config: Config, start: Config | None, failures: Failures) -> None:
 
 def _main(config: Config, start: Config | None, failures: Failures) -> None:
     run_dir, step = open_run(config)
+    failures.standing = Standing(run_dir, step, config.steps)
     try:
         with failures.at_once():
             if config.kind is Kind.sft:
                 run_sft(config, run_dir, failures)
+                failures.note(State.finished)
                 return
             if step >= config.steps:
                 print(f"{run_dir} has finished its {config.steps} steps; report: {write_report(run_dir)}")

@@ -77,7 +77,8 @@ def _guarded(command: Any) -> Any:
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code, with one line on stderr for all but 0.
 
-    0 done, 2 refused, 1 failed, 128 + N stopped by signal N.
+    0 done, 2 refused, 1 failed, 75 told to end by a launcher's signal and to be started again, 128 + N stopped by
+    another signal N.
     """
     given = sys.argv[1:] if arguments is None else arguments
     try:

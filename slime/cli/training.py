@@ -105,7 +105,7 @@ def _train(config: Config, start: Config | None) -> int:
 
     from launch.lock import LockError
     from launch.nodes import NodeError
-    from launch.supervisor import ignore_signals
+    from launch.supervisor import TO_BE_CONTINUED, ignore_signals
     from slime.config import ConfigError
     from slime.observe.failures import Failures
     from slime.schema import folder_of
@@ -114,7 +114,7 @@ def _train(config: Config, start: Config | None) -> int:
         from slime.train import main as run  # takes seconds to import
 
         run(config, start, failures)
-    if failures.exit_code > 128:  # by a signal
+    if failures.exit_code >= TO_BE_CONTINUED:  # by a signal
         ignore_signals()
     return failures.exit_code
 

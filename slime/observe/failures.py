@@ -13,8 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
-from launch.supervisor import ProcessDied, Supervisor
+from launch.supervisor import ProcessDied, Supervisor, exit_code_of
 from machine.failures import reason
+from slime.observe.standing import Standing, State
 
 LOG_FILE = "error.log"
 LOG_TAIL_LINES = 30  # of a process that has died
@@ -27,7 +28,8 @@ class Failures:
     """Around a run. Its first error is told; those that follow from it, or from stopping the parts, are only kept.
 
     `refused` errors are about what the user asked for: their line says all, and the exit code is 2. It is 1 for other
-    errors and for the death of a process, and 128 + N for signal N.
+    errors and for the death of a process, 75 (EX_TEMPFAIL) where a launcher has told the run to end by SIGTERM or
+    SIGUSR1, and 128 + N for another signal N.
     """
 
     def __init__(self, folder: Path, refused: tuple[type[Exception], ...] = ()) -> None:
@@ -35,6 +37,7 @@ class Failures:
         self.log = folder / LOG_FILE
         self.exit_code = 0
         self.supervisor = Supervisor(self._say)
+        self.standing: Standing | None = None  # of the run, once its folder is known
         self._refused = refused
         self._kept: list[BaseException] = []  # in the log
 
@@ -77,6 +80,29 @@ class Failures:
             if not self.exit_code:
                 _print(f"warning: {what}: {reason(error)}; {where}")
 
+    @contextmanager
+    def graceful(self, grace_s: float) -> Iterator[None]:
+        """Let the block end by itself when a launcher's signal comes (see `Supervisor.graceful`)."""
+
+        def heed(number: signal.Signals) -> None:
+            _print(
+                f"{number.name}: the run saves its state and ends, within {grace_s:g} s; a second one ends it at once"
+            )
+
+        with self.supervisor.graceful(grace_s, heed):
+            yield
+
+    def note(self, state: State, why: str = "") -> None:
+        """Write down what has become of the run (see `Standing.write`)."""
+        if self.standing is not None:
+            with self.aside("writing the run's state"):
+                self.standing.write(state, why)
+
+    def to_be_continued(self) -> None:
+        """Tell that the run has saved its state and ends, as a launcher's signal asked."""
+        assert self.supervisor.asked is not None, "nobody has told the run to end"
+        self._say(self.supervisor.asked)
+
     def _tell(self, error: BaseException) -> None:
         self.supervisor.end()
         if not self.exit_code:
@@ -89,16 +115,19 @@ class Failures:
     def _say(self, cause: BaseException | signal.Signals, where: str = "") -> None:
         """The one line."""
         if isinstance(cause, signal.Signals):
-            self.exit_code = 128 + cause
-            _print(f"stopped by {cause.name}; the same command goes on from the newest checkpoint")
+            self.exit_code = exit_code_of(cause)
+            _print(f"stopped by {cause.name} {self.standing or 'before its first step'}")
+            self.note(State.stopped if self.exit_code > 128 else State.continued, cause.name)
             return
-        self.exit_code = 1
+        # Whoever tells a run to end may end its other processes, too: that is no failure of the run.
+        self.exit_code = exit_code_of(self.supervisor.asked)
         if isinstance(cause, KeyboardInterrupt):
             self.exit_code = 128 + signal.SIGINT
         if isinstance(cause, ProcessDied):
             self._keep(cause, "a process died")
             where = ""  # it names that process's log
         _print(f"error: {reason(cause)}{where and '; ' + where}")
+        self.note(State.continued if self.supervisor.asked else State.failed, reason(cause))
 
     def _keep(self, error: BaseException, what: str) -> str:
         """Writes an error into the log, once; says where."""

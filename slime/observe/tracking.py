@@ -26,6 +26,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from buffer.text import clean_text
+from launch.supervisor import not_by_children
 from slime.schema import TrackingConfig
 
 METRICS_FILE = "metrics.jsonl"
@@ -181,16 +182,17 @@ class _Wandb:
         run_id = _run_id(run_dir, run, resumed)
 
         def start(online: bool) -> Any:
-            return wandb.init(
-                project=project,
-                name=run,
-                id=run_id,
-                dir=str(run_dir),
-                config=config,
-                mode="online" if online else "offline",
-                resume="allow" if online else None,
-                settings=settings,
-            )
+            with not_by_children():
+                return wandb.init(
+                    project=project,
+                    name=run,
+                    id=run_id,
+                    dir=str(run_dir),
+                    config=config,
+                    mode="online" if online else "offline",
+                    resume="allow" if online else None,
+                    settings=settings,
+                )
 
         self._wandb = wandb
         try:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import signal
 
 import pytest
-from runs import START_S, Place, Run
+from runs import START_S, Place, Run, rows_of
+
+from slime import checkpoint
+from slime.observe.standing import read_status
 
 LIMIT_S = 180.0  # generous: for what takes seconds
 RUN = [
@@ -49,19 +52,42 @@ def test_a_killed_engine_is_named_and_takes_the_run_with_it(place: Place) -> Non
     assert tokens(place) <= before
 
 
-def test_a_run_that_is_told_to_end_ends_in_order(place: Place) -> None:
-    """While its engine starts, and told twice."""
+def test_a_run_that_is_told_to_end_ends_in_order_and_goes_on(place: Place) -> None:
+    """While its engine starts, then in the middle of a step; the second signal goes to every process of it."""
     before = tokens(place)
+    folder = place.run_dir("stopped")
     with Run(place, *RUN, "run=stopped") as run:
-        log = place.run_dir("stopped") / "logs" / "engine_0.log"
+        log = folder / "logs" / "engine_0.log"
         run.wait_until(lambda: log.exists() and log.stat().st_size > 0, "engine's first line", START_S)
         seen = run.processes()
         run.process.send_signal(signal.SIGTERM)
-        run.wait_until(lambda: last_words(run) != [], "last words", LIMIT_S)
-        run.process.send_signal(signal.SIGTERM)
-        assert run.process.wait(LIMIT_S) == 143, run.tail()
+        assert run.process.wait(LIMIT_S) == 75, run.tail()
         assert len(seen) > 8
         assert run.left_over() == []
-    assert last_words(run) == ["slime: stopped by SIGTERM; the same command goes on from the newest checkpoint"]
+    stands = "after step 0 of 3; no checkpoint yet: the same command begins anew"
+    assert last_words(run) == [f"slime: stopped by SIGTERM {stands}"]
     assert "Traceback" not in run.output
     assert tokens(place) <= before
+
+    metrics = folder / "metrics.jsonl"
+    with Run(place, *RUN, "run=stopped") as run:
+        run.wait_until(lambda: bool(rows_of(metrics)) and rows_of(metrics)[-1]["step"] == 1, "step 1", START_S)
+        for process in run.processes():
+            if process.pid != run.process.pid and process.name() != "bwrap":
+                process.send_signal(signal.SIGUSR1)
+        run.process.send_signal(signal.SIGUSR1)
+        assert run.process.wait(LIMIT_S) == 75, run.tail()
+        assert run.left_over() == []
+    done = rows_of(metrics)[-1]["step"]
+    assert 1 <= done < 3
+    assert checkpoint.steps(folder) == [done]  # checkpoint.every=10
+    stands = f"after step {done} of 3; checkpoint of step {done}: the same command goes on from there"
+    assert last_words(run)[1:] == [f"slime: stopped by SIGUSR1 {stands}"]
+    status = read_status(folder)
+    assert (status["state"], status["step"], status["checkpoint"]) == ("to be continued", done, done)
+
+    with Run(place, *RUN, "run=stopped") as run:
+        run.finish()
+    assert f"resumed at step {done}" in run.output
+    assert [row["step"] for row in rows_of(metrics)] == [0, 1, 2, 3]
+    assert read_status(folder)["state"] == "finished"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import math
+import os
 import signal
 import socket
 import subprocess
@@ -25,6 +27,7 @@ from machine.ports import ReservedPort
 from slime import checkpoint, cli, loop, train
 from slime.config import load, load_start
 from slime.observe.failures import Failures
+from slime.run import Abandoned
 from slime.steps import train as train_run
 
 STEPS, EPISODES, TASKS = 4, 32, 32
@@ -81,6 +84,30 @@ class Diary:
         self.events.append(f"log {step}{' with pass rate' if 'eval/pass_rate' in metrics else ''}")
 
 
+def whole_run(diary: Diary, monkeypatch: pytest.MonkeyPatch, folder: Path, begin: int = 0) -> int:
+    """Do five steps from `begin` on; return the last one that was done."""
+    note = diary.events.append
+    monkeypatch.setattr(loop, "train_step", diary.train_step)
+    monkeypatch.setattr(loop, "evaluate", diary.evaluate)
+    monkeypatch.setattr(checkpoint, "Checkpoints", lambda run_dir, run, keep: nullcontext(diary))
+    monkeypatch.setattr(checkpoint, "load", lambda run_dir, run: note("load") or begin)
+    run: Any = SimpleNamespace(
+        weights=SimpleNamespace(publish=lambda version: note(f"publish {version}"), verify=lambda: note("verify")),
+        rollout=SimpleNamespace(run=lambda buffer: note("play")),
+        buffer=SimpleNamespace(actor=None),
+        clock=SimpleNamespace(),
+        estimator=SimpleNamespace(roles=[]),
+        policy=SimpleNamespace(export=lambda folder: note("export") or SimpleNamespace(result=list)),
+    )
+    view = SimpleNamespace(note=lambda text: None)
+    watch: Any = SimpleNamespace(step=diary.step, view=view, phase=lambda name: None)
+    numbers = ["steps=5", "eval.every=3", "checkpoint.every=2", "critic.warmup_episodes=0"]
+    config = load(["recipe=ppo_coding", *numbers], None).config
+    with Failures(folder) as failures:
+        return train_run(config, run, watch, folder, begin, failures)
+    raise AssertionError("it has failed")
+
+
 @pytest.mark.parametrize(
     ("begin", "expected"),
     [
@@ -105,25 +132,45 @@ class Diary:
 def test_order_of_a_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, begin: int, expected: list[str]) -> None:
     """A step is logged before its checkpoint: what is resumed after the checkpoint has all metrics up to it."""
     diary = Diary()
-    note = diary.events.append
-    monkeypatch.setattr(loop, "train_step", diary.train_step)
-    monkeypatch.setattr(loop, "evaluate", diary.evaluate)
-    monkeypatch.setattr(checkpoint, "Checkpoints", lambda run_dir, run, keep: nullcontext(diary))
-    monkeypatch.setattr(checkpoint, "load", lambda run_dir, run: note("load") or begin)
-    run: Any = SimpleNamespace(
-        weights=SimpleNamespace(publish=lambda version: note(f"publish {version}"), verify=lambda: note("verify")),
-        rollout=SimpleNamespace(run=lambda buffer: note("play")),
-        buffer=SimpleNamespace(actor=None),
-        clock=SimpleNamespace(),
-        estimator=SimpleNamespace(roles=[]),
-        policy=SimpleNamespace(export=lambda folder: note("export") or SimpleNamespace(result=list)),
-    )
-    view = SimpleNamespace(note=lambda text: None)
-    watch: Any = SimpleNamespace(step=diary.step, view=view, phase=lambda name: None)
-    numbers = ["steps=5", "eval.every=3", "checkpoint.every=2", "critic.warmup_episodes=0"]
-    config = load(["recipe=ppo_coding", *numbers], None).config
-    train_run(config, run, watch, tmp_path, begin, Failures(tmp_path))
+    assert whole_run(diary, monkeypatch, tmp_path, begin) == 5
     assert diary.events == expected
+
+
+@dataclass
+class Told(Diary):
+    """As where a launcher sends SIGTERM in a phase of step `in_step`."""
+
+    in_step: int = 0
+    abandoned: bool = False
+
+    def train_step(self, config: Any, run: Any, watch: Any, step: int, evaluating: bool) -> dict[str, float]:
+        if step == self.in_step:
+            os.kill(os.getpid(), signal.SIGTERM)
+            if self.abandoned:  # in `loop.take` or after the scores
+                raise Abandoned
+        assert run.told_to_end() is (step == self.in_step)
+        return super().train_step(config, run, watch, step, evaluating)
+
+
+@pytest.mark.parametrize(
+    ("in_step", "abandoned", "end"),
+    [
+        (4, True, ["train 3", "evaluate 3", "check", "log 3 with pass rate", "save 3"]),
+        (3, False, ["train 3", "evaluate 3", "check", "log 3 with pass rate", "save 3"]),
+        (3, True, ["train 2", "check", "log 2", "save 2"]),  # saved once, by checkpoint.every
+    ],
+)
+def test_a_run_that_is_told_to_end_saves_its_last_finished_step(
+    in_step: int, abandoned: bool, end: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    diary = Told(in_step=in_step, abandoned=abandoned)
+    assert whole_run(diary, monkeypatch, tmp_path) == in_step - abandoned
+    assert diary.events[-len(end) :] == end
+
+
+def test_a_step_is_given_up_only_before_it_changes_anything() -> None:
+    source = inspect.getsource(loop.train_step)
+    assert source.index("run.score(") < source.index("run.abandon_if_told()") < source.index("run.update(")
 
 
 def test_only_whole_checkpoints_count(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from launch.supervisor import ProcessDied, Supervisor
 from machine.failures import MAX_CHARACTERS, ending, reason
 from slime.observe import failures as module
 from slime.observe.failures import Failures
+from slime.observe.standing import Standing, State, read_status
 
 LIMIT_S = 60.0
 STORE = ROOT / "buffer" / "store.py"
@@ -175,12 +176,19 @@ def test_a_full_disk_hides_no_error(tmp_path: Path, capsys: pytest.CaptureFixtur
 # Signals and deaths --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGHUP, 129), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)]
+)
 def test_a_signal_ends_a_run_in_order(
-    number: signal.Signals, code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    number: signal.Signals,
+    code: int,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Also when it comes again while the run ends."""
-    before = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    """Also when it comes twice, as from a terminal, which sends it to a shell and its script."""
+    monkeypatch.setattr(supervisor, "TOGETHER_S", LIMIT_S)
+    before = [signal.getsignal(one) for one in supervisor.SIGNALS]
     stopped = []
     with Failures(tmp_path) as failures:
         try:
@@ -192,11 +200,89 @@ def test_a_signal_ends_a_run_in_order(
             stopped.append("parts")
     assert (failures.exit_code, stopped) == (code, ["parts"])
     err = capsys.readouterr().err
-    assert err == f"slime: stopped by {number.name}; the same command goes on from the newest checkpoint\n"
-    assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == before
+    assert err == f"slime: stopped by {number.name} before its first step\n"
+    assert [signal.getsignal(one) for one in supervisor.SIGNALS] == before
 
 
-def test_the_third_signal_ends_a_run_that_can_not_end_in_order(tmp_path: Path) -> None:
+def test_ctrl_c_says_where_the_run_stands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved = tmp_path / "checkpoints" / "step_000004" / "state.json"
+    (tmp_path / "config.yaml").touch()
+    for stands in ("no checkpoint yet: the same command begins anew", "checkpoint of step 4: the same command goes on"):
+        with Failures(tmp_path / "logs") as failures, failures.at_once():
+            failures.standing = Standing(tmp_path, 6, 50)
+            os.kill(os.getpid(), signal.SIGINT)
+        err = capsys.readouterr().err
+        assert err.startswith(f"slime: stopped by SIGINT after step 6 of 50; {stands}")
+        assert err.count("\n") == 1
+        saved.parent.mkdir(parents=True, exist_ok=True)
+        saved.touch()
+    status = read_status(tmp_path)
+    assert (status["state"], status["step"], status["steps"], status["checkpoint"]) == ("stopped", 6, 50, 4)
+
+
+def test_a_run_that_has_not_begun_leaves_no_state(tmp_path: Path) -> None:
+    Standing(tmp_path, 0, 50).write(State.running)
+    assert list(tmp_path.iterdir()) == []
+    assert read_status(tmp_path) == {}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_launchers_signal_is_heeded_by_the_run_itself(
+    number: signal.Signals, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.yaml").touch()
+    with Failures(tmp_path / "logs") as failures, failures.at_once():
+        failures.standing = Standing(tmp_path, 6, 50)
+        with failures.graceful(LIMIT_S):
+            assert failures.supervisor.asked is None
+            os.kill(os.getpid(), number)
+            assert failures.supervisor.asked is number  # nothing was interrupted
+        failures.to_be_continued()
+    assert failures.exit_code == 75
+    told = capsys.readouterr().err.splitlines()
+    assert told[0].startswith(f"slime: {number.name}: the run saves its state and ends, within 60 s")
+    assert told[1:] == [f"slime: stopped by {number.name} {Standing(tmp_path, 6, 50)}"]
+    assert read_status(tmp_path)["state"] == "to be continued"
+
+
+def test_a_run_that_does_not_heed_a_launcher_in_time_is_interrupted(tmp_path: Path) -> None:
+    waited = []
+    with Failures(tmp_path) as failures, failures.at_once(), failures.graceful(0.1):
+        os.kill(os.getpid(), signal.SIGTERM)
+        waited.append("in the block")
+        time.sleep(LIMIT_S)
+        waited.append("for ever")
+    assert waited == ["in the block"]
+    assert failures.exit_code == 75
+
+
+def test_a_failure_after_a_launchers_signal_is_told_and_the_run_continued(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The launcher ends other processes of the run, too: it must not take that for a failure of the run."""
+    with Failures(tmp_path) as failures, failures.at_once(), failures.graceful(LIMIT_S):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        raise RuntimeError("policy rank 1 has ended")
+    assert failures.exit_code == 75
+    assert "policy rank 1 has ended" in capsys.readouterr().err
+
+
+def test_children_never_receive_a_signal_that_this_process_does(tmp_path: Path) -> None:
+    come = []
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: come.append(number))
+    program = "import os, signal, sys; os.kill(os.getpid(), signal.SIGUSR1); sys.exit(7)"
+    grandchild = f"import subprocess, sys; sys.exit(subprocess.run([sys.executable, '-c', {program!r}]).returncode)"
+    try:
+        with supervisor.not_by_children():
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert subprocess.run([sys.executable, "-c", grandchild], check=False, timeout=LIMIT_S).returncode == 7
+            assert come == []
+        assert come == [signal.SIGUSR1]
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_a_second_signal_ends_a_run_at_once(tmp_path: Path) -> None:
     program = f"""
     import subprocess, time
     from pathlib import Path
