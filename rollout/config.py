@@ -31,7 +31,6 @@ class EngineConfig:
         0, "Size of an engine's KV cache; 0: SGLang decides from memory.", bounds="[0, inf)", unit="tokens"
     )
     memory_fraction: float = setting(0.8, "Part of a GPU's memory for weights and KV cache.", bounds="(0, 1)")
-    attention: str = setting("", "SGLang's attention backend on a GPU, e.g. triton; '': its own choice.")
     pause: PauseMode = setting(PauseMode.retract, "What happens to running requests while weights are swapped.")
     delta: bool = setting(False, "After the first publication, send only the elements that changed.")
     start_timeout_s: float = setting(600.0, "How long an engine may take to start.", bounds="(0, inf)", unit="s")

@@ -134,7 +134,8 @@ def main() -> None:
     from slime.weights import Weights
 
     folder = make_model(Path(tempfile.mkdtemp()))
-    config = EngineConfig(memory_fraction=0.3, max_running_requests=options.requests, attention=options.attention)
+    chosen = {"attention_backend": options.attention} if options.attention else {}
+    config = EngineConfig(memory_fraction=0.3, max_running_requests=options.requests, options=chosen)
     began = time.perf_counter()
     os.environ["CUDA_VISIBLE_DEVICES"] = str(options.engine_gpu)
     log = options.log or str(folder / "engine.log")

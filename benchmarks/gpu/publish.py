@@ -135,8 +135,9 @@ def main() -> None:
     began = time.perf_counter()
     worker, weights = frozen_policy(folder)
     print(f"Qwen3 {options.model}, written in {time.perf_counter() - began:.0f} s", flush=True)
+    chosen = {"attention_backend": options.attention} if options.attention else {}
     config = EngineConfig(
-        memory_fraction=0.5, max_running_requests=32, attention=options.attention, delta=True, request_timeout_s=300.0
+        memory_fraction=0.5, max_running_requests=32, delta=True, request_timeout_s=300.0, options=chosen
     )
     os.environ["CUDA_VISIBLE_DEVICES"] = "1"
     began = time.perf_counter()

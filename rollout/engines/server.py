@@ -85,8 +85,6 @@ def server_arguments(settings: ServerSettings, port: int) -> list[str]:
         ]
     arguments += ["--dtype", "bfloat16"]
     arguments += ["--mem-fraction-static", str(config.memory_fraction)]
-    if config.attention:
-        arguments += ["--attention-backend", config.attention]
     if settings.yields_memory:
         arguments += ["--enable-memory-saver"]
     if config.max_total_tokens:

@@ -26,7 +26,6 @@ OURS = {
     "max_running_requests": "rollout.engine.max_running_requests",
     "max_total_tokens": "rollout.engine.max_total_tokens",
     "mem_fraction_static": "rollout.engine.memory_fraction",
-    "attention_backend": "rollout.engine.attention",
     "tp_size": "rollout.engine.tensor_parallel",
     "dp_size": "rollout.engine.num_engines",
     "pp_size": "rollout.engine.tensor_parallel",
@@ -38,7 +37,9 @@ OURS = {
     **dict.fromkeys(("tokenizer_path", "skip_tokenizer_init", "skip_server_warmup", "sleep_on_idle"), ""),
     **dict.fromkeys(("grammar_backend", "log_level_http", "weight_version", "dtype", "config"), ""),
 }
-OURS_ON_CPUS = dict.fromkeys(("sampling_backend", "disable_overlap_schedule", "enable_deterministic_inference"), "")
+OURS_ON_CPUS = dict.fromkeys(
+    ("attention_backend", "sampling_backend", "disable_overlap_schedule", "enable_deterministic_inference"), ""
+)
 
 
 def option_arguments(options: Mapping[str, Any]) -> list[str]:

@@ -95,5 +95,4 @@ def _on_cpus(config: Config) -> Iterator[Idle]:
         return
     on_cpus = "on CPUs (cluster.gpus_per_node=0)"
     yield ["rollout.engine.memory_fraction"], f"{on_cpus}: use rollout.engine.max_total_tokens"
-    yield ["rollout.engine.attention"], f"{on_cpus}, where there is one kind: leave it out"
     yield [f"{role}.layout.offload" for role, _ in layouts(config)], f"{on_cpus}: leave it out"

@@ -52,7 +52,6 @@ def refusal(*arguments: str) -> str:
         ((PPO, "tracking.wandb=false"), "tracking.project=mine", "tracking.wandb=true"),
         ((PPO, "tracking.sample_episodes=0"), "tracking.sample_every=2", "tracking.sample_episodes=1"),
         ((PPO,), "rollout.engine.memory_fraction=0.5", ""),
-        ((PPO,), "rollout.engine.attention=triton", ""),
         ((PPO,), "policy.layout.offload=role", ""),
         ((PPO,), "critic.layout.offload=optimizer", ""),
         ((PPO, "model.start="), "sft.batch_sub_traces=8", "model.start=sft_coding"),

@@ -40,7 +40,7 @@ def test_options_become_arguments_of_the_server() -> None:
 
 @pytest.mark.parametrize("cpu", [True, False])
 def test_every_argument_that_a_run_sets_is_among_those_refused(cpu: bool) -> None:
-    config = EngineConfig(attention="triton", max_total_tokens=1000)
+    config = EngineConfig(max_total_tokens=1000)
     given = server_arguments(ServerSettings(config, "/m", 100, "log", cpu, yields_memory=True), 4000)
     flags = {flag.removeprefix("--").replace("-", "_") for flag in given if flag.startswith("--")} | {"nccl_port"}
     assert flags - set(OURS | (OURS_ON_CPUS if cpu else {})) == set()
@@ -60,6 +60,7 @@ def test_sglang_says_what_it_takes() -> None:
         "tensor_parallel_size": (2, "use rollout.engine.tensor_parallel"),
         "sampling_backend": ("pytorch", "a run sets this itself: leave it out"),
         "enable_deterministic_inference": (True, "a run sets this itself: leave it out"),
+        "attention_backend": ("triton", "a run sets this itself: leave it out"),
     }
     right = {"decode_log_interval": 7, "enable_metrics": True, "schedule_policy": "lpm"}
     told = refused_options({name: value for name, (value, _) in wrong.items()} | OURS, cpu=True)
@@ -69,7 +70,7 @@ def test_sglang_says_what_it_takes() -> None:
     # Names of this version of SGLang: each argument that a run sets is known by the name that it is refused by.
     assert [line for line in told[len(wrong) :] if "has no such argument" in line] == []
     assert len(told) == len(wrong) + len(OURS)
-    assert refused_options(right | {"sampling_backend": "pytorch", "disable_overlap_schedule": True}, cpu=False) == []
+    assert refused_options(right | {"sampling_backend": "pytorch", "attention_backend": "triton"}, cpu=False) == []
 
 
 def test_an_argument_of_sglangs_is_refused_before_anything_starts() -> None:
