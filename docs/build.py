@@ -24,7 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / "locks" / "docs.txt"
 CACHE = ROOT / ".cache" / "docs"
 SITE = ROOT / "site"
-GUIDE = ("setup", "concepts", "tasks", "configuration", "algorithms", "metrics", "models", "gpu")  # order of docs/
+# Order of docs/.
+GUIDE = ("setup", "concepts", "tasks", "configuration", "algorithms", "metrics", "models", "gpu", "slurm")
 BENCHMARKS = ("benchmarks/README.md", "benchmarks/RESULTS.md", "benchmarks/gpu/RESULTS.md")
 PROJECT = ("CONTRIBUTING.md", "CHANGELOG.md")
 LANGUAGES = {".py": "python", ".sh": "bash", ".yaml": "yaml", ".yml": "yaml", ".toml": "toml"}

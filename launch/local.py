@@ -34,8 +34,8 @@ _of_ray: set[psutil.Process] = set()  # what its start has started: a raylet tha
 OBJECT_STORE_MB = 512  # of a laptop run: a token of a sub-trace is 18 bytes
 
 
-def _environment(token_file: Path) -> dict[str, str]:
-    """Every environment variable that a Ray which is started here gets, with its reason."""
+def ray_environment(token_file: Path) -> dict[str, str]:
+    """Return every environment variable that a Ray which is started by us gets, with its reason."""
     return {
         "RAY_AUTH_MODE": "token",  # Ray's ports listen on all interfaces: nobody else may submit work
         "RAY_AUTH_TOKEN_PATH": str(token_file),
@@ -118,7 +118,7 @@ def start_ray(cluster: ClusterConfig) -> None:
         return
     forget_other_ray()
     token = _make_token()
-    os.environ.update(_environment(token) | _of_processes(cluster) | direct([ray.util.get_node_ip_address()]))
+    os.environ.update(ray_environment(token) | _of_processes(cluster) | direct([ray.util.get_node_ip_address()]))
     Config.initialize("")  # Ray read its environment when it was imported
     AuthenticationTokenLoader.instance().reset_cache()
     mine = psutil.Process().children(recursive=True)

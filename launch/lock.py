@@ -25,6 +25,7 @@ from types import TracebackType
 BEAT_S = 5.0
 SILENT_S = 30.0  # a lock of another machine is given up when its count stands still as long
 POLL_S = 0.5
+LOCK_FILE = "run.lock"  # of a run
 ATTEMPTS = 10  # at a folder that others make and remove
 _UNSUPPORTED = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 
@@ -176,9 +177,24 @@ class FolderLock:
                 folder.rmdir()
 
 
+def holder_of(run_dir: Path) -> Holder | None:
+    """Return the process that has a run's folder, as far as can be seen from this machine without taking the lock; None
+    when nobody has.
+    """
+    path = run_dir / LOCK_FILE
+    found = _holder(path)
+    if found is None:
+        return None
+    if found.kernel == Holder.here().kernel:
+        return found if Path(f"/proc/{found.pid}").exists() else None
+    with suppress(OSError):
+        return found if time.time() - path.stat().st_mtime < SILENT_S else None
+    return None
+
+
 def run_lock(run_dir: Path, wait: bool = False) -> FolderLock:
     """Return the lock of a run's folder."""
-    return FolderLock(run_dir / "run.lock", ", stop it, or choose another run= name", wait)
+    return FolderLock(run_dir / LOCK_FILE, ", stop it, or choose another run= name", wait)
 
 
 def made_once(folder: Path, make: Callable[[Path], None]) -> None:

@@ -20,10 +20,12 @@ from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import TyperException
 
 from slime.cli.common import Refused
+from slime.cli.jobs import cancel, logs, status
 from slime.cli.runs import advise, export, report
+from slime.cli.submit import submit
 from slime.cli.training import config, train
 
-COMMANDS = (train, config, report, advise, export)
+COMMANDS = (train, config, report, advise, export, submit, status, logs, cancel)
 EPILOG = """\
 'slime train --help' lists recipes, models, clusters and keys. Example: slime train recipe=ppo_coding steps=20"""
 _ASKS_HELP = {"-h", "--help", "help"}

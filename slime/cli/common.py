@@ -9,6 +9,7 @@ from pathlib import Path
 from launch.environment import expand
 
 RUNS = Path("runs")
+JOB_FOLDER = "slurm"  # in the folder of a run: the script and the logs of its job
 
 
 class Refused(ValueError):

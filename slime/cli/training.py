@@ -70,24 +70,40 @@ def _help(command: str, arguments: list[str], recipes: str | None) -> int:
     return 0
 
 
+def compose(arguments: list[str], recipes: str | None) -> Config:
+    """Compose and check a configuration for other machines than this one. Refused: see `ConfigError`, or a file is
+    missing.
+    """
+    loaded, absent = _checked(arguments, recipes)[::2]
+    if absent:
+        raise Refused("; ".join(absent))
+    return loaded.config
+
+
+def _checked(arguments: list[str], recipes: str | None) -> tuple[Loaded, Config | None, list[str]]:
+    """Compose and check; with the warm start, and with the files that are missing."""
+    from slime.config import load, load_start, missing
+
+    try:
+        folder = _folder(recipes)
+        catalogue.search_path(folder)
+        loaded = load(arguments, folder)
+        return loaded, load_start(loaded, folder), missing(loaded.config)
+    except ValueError as error:  # ConfigError is one
+        raise Refused(str(error)) from error
+
+
 def _loaded(arguments: list[str], recipes: str | None, prepares: bool) -> tuple[Loaded, Config | None, list[str]]:
     """Compose and check; with the warm start, and with what this machine has against it. `prepares`: as `train` does
     later, make rows and models. Refused: see `ConfigError`.
     """
-    try:
-        folder = _folder(recipes)
-        catalogue.search_path(folder)
-    except ValueError as error:
-        raise Refused(str(error)) from error
+    loaded, start, absent = _checked(arguments, recipes)
 
     from launch.preflight import problems
-    from slime.config import ConfigError, load, load_start, missing
+    from slime.config import ConfigError
     from slime.start.prepare import prepare
 
     try:
-        loaded = load(arguments, folder)
-        start = load_start(loaded, folder)
-        absent = missing(loaded.config)
         if prepares and not absent:
             prepare(loaded.config, start)
     except ConfigError as error:
