@@ -197,6 +197,11 @@ def run_lock(run_dir: Path, wait: bool = False) -> FolderLock:
     return FolderLock(run_dir / LOCK_FILE, ", stop it, or choose another run= name", wait)
 
 
+def run_holder(run_dir: Path) -> Holder | None:
+    """Return the process that has a run's folder, or had it when it was killed; None: no one."""
+    return _holder(run_dir / "run.lock")
+
+
 def made_once(folder: Path, make: Callable[[Path], None]) -> None:
     """Make a cached folder unless it is there; it appears whole or not at all. `make` fills the one it is given.
 

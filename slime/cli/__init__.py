@@ -1,4 +1,5 @@
-"""The command line: `slime COMMAND`. A command is a function that is named in COMMANDS, and nowhere else.
+"""The command line: `slime COMMAND`. A command is a function that is named in COMMANDS, or in TARGETS for
+`slime submit TARGET`, and nowhere else.
 
 Its docstring is its help; it returns an exit code and raises `Refused` for a mistake of the user's, which becomes one
 line on stderr. Nothing heavy is imported before a command runs, so that help and completion answer at once.
@@ -21,11 +22,13 @@ from typer.exceptions import TyperException
 
 from slime.cli.common import Refused
 from slime.cli.jobs import cancel, logs, status
+from slime.cli.kubernetes import k8s
 from slime.cli.runs import advise, export, report
-from slime.cli.submit import submit
+from slime.cli.slurm import slurm
 from slime.cli.training import config, train
 
-COMMANDS = (train, config, report, advise, export, submit, status, logs, cancel)
+COMMANDS = (train, config, report, advise, export, status, logs, cancel)
+TARGETS = (slurm, k8s)  # of `slime submit`
 EPILOG = """\
 'slime train --help' lists recipes, models, clusters and keys. Example: slime train recipe=ppo_coding steps=20"""
 _ASKS_HELP = {"-h", "--help", "help"}
@@ -59,6 +62,11 @@ def _app() -> TyperGroup:
     for command in COMMANDS:
         own_help = command in (train, config)  # which explains keys, too
         app.command(cls=_Command, add_help_option=not own_help)(_guarded(command))
+    submit = typer.Typer(help="Hand a run to a cluster's scheduler.", rich_markup_mode=None)
+    submit.callback()(lambda: None)
+    for target in TARGETS:
+        submit.command(cls=_Command)(_guarded(target))
+    app.add_typer(submit, name="submit")
     group = typer.main.get_command(app)
     assert isinstance(group, TyperGroup)
     return group
@@ -95,20 +103,27 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(arguments: list[str]) -> int:
     group = _app()
+    code = group.main(_checked(group, arguments), prog_name="slime", standalone_mode=False)
+    return code if isinstance(code, int) else 0
+
+
+def _checked(group: TyperGroup, arguments: list[str]) -> list[str]:
+    """Return the arguments as the library is to have them. Refused: an unknown command, or see `_refuse_options`."""
     command, *rest = arguments or ["--help"]
     if command in _ASKS_HELP:
-        arguments = ["--help"]
-    elif command in group.commands:
-        arguments = [command, *rest]
-        _refuse_options(group.commands[command], rest)
+        return ["--help"]
+    if command in group.commands:
+        found = group.commands[command]
+        if isinstance(found, TyperGroup):
+            return [command, *_checked(found, rest)]
+        _refuse_options(found, rest)
     elif command.startswith("-"):
         _refuse_options(group, [command])
     else:
         near = get_close_matches(command, group.commands, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"commands: {', '.join(group.commands)}"
         raise Refused(f"unknown command {command!r}; {hint}")
-    code = group.main(arguments, prog_name="slime", standalone_mode=False)
-    return code if isinstance(code, int) else 0
+    return arguments
 
 
 def _refuse_options(command: Any, arguments: list[str]) -> None:

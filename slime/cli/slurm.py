@@ -1,4 +1,4 @@
-"""`slime submit`: a run as a job of a scheduler, which starts it again until it has finished."""
+"""`slime submit slurm`: a run as a batch job, which is started again until the run has finished."""
 
 from __future__ import annotations
 
@@ -11,23 +11,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from slime.cli.common import JOB_FOLDER, Refused, say
-from slime.cli.training import Recipes, compose
+from slime.cli.training import Arguments, Recipes, compose
 
 if TYPE_CHECKING:
     from launch.slurm.script import BatchJob
     from slime.schema import Config
 
-LAUNCHERS = ("slurm",)
 MAX_STARTS = 3
 ADDRESS = "cluster.ray_address"
 
-Arguments = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="slurm recipe=NAME [model=NAME] [cluster=NAME] [key=value ...]",
-        help="The scheduler, and what to run, as for slime train.",
-    ),
-]
 Time = Annotated[str | None, typer.Option("--time", metavar="TIME", help="Time limit of one start, as of sbatch.")]
 Partition = Annotated[str | None, typer.Option("--partition", metavar="NAME", help="Partition of the cluster.")]
 Account = Annotated[str | None, typer.Option("--account", metavar="NAME", help="Account that is charged.")]
@@ -46,7 +38,7 @@ MaxStarts = Annotated[
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the batch script, submit nothing.")]
 
 
-def submit(
+def slurm(
     arguments: Arguments = None,
     recipes: Recipes = None,
     time: Time = None,
@@ -57,18 +49,14 @@ def submit(
     max_starts: MaxStarts = MAX_STARTS,
     dry_run: DryRun = False,
 ) -> int:
-    """Start a run as a batch job.
+    """Run in Slurm as a batch job.
 
     It ends itself before its time limit, saves, and is started again until it has finished.
     """
-    launcher, *rest = arguments or [""]
-    if launcher not in LAUNCHERS:
-        raise Refused(
-            f"submit needs a scheduler, found {launcher!r}: slime submit {'|'.join(LAUNCHERS)} recipe=NAME ..."
-        )
-    if any(argument.startswith(f"{ADDRESS}=") for argument in rest):
-        raise Refused(f"submit: {ADDRESS} is the job's own, which starts Ray on its nodes: leave it out")
-    config = compose([*rest, f"{ADDRESS}=auto"], recipes)
+    given = arguments or []
+    if any(argument.startswith(f"{ADDRESS}=") for argument in given):
+        raise Refused(f"submit slurm: {ADDRESS} is the job's own, which starts Ray on its nodes: leave it out")
+    config = compose([*given, f"{ADDRESS}=auto"], recipes)
 
     from launch.slurm.script import BatchJob, problems, render
 
@@ -77,7 +65,7 @@ def submit(
     options |= {name: value for name, value in named.items() if value}
     folder = _folder_of(config)
     command = [sys.executable, "-m", "slime.cli.job", f"--folder={folder}"]
-    command += [f"--gpus-per-node={config.cluster.gpus_per_node}", f"--max-starts={max_starts}", "--", *rest]
+    command += [f"--gpus-per-node={config.cluster.gpus_per_node}", f"--max-starts={max_starts}", "--", *given]
     command += ["--recipes", recipes] if recipes else []
     job = BatchJob(
         config.run,
