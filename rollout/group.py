@@ -1,4 +1,4 @@
-"""Rollout workers as their caller sees them."""
+"""A typed handle to all rollout workers."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ POLL_S = 1.0
 
 
 class RolloutGroup:
-    """All rollout workers."""
+    """All rollout workers of a run."""
 
     def __init__(self, workers: Sequence[Any], quiet_s: float) -> None:
-        """`quiet_s`: episodes may take as long as they do, unless nothing happens in any of them for so long."""
+        """`quiet_s`: a wait fails when no episode makes progress for this long. Single episodes have no time limit."""
         self.workers = list(workers)
         self.quiet_s = quiet_s
         self._running: list[Any] = []
 
     def run(self, buffer: Any) -> None:
-        """Let every worker play the buffer's tickets from now on."""
+        """Start playing the buffer's tickets on every worker."""
         self._running = [worker.run.remote(buffer) for worker in self.workers]
 
     def check(self) -> None:
-        """Raise what a worker's loop raised; it should only end when stopped."""
+        """Raise the error of a worker whose loop has ended; a loop should end only when stopped."""
         ended, _ = ray.wait(self._running, num_returns=len(self._running), timeout=0)
         ray.get(ended)
 
@@ -35,23 +35,23 @@ class RolloutGroup:
         return [list(indices[k :: len(self.workers)]) for k in range(len(self.workers))]
 
     def evaluate(self, indices: Sequence[int], keep: int) -> list[Played]:
-        """Return held-out episodes at training's settings; sub-traces come with about `keep` of them."""
+        """Return held-out episodes, played with training's settings; about `keep` of them include their sub-traces."""
         each = -(-keep // len(self.workers))
         shares = zip(self.workers, self._share(indices), strict=True)
         refs = [worker.evaluate.remote(share, each) for worker, share in shares]
         return self.played(refs, "evaluation")
 
     def played(self, refs: Sequence[Any], what: str) -> list[Played]:
-        """Return episodes that were asked for, one reference a worker. A worker's error or death is raised at once.
+        """Return the requested episodes; `refs` has one reference per worker. A worker's error is raised at once.
 
-        TimeoutError: no worker got an answer of an engine, or ended an episode, for `quiet_s`.
+        TimeoutError: for `quiet_s`, no worker received an engine's answer or ended an episode.
         """
         late, before = list(refs), -1
         asked: list[Any] = []
         deadline = time.monotonic() + self.quiet_s
         while late:
             done, late = ray.wait(late, num_returns=len(late), timeout=POLL_S)
-            ray.get(done, timeout=60)  # raises what went wrong
+            ray.get(done, timeout=60)  # raises a worker's error
             asked = asked or [worker.progress.remote() for worker in self.workers]
             if len(ray.wait(asked, num_returns=len(asked), timeout=0)[0]) == len(asked):
                 now, asked = sum(ray.get(asked, timeout=60)), []
@@ -60,15 +60,15 @@ class RolloutGroup:
             if late and time.monotonic() > deadline:
                 workers = sorted(refs.index(ref) for ref in late)
                 raise TimeoutError(
-                    f"{what}: nothing happened in the episodes of rollout workers {workers} for {self.quiet_s:g} s"
+                    f"{what}: no episode of rollout workers {workers} made progress for {self.quiet_s:g} s"
                 )
         return [played for part in ray.get(list(refs), timeout=60) for played in part]
 
     def demonstrate(self, indices: Sequence[int], progress: float) -> list[Any]:
-        """Return references for `played`, one a worker."""
+        """Return references for `played`, one per worker."""
         shares = zip(self.workers, self._share(indices), strict=True)
         return [worker.demonstrate.remote(share, progress) for worker, share in shares]
 
     def stop(self, timeout_s: float = 60.0) -> None:
-        """End episodes, sandboxes and clients."""
+        """Stop all workers: end their episodes, sandboxes and clients."""
         ray.get([worker.stop.remote() for worker in self.workers], timeout=timeout_s)

@@ -1,4 +1,4 @@
-"""What a user writes for a recipe: the task, which makes rows, environments and players."""
+"""The task of a recipe, written by the user: it makes rows, environments and players."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rollout.sandbox.interface import Sandbox
 
 
 class Task(ABC):
-    """Prompts, environment and reward of a recipe, constructed with `task.options`."""
+    """The prompts, environment and reward of a recipe, constructed with `task.options`."""
 
     def __init__(self, **options: Any) -> None:
         if options:
@@ -25,25 +25,30 @@ class Task(ABC):
 
     @abstractmethod
     def environment(self, row: TaskRow, sandbox: Sandbox) -> Environment:
-        """Return a fresh world for one attempt at a row."""
+        """Return a new environment for one attempt at a row."""
 
     def player(self, renderer: Renderer, config: RolloutConfig) -> Player:
-        """Return who plays the attempts of a rollout worker: the tool-calling loop, compacted by the policy's summary.
+        """Return the player of a rollout worker's attempts.
 
-        A task that wants another compaction, or another loop, returns its own.
+        The default is the tool-calling loop with compaction by the policy's summary. Override this method to use
+        another compaction or another loop.
         """
         return ToolLoop(renderer, config)
 
     def make_rows(self, split: str, count: int, seed: int) -> list[TaskRow]:
-        """Return rows for tasks that make their own. `split` is "train" or "eval"; the two never share a row."""
+        """Return `count` generated rows, for tasks without a task file.
+
+        `split` is "train" or "eval"; the two must not share a row.
+        """
         raise ValueError(f"{type(self).__name__} makes no rows: set task.{split} to a JSONL file")
 
     def make_model(self, folder: Path, seed: int) -> None:
-        """Write a small untrained Hugging Face folder (model and tokenizer) for tasks that ship one."""
+        """Write a small untrained Hugging Face folder (model and tokenizer), for tasks that come with a model."""
         raise ValueError(f"{type(self).__name__} has no model of its own: set model.path")
 
     def demonstrate(self, row: TaskRow, rng: random.Random, progress: float = 1.0) -> Demonstrator:
-        """Return a script that plays the row, for recipes of kind sft. `progress` in [0, 1]: how far the run has
-        come.
+        """Return a script that plays the row, for recipes of kind sft.
+
+        `progress` is the completed fraction of the run, in [0, 1].
         """
         raise ValueError(f"{type(self).__name__} has no demonstrations")

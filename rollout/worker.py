@@ -1,10 +1,10 @@
-"""The episode runner: an asynchronous Ray actor that plays many episodes at once.
+"""The rollout worker: an asynchronous Ray actor that plays many episodes concurrently.
 
     consumes  tickets of the buffer (training) or row numbers (evaluation, demonstrations)
-    produces  sub-traces by reference with their numbers, or failed tickets
+    produces  sub-traces by reference with their statistics, or failed tickets
     waits for the engines, the sandboxes, and a free slot of the buffer
 
-Whatever goes wrong in one episode is recorded as that episode's failure; the others go on.
+An error in one episode is recorded as that episode's failure; the other episodes continue.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ from rollout.sandbox.interface import SandboxPool
 from rollout.seeds import Domain, turn_seed
 from rollout.task import Task
 
-STOP_TIMEOUT_S = 10.0  # for lanes to let go of their sandboxes
-EVAL_ATTEMPTS = 3  # an evaluation episode that fails for infrastructure is played again
+STOP_TIMEOUT_S = 10.0  # for lanes to release their sandboxes
+EVAL_ATTEMPTS = 3  # an evaluation episode that fails is played again
 
 
 @dataclass(frozen=True)
 class RolloutSettings:
-    """What a rollout worker is told at birth."""
+    """Arguments that a rollout worker is constructed from."""
 
     name: str
     config: RolloutConfig
     task: Task
-    model_folder: str  # tokenizer
+    model_folder: str  # contains the tokenizer
     template: str
     engines: EngineGroup
     seed: int
@@ -57,7 +57,7 @@ class RolloutSettings:
 
 @dataclass(frozen=True)
 class Played:
-    """An episode as its caller sees it."""
+    """The result of one episode for the caller."""
 
     row: int
     stats: EpisodeStats
@@ -71,8 +71,8 @@ class EngineSampler:
         self._engine = engine
         self._stop_ids = sorted(stop_ids)
         self._seed_of_turn = seed_of_turn
-        self._num_turns = 0  # asked for
-        self.waited_s = 0.0  # for the engine, over all turns
+        self._num_turns = 0  # requested
+        self.waited_s = 0.0  # total wait for the engine, over all turns
 
     async def sample(self, prompt_ids: list[int], max_tokens: int, kind: TurnKind) -> Sampled:
         began = time.monotonic()
@@ -84,7 +84,7 @@ class EngineSampler:
 
 
 def stats_of(episode: Episode, sub_traces: Sequence[SubTrace], duration_s: float, engine_s: float) -> EpisodeStats:
-    """Return the numbers of one episode that metrics are made of."""
+    """Return the statistics of one episode, from which metrics are computed."""
     return EpisodeStats(
         reward=episode.reward,
         row=episode.row,
@@ -101,7 +101,7 @@ def stats_of(episode: Episode, sub_traces: Sequence[SubTrace], duration_s: float
 
 
 class RolloutWorker:
-    """Plays episodes until it is told to stop."""
+    """Plays episodes until `stop` is called."""
 
     def __init__(self, settings: RolloutSettings, train_rows: Sequence[TaskRow], eval_rows: Sequence[TaskRow]) -> None:
         self.settings = settings
@@ -114,9 +114,9 @@ class RolloutWorker:
         self._ended = 0  # attempts at an episode, failed ones included
 
     async def start(self) -> None:
-        """Load the tokenizer, make the player, open the engines' clients and the sandboxes.
+        """Load the tokenizer, make the player, and open the engines' clients and the sandboxes.
 
-        ValueError: the player can't play with these settings.
+        ValueError: the player does not support these settings.
         """
         from transformers import AutoTokenizer  # takes seconds to import
 
@@ -124,15 +124,15 @@ class RolloutWorker:
 
         s = self.settings
         tokenizer = AutoTokenizer.from_pretrained(s.model_folder)
-        known = range(s.engines.vocab_size)  # of what a configuration names
+        known = range(s.engines.vocab_size)  # a model's configuration may name ids outside the vocabulary
         self._renderer = make_renderer(tokenizer, s.template, [i for i in end_ids(Path(s.model_folder)) if i in known])
         self._player = s.task.player(self._renderer, s.config)
         self._engines = s.engines.router()
-        self._pool = make_pool(s.config.sandbox)  # in the loop's own thread, which sandboxes follow into death
+        self._pool = make_pool(s.config.sandbox)  # in the event loop's thread: sandboxes end when their thread ends
 
     @contextlib.contextmanager
     def _sampler(self, domain: Domain, number: int, attempt: int) -> Iterator[Sampler]:
-        """Hold one engine for all turns of an episode."""
+        """Yield a sampler that holds one engine for all turns of an episode."""
         assert self._engines is not None, "start() comes first"
         seed_of_turn = functools.partial(turn_seed, self.settings.seed, domain, number)
         with self._engines.lease(number, attempt) as engine:
@@ -154,7 +154,7 @@ class RolloutWorker:
         return Played(index, stats_of(episode, sub_traces, time.monotonic() - began, engine_s), sub_traces)
 
     async def progress(self) -> int:
-        """Return a number that grows with every answer of an engine and every end of an episode."""
+        """Return a counter that grows with each engine answer and each ended episode."""
         return self._ended + (self._engines.answered if self._engines else 0)
 
     async def run(self, buffer: Any) -> None:
@@ -176,7 +176,7 @@ class RolloutWorker:
             try:
                 with self._sampler(Domain.train, ticket.number, ticket.attempt) as sampler:
                     played = await self._play(self._train_rows[ticket.row], ticket.row, sampler, name)
-            except Exception as error:  # noqa: BLE001 (the one place: an episode's failure is data)
+            except Exception as error:  # noqa: BLE001 (an episode's failure is data)
                 await buffer.fail.remote(ticket, reason(error), traceback.format_exc())
                 continue
             infos = [
@@ -186,7 +186,7 @@ class RolloutWorker:
             await buffer.add.remote(ticket, infos, played.stats)
 
     async def evaluate(self, indices: Sequence[int], keep: int) -> list[Played]:
-        """Play held-out rows with training's settings; sub-traces come with the first `keep` of them."""
+        """Play held-out rows with training's settings; the first `keep` results include their sub-traces."""
         gate = asyncio.Semaphore(self.settings.config.episodes_in_flight)
 
         async def one(place: int, index: int) -> Played:
@@ -196,7 +196,7 @@ class RolloutWorker:
                     try:
                         with self._sampler(Domain.eval, index, attempt) as sampler:
                             played = await self._play(row, index, sampler, f"eval-{index}")
-                    except Exception as error:  # noqa: BLE001 (told with its row, and without its class)
+                    except Exception as error:  # noqa: BLE001 (raised again with its row, as a RuntimeError)
                         if attempt + 1 == EVAL_ATTEMPTS:
                             raise _failed(f"evaluation row {row.id!r} failed {EVAL_ATTEMPTS} times", error) from None
                         continue
@@ -206,7 +206,7 @@ class RolloutWorker:
         return list(await asyncio.gather(*(one(place, index) for place, index in enumerate(indices))))
 
     async def demonstrate(self, indices: Sequence[int], progress: float) -> list[Played]:
-        """Play training rows by the task's script, in the same loop and sandbox as the policy."""
+        """Play training rows from the task's script, in the same loop and sandbox as the policy."""
         s = self.settings
         found = []
         for index in indices:
@@ -221,7 +221,7 @@ class RolloutWorker:
         return found
 
     async def stop(self) -> None:
-        """End the episodes; closes sandboxes and clients."""
+        """End the episodes and close sandboxes and clients."""
         self._stopping = True
         for lane in self._lanes:
             lane.cancel()
@@ -234,7 +234,7 @@ class RolloutWorker:
 
 
 def _failed(what: str, error: Exception) -> RuntimeError:
-    """An error of user code, engine or sandbox that the driver can read: it need not have the class that was raised."""
+    """Return an error that the driver can unpickle even if it lacks the class of the original error."""
     failure = RuntimeError(f"{what}: {reason(error)}")
     failure.add_note("".join(traceback.format_exception(error)))
     return failure

@@ -1,7 +1,7 @@
-"""Who plays an episode.
+"""Players: code that plays an episode from its prompt to its reward.
 
-player.py       Player, the seam; Sampler, which generates the policy's turns
+player.py       the Player protocol, and the Sampler protocol, which generates the policy's turns
 loop.py         the tool-calling loop
-compaction.py   what an episode goes on from when its window is full
-script.py       a script in the place of the policy
+compaction.py   compaction of a full context window
+script.py       a sampler that plays a script instead of the policy
 """

@@ -1,7 +1,7 @@
-"""What an episode goes on from when its window is full: pure functions on contexts, as token ids.
+"""Compaction of a full context window: pure functions on contexts, which are token ids.
 
-asks for a summary    context + request -> the policy writes the summary, a turn like any other: it is trained
-compacts              (prompt, summary, exchanges) -> the next context, all of which is copied: not trained
+request a summary    context + request -> the policy writes the summary. This is an ordinary turn: it is trained.
+compact              (prompt, summary, exchanges) -> the next context. All of it is copied: it is not trained.
 """
 
 from __future__ import annotations
@@ -15,31 +15,32 @@ from rollout.rendering.renderer import Renderer
 
 
 class Compaction(Protocol):
-    """A policy for a full window. It keeps no state: the loop holds the episode."""
+    """A strategy for a full window. It is stateless: the loop holds the episode."""
 
     @property
     def asks(self) -> bool:
-        """Return whether the policy is asked for a summary."""
+        """Return whether the policy writes a summary."""
         ...
 
     @property
     def summary_tokens(self) -> int:
-        """Return the most tokens that a summary may have; 0 where none is asked for."""
+        """Return the maximum number of tokens in a summary; 0 if the policy writes none."""
         ...
 
     def compact(
         self, prompt: Prompt, summary_ids: Sequence[int], exchanges: Sequence[Exchange]
     ) -> tuple[Context, list[Exchange]]:
-        """Return the context that the episode goes on from, and the exchanges in it.
+        """Return the context with which the episode continues, and the exchanges in it.
 
-        `summary_ids`: what the policy wrote, without the id that ends a turn. `exchanges`: all that are in the full
-        context, the oldest first. The context leaves `reserve_tokens` of the window free unless it holds no exchange.
+        `summary_ids`: the policy's summary, without the id that ends a turn. `exchanges`: all exchanges of the full
+        context, oldest first. The new context leaves `reserve_tokens` of the window free unless it contains no
+        exchange.
         """
         ...
 
 
 def keep_last(exchanges: Sequence[Exchange], count: int, fits: Callable[[Sequence[Exchange]], bool]) -> list[Exchange]:
-    """Return the last exchanges: at most `count`, and as many as fit."""
+    """Return the last exchanges: as many as fit, at most `count`."""
     kept = list(exchanges[-count:]) if count else []
     while kept and not fits(kept):
         kept = kept[1:]
@@ -47,7 +48,7 @@ def keep_last(exchanges: Sequence[Exchange], count: int, fits: Callable[[Sequenc
 
 
 class PolicySummary:
-    """The policy writes a summary: prompt, summary, the last exchanges."""
+    """Continue from the prompt, a summary written by the policy, and the last exchanges."""
 
     asks = True
 
@@ -64,7 +65,7 @@ class PolicySummary:
 
 
 class LastExchanges:
-    """Nothing is asked of the policy: prompt and the last exchanges. What came before them is forgotten."""
+    """Continue from the prompt and the last exchanges, without a summary. Earlier exchanges are dropped."""
 
     asks = False
     summary_tokens = 0

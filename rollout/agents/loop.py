@@ -1,9 +1,9 @@
-"""The tool-calling loop: one episode from prompt to reward.
+"""The tool-calling loop: plays one episode from prompt to reward.
 
 context = prompt
 loop:  if less than `reserve_tokens` of the window is left:
-           the context is compacted, after a summary by the policy when the compaction asks for one
-       the policy acts; the environment answers; both are appended to the context
+           compact the context; the policy first writes a summary if the compaction asks for one
+       the policy acts, the environment answers, and both are appended to the context
 """
 
 from __future__ import annotations
@@ -23,44 +23,47 @@ from rollout.rendering.renderer import Renderer
 
 @dataclass
 class _State:
-    """Where an episode stands."""
+    """The state of one episode."""
 
     attempt: Attempt
     prompt: Prompt
     context: Context
     turns: list[Turn] = field(default_factory=list)
-    exchanges: list[Exchange] = field(default_factory=list)  # those in this context
+    exchanges: list[Exchange] = field(default_factory=list)  # in the current context
     num_actions: int = 0
     num_compactions: int = 0
 
     def left(self, context_tokens: int) -> int:
-        """Count the tokens of the window that the context leaves."""
+        """Return the number of tokens left in the window."""
         return context_tokens - len(self.context.ids)
 
 
 class ToolLoop:
-    """The player that acts and observes in turn: an action is one turn, its answer is appended to the context."""
+    """A player that alternates actions and observations: each action is one turn, and its answer joins the context."""
 
     def __init__(self, renderer: Renderer, config: RolloutConfig, compaction: Compaction | None = None) -> None:
-        """`compaction`: None for a summary by the policy."""
+        """`compaction`: None selects a summary written by the policy.
+
+        ValueError: `reserve_tokens` leaves no room for a turn.
+        """
         self.renderer = renderer
         self.config = config
         self.compaction = compaction or PolicySummary(renderer, config.compaction)
         limits = config.compaction
-        # Held back from every turn: room for a tool's empty answer, and for the request to summarize with its summary.
+        # Every turn leaves room for an empty tool answer, the request for a summary, and the summary itself.
         self._compaction_tokens = self.compaction.asks * renderer.num_request + self.compaction.summary_tokens
         self._held_back = renderer.num_answer + self._compaction_tokens
         if limits.reserve_tokens <= self._held_back:
             raise ValueError(
                 f"rollout.compaction.reserve_tokens={limits.reserve_tokens} leaves no room for a turn: summary_tokens="
-                f"{self.compaction.summary_tokens} and the template take {self._held_back}; use at least "
+                f"{self.compaction.summary_tokens} and the template take {self._held_back} tokens; use at least "
                 f"{self._held_back + 1}"
             )
 
     async def play(self, attempt: Attempt) -> Episode:
         """Play one attempt.
 
-        ValueError: the environment answered what can't be played or trained; the message names episode and row.
+        ValueError: the environment returned an invalid value; the message names episode and row.
         """
         name, row, environment = attempt.name, attempt.row, attempt.environment
         prompt = as_prompt(await awaited(environment.start(), f"{name}: the prompt"), f"{name}: the prompt")
@@ -77,7 +80,7 @@ class ToolLoop:
         while True:
             if state.left(limits.context_tokens) < limits.reserve_tokens:
                 if state.num_compactions == limits.max_compactions or not state.turns:
-                    return Status.TRUNCATED  # without turns there is nothing to compact: the prompt fills the window
+                    return Status.TRUNCATED  # without turns, the prompt fills the window: nothing can be compacted
                 if not await self._compact(state) or state.left(limits.context_tokens) < limits.reserve_tokens:
                     return Status.TRUNCATED  # prompt and summary alone fill the window
             room = state.left(limits.context_tokens) - self._held_back
@@ -121,7 +124,10 @@ class ToolLoop:
         state.exchanges.append(Exchange(state.context.messages[-2:], added))
 
     async def _compact(self, state: _State) -> bool:
-        """False: there is no room for a summary, where a template takes more for the request than it was to take."""
+        """Compact the context. Return False if there is no room for a summary.
+
+        This happens when the template renders the request for a summary longer than it measured at the start.
+        """
         summary: list[int] = []
         if self.compaction.asks:
             state.context = self.renderer.ask_summary(state.context)

@@ -1,4 +1,4 @@
-"""The seams of an episode: who plays it, and who generates the policy's turns in it."""
+"""The protocols of an episode: Player plays it, Sampler generates the policy's turns in it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rollout.environment import Environment
 
 
 class Sampled(Protocol):
-    """What a sampler returns for one turn, N tokens."""
+    """A sampler's result for one turn of N tokens; the fields are those of `Turn`."""
 
     @property
     def output_ids(self) -> Int32: ...
@@ -26,16 +26,16 @@ class Sampled(Protocol):
 
 
 class Sampler(Protocol):
-    """Generates the policy's turns: an engine, or a script."""
+    """Generates the policy's turns, with an engine or from a script."""
 
     async def sample(self, prompt_ids: list[int], max_tokens: int, kind: TurnKind) -> Sampled:
-        """Return what follows the prompt, at most `max_tokens` tokens."""
+        """Return the turn that follows the prompt, at most `max_tokens` tokens."""
         ...
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One attempt at one row: what a player is given."""
+    """One attempt at one row: the input of a player."""
 
     episode_id: str
     row: TaskRow
@@ -45,20 +45,20 @@ class Attempt:
 
     @property
     def name(self) -> str:
-        """Return what messages call the attempt."""
+        """Return the attempt's name for messages."""
         return f"episode {self.episode_id}, row {self.row.id!r}"
 
 
 class Player(Protocol):
-    """Plays attempts, many at once; a task chooses it (`Task.player`)."""
+    """Plays attempts, many of them concurrently. The task chooses it (`Task.player`)."""
 
     async def play(self, attempt: Attempt) -> Episode:
         """Return the finished or truncated episode.
 
-        Exceptions of engine, sandbox or user code pass through: the caller records a failed episode.
+        Exceptions from the engine, the sandbox or user code propagate: the caller records a failed episode.
         """
         ...
 
 
 class EpisodeAborted(RuntimeError):
-    """The engine gave up a request: the episode can't go on and is not trained."""
+    """The engine aborted a request: the episode can't continue and is not trained."""

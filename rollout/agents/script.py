@@ -1,4 +1,4 @@
-"""A script in the place of the policy."""
+"""A sampler that plays a script instead of the policy."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class _Scripted:
 
 
 class ScriptedSampler:
-    """A demonstrator that speaks where the policy would, so that both play the same loop."""
+    """A sampler that takes the policy's turns from a demonstrator, so that both run through the same loop."""
 
     def __init__(self, demonstrator: Demonstrator, renderer: Renderer, name: str = "demonstration") -> None:
         self._name = name  # for messages

@@ -223,7 +223,7 @@ def test_long_answers_lose_their_middle_and_leave_room_for_the_summary() -> None
 
 def test_a_reserve_without_room_for_a_turn_is_refused() -> None:
     """2 for an empty answer, 1 for the request and 6 for the summary."""
-    with pytest.raises(ValueError, match=r"reserve_tokens=9 .* take 9; use at least 10"):
+    with pytest.raises(ValueError, match=r"reserve_tokens=9 .* take 9 tokens; use at least 10"):
         ToolLoop(TINY, settings_of(reserve_tokens=9))
     ToolLoop(TINY, settings_of(reserve_tokens=10))
 

@@ -331,8 +331,8 @@ def test_a_prompt_that_the_template_refuses_is_told_with_its_reason() -> None:
     [
         (Prompt(()), "must end with a message to the policy: it has 0 messages"),
         (Prompt((message("user", "x"), message("assistant", "y"))), "it has 2 messages"),
-        (Prompt(({"content": "x"},)), r"{'content': 'x'} is no message"),
-        (Prompt(("x",)), "'x' is no message"),  # type: ignore[arg-type]
+        (Prompt(({"content": "x"},)), r"{'content': 'x'} is not a message"),
+        (Prompt(("x",)), "'x' is not a message"),  # type: ignore[arg-type]
     ],
 )
 def test_a_conversation_that_is_none_is_told_with_episode_and_row(prompt: Prompt, message: str) -> None:
