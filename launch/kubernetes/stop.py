@@ -32,7 +32,7 @@ def stop(run_dir: Path, limit_s: float) -> None:
     while time.monotonic() < deadline:
         holder = run_holder(run_dir)
         if told is not None:
-            if not told.is_running() or told.status() == psutil.STATUS_ZOMBIE:
+            if _has_ended(told):
                 return
         elif holder is None:
             return
@@ -47,6 +47,13 @@ def stop(run_dir: Path, limit_s: float) -> None:
         elif told is None and time.monotonic() > seen_s + SILENT_S:
             return
         time.sleep(POLL_S)
+
+
+def _has_ended(process: psutil.Process) -> bool:
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:  # between the two
+        return True
 
 
 if __name__ == "__main__":

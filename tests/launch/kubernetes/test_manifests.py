@@ -21,6 +21,7 @@ from launch.kubernetes.pods import MOUNT, KubernetesOptions, KubernetesRun
 from launch.preflight import MIN_SHM_GB, MIN_SHM_GPU_GB
 
 VERSION = "1.37"  # of Kubernetes' schemas
+OLDEST, OLDEST_WITH_SANDBOXES = "1.31", "1.33"  # that docs/kubernetes.md names
 COMMAND = ["slime", "train", "recipe=ppo_coding", "model.start=''", "run=a b"]
 ONE = KubernetesRun("ppo_coding", COMMAND, "/data/runs/ppo_coding", 1, 0, 4, 8.0, 120.0, True)
 FOUR = replace(ONE, num_nodes=4, gpus_per_node=8, cpus_per_node=12, memory_gb=200.0, sandboxed=False)
@@ -78,6 +79,11 @@ def test_a_job_fits_the_schema(run: KubernetesRun, options: KubernetesOptions) -
 def test_the_pods_of_a_ray_job_fit_the_schema(run: KubernetesRun, options: KubernetesOptions) -> None:
     for template in templates(manifest(run, options)):
         validate(as_pod_template(template), VERSION, strict=True)
+
+
+def test_the_oldest_versions_know_all_fields() -> None:
+    validate(manifest(replace(ONE, sandboxed=False), ALL), OLDEST, strict=True)
+    validate(manifest(ONE, ALL), OLDEST_WITH_SANDBOXES, strict=True)
 
 
 def test_the_schema_finds_a_wrong_name_and_a_wrong_type() -> None:
