@@ -25,7 +25,10 @@ LOCK = ROOT / "locks" / "docs.txt"
 CACHE = ROOT / ".cache" / "docs"
 SITE = ROOT / "site"
 # Order of docs/.
-GUIDE = ("setup", "concepts", "tasks", "configuration", "algorithms", "metrics", "models", "gpu", "slurm", "kubernetes")
+GUIDE = (
+    *("setup", "concepts", "tasks", "configuration", "algorithms", "metrics", "models", "gpu"),
+    *("operations", "slurm", "kubernetes"),
+)
 BENCHMARKS = ("benchmarks/README.md", "benchmarks/RESULTS.md", "benchmarks/gpu/RESULTS.md")
 PROJECT = ("CONTRIBUTING.md", "CHANGELOG.md")
 LANGUAGES = {".py": "python", ".sh": "bash", ".yaml": "yaml", ".yml": "yaml", ".toml": "toml"}

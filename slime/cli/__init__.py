@@ -21,13 +21,14 @@ from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import TyperException
 
 from slime.cli.common import Refused
+from slime.cli.doctor import doctor
 from slime.cli.jobs import cancel, logs, status
 from slime.cli.kubernetes import k8s
 from slime.cli.runs import advise, export, report
 from slime.cli.slurm import slurm
 from slime.cli.training import config, train
 
-COMMANDS = (train, config, report, advise, export, status, logs, cancel)
+COMMANDS = (train, config, doctor, report, advise, export, status, logs, cancel)
 TARGETS = (slurm, k8s)  # of `slime submit`
 EPILOG = """\
 'slime train --help' lists recipes, models, clusters and keys. Example: slime train recipe=ppo_coding steps=20"""

@@ -6,14 +6,13 @@ same configuration, goes on wherever it is started next.
 
 from __future__ import annotations
 
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from launch.environment import expand
 from slime.cli.common import Refused, say
-from slime.cli.training import Arguments, Recipes
+from slime.cli.training import Arguments, Recipes, folder_of_recipes
 
 if TYPE_CHECKING:
     from launch.kubernetes.pods import KubernetesRun
@@ -56,7 +55,7 @@ def k8s(
     options = KubernetesOptions(image, claim, namespace, queue, priority, wandb_secret, ray_secret, int(retries))
     given = arguments or []
     try:
-        folder = Path(expand(recipes)) if recipes else None
+        folder = folder_of_recipes(recipes)
         loaded = load(given, folder)
         load_start(loaded, folder)
     except (ConfigError, ValueError) as error:

@@ -63,7 +63,7 @@ def config(arguments: Arguments = None, recipes: Recipes = None, help: Help = Fa
 def _help(command: str, arguments: list[str], recipes: str | None) -> int:
     keys = [argument for argument in arguments if "=" not in argument]
     try:
-        folders = catalogue.search_path(_folder(recipes))
+        folders = catalogue.search_path(folder_of_recipes(recipes))
         say("\n".join(map(explained, keys)) if keys else overview(command, folders))
     except ValueError as error:
         raise Refused(str(error)) from error
@@ -85,7 +85,7 @@ def _checked(arguments: list[str], recipes: str | None) -> tuple[Loaded, Config 
     from slime.config import load, load_start, missing
 
     try:
-        folder = _folder(recipes)
+        folder = folder_of_recipes(recipes)
         catalogue.search_path(folder)
         loaded = load(arguments, folder)
         return loaded, load_start(loaded, folder), missing(loaded.config)
@@ -99,8 +99,8 @@ def _loaded(arguments: list[str], recipes: str | None, prepares: bool) -> tuple[
     """
     loaded, start, absent = _checked(arguments, recipes)
 
-    from launch.preflight import problems
     from slime.config import ConfigError
+    from slime.start.needs import refusals
     from slime.start.prepare import prepare
 
     try:
@@ -108,10 +108,11 @@ def _loaded(arguments: list[str], recipes: str | None, prepares: bool) -> tuple[
             prepare(loaded.config, start)
     except ConfigError as error:
         raise Refused(str(error)) from error
-    return loaded, start, [*absent, *problems(loaded.config.cluster)]
+    return loaded, start, [*absent, *refusals(loaded.config)]
 
 
-def _folder(recipes: str | None) -> Path | None:
+def folder_of_recipes(recipes: str | None) -> Path | None:
+    """Return the value of --recipes as a path. ValueError: see `expand`."""
     return Path(expand(recipes)) if recipes else None
 
 

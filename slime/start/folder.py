@@ -7,6 +7,7 @@ from pathlib import Path
 from slime import checkpoint
 from slime.config import ConfigError, differences, dump
 from slime.schema import Config, folder_of
+from slime.start.needs import warnings
 
 # What may change between a run and its resume without making it another run.
 _FREE = (
@@ -33,7 +34,10 @@ def open_run(config: Config) -> tuple[Path, int]:
 
 def record(config: Config, run_dir: Path) -> None:
     """Write the run's configuration: the first file that it leaves, once nothing can refuse it any more."""
-    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+    logs = run_dir / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    if found := warnings(config):
+        (logs / "doctor.log").write_text("\n".join([*found, ""]))
     part = run_dir / "config.part"
     part.write_text(dump(config))
     part.replace(run_dir / "config.yaml")

@@ -17,6 +17,7 @@ VERBS = frozenset(
         "Begin",
         "Broadcast",
         "Build",
+        "Check",
         "Carry",
         "Close",
         "Complete",

@@ -73,7 +73,7 @@ def test_mistakes_are_one_line_and_exit_code_2(
 
 def test_unknown_commands_name_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean 'train'?" in refused(capsys, "trian", PPO)
-    assert "commands: train, config, report, advise" in refused(capsys, "zzz")
+    assert "commands: train, config, doctor, report, advise" in refused(capsys, "zzz")
 
 
 def test_train_is_refused_without_the_gpus_and_the_model(capsys: pytest.CaptureFixture[str]) -> None:

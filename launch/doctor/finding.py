@@ -1,0 +1,53 @@
+"""The vocabulary of the checks: what a run would use, and what was found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from launch.config import ClusterConfig
+
+
+class Level(str, Enum):
+    """How much a finding matters: a run is refused for a problem alone."""
+
+    ok = "ok"
+    warning = "warning"
+    problem = "problem"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The outcome of one check on one machine."""
+
+    check: str
+    level: Level
+    text: str  # one line; with the cure unless all is well
+    node: str = ""  # its address; "" for this machine
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a run would use of the machines."""
+
+    cluster: ClusterConfig
+    runs_dir: Path
+    sandbox: bool = True  # False: tools may run without one
+    checkpoint_bytes: int = 0  # of one checkpoint of all roles; 0: not known
+    kept: int = 0  # checkpoints that stay on disk
+
+
+def ok(check: str, text: str) -> list[Finding]:
+    """Return the one finding of a check that has nothing to complain of."""
+    return [Finding(check, Level.ok, text)]
+
+
+def warning(check: str, text: str) -> list[Finding]:
+    """Return one warning."""
+    return [Finding(check, Level.warning, text)]
+
+
+def problem(check: str, text: str) -> list[Finding]:
+    """Return one problem."""
+    return [Finding(check, Level.problem, text)]

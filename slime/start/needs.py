@@ -1,0 +1,47 @@
+"""What a run would use of its machines, for the checks of launch/doctor."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from launch.doctor.checks import quick
+from launch.doctor.finding import Level, Needs
+from slime.config.nodes import layouts
+from slime.schema import Config
+from trainer.config import Precision
+from trainer.models.files import headers
+
+OPTIMIZER_BYTES = 12  # of a parameter: fp32 weights and Adam's two moments
+WEIGHT_BYTES = {Precision.fp32: 4, Precision.bf16: 2}
+
+
+def needs(config: Config) -> Needs:
+    """Return what a run needs; the size of its checkpoints only where model.path has weights."""
+    return Needs(
+        config.cluster,
+        Path(config.runs_dir),
+        sandbox=not config.rollout.sandbox.allow_unsafe,
+        checkpoint_bytes=_checkpoint_bytes(config),
+        kept=config.checkpoint.keep,
+    )
+
+
+def _checkpoint_bytes(config: Config) -> int:
+    if not config.model.path:
+        return 0
+    try:
+        parameters = sum(math.prod(one.shape) for one in headers(Path(config.model.path)).values())
+    except (ValueError, OSError):  # told by the checks of the model's folder
+        return 0
+    return sum(parameters * (WEIGHT_BYTES[layout.precision] + OPTIMIZER_BYTES) for _, layout in layouts(config))
+
+
+def refusals(config: Config) -> list[str]:
+    """Return the problems that the quick checks find on this machine, one line each; empty: a run can start."""
+    return [one.text for one in quick(needs(config)) if one.level is Level.problem]
+
+
+def warnings(config: Config) -> list[str]:
+    """Return the warnings of the quick checks, one line each."""
+    return [f"{one.check}: {one.text}" for one in quick(needs(config)) if one.level is Level.warning]
