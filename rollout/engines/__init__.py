@@ -1,8 +1,8 @@
 """SGLang servers.
 
-server.py   one server as a child process
-leash.py    ends a server with the process that asked for it
-client.py   one server over HTTP
-router.py   which server an episode runs on
-group.py    all servers
+server.py   a server as a child process
+leash.py    ends a server when the process that started it ends
+client.py   HTTP client of one server
+router.py   assignment of episodes to servers
+group.py    all servers of a run
 """

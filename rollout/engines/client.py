@@ -1,16 +1,16 @@
-"""One SGLang server over HTTP: token ids in, token ids with log-probabilities and weight versions out.
+"""The HTTP client of one SGLang server: token ids in, token ids with log-probabilities and weight versions out.
 
-Generation is token in, token out: the server never sees text. Log-probabilities are natural logarithms of the
-distribution that was sampled from. At temperature 1 that is the plain softmax, which a trainer recomputes, so only such
-samples may be trained; a greedy answer (temperature 0) also comes with those of the plain softmax.
+Generation is token in, token out: the server never sees text. Log-probabilities are natural logarithms of the sampling
+distribution. At temperature 1 this is the plain softmax, which the trainer recomputes, so only such samples may be
+trained. A greedy answer (temperature 0) also has the log-probabilities of the plain softmax.
 
 Loading new weights while requests run (the trainer broadcasts into the group between begin and end):
 
     pause(mode) -> begin_update() -> update_bucket(...) per bucket -> end_update() -> resume()
 
-When weights are swapped "in_place", requests go on over the keys and values of the old weights. A request then names
-the version under whose name the engine files its keys and values (the newest that this client has seen sampled), and
-finds only those of requests that named the same. So whatever was sampled by another version than that is stale.
+When weights are swapped "in_place", running requests continue with the keys and values of the old weights. Each request
+then passes a cache version: the newest version whose samples this client has seen. The engine shares cached keys and
+values only between requests with the same cache version. A token sampled by any other version is therefore stale.
 """
 
 from __future__ import annotations
@@ -29,30 +29,30 @@ from buffer.types import Bool, Float32, Int32
 from rollout.config import PauseMode
 
 MAX_CONNECTIONS = 1024  # requests in flight to one server
-IDLE_CONNECTION_S = 2.0  # below the 5 s after which the server closes an idle connection
+IDLE_CONNECTION_S = 2.0  # less than the 5 s after which the server closes an idle connection
 RETRY_INTERVAL_S = 0.2
 
 
 class EngineUnreachable(RuntimeError):
-    """No connection to the server within the time limit, or a connection that broke."""
+    """The client could not connect to the server within the time limit, or the connection broke."""
 
 
 @dataclass(frozen=True)
 class Generation:
-    """What the engine sampled for one prompt, N tokens."""
+    """The engine's sample for one prompt, N tokens."""
 
-    output_ids: Int32  # [N] the stop id included when it stopped at one
+    output_ids: Int32  # [N] including the stop id, if sampling stopped at one
     logprobs: Float32  # [N] log-probability of each output id under the weights that sampled it
     versions: Int32  # [N] weight version that sampled each output id
-    stale_mask: Bool  # [N] True = sampled over keys and values that other weights than its version's had computed
+    stale_mask: Bool  # [N] True: sampled with keys and values that another weight version computed
     finish_reason: str  # "stop" | "length" | "abort"
-    cached_tokens: int  # prompt tokens whose keys and values were found in the prefix cache
+    cached_tokens: int  # number of prompt tokens found in the prefix cache
 
 
 def parse_generation(answer: dict[str, Any], cache_version: int | None = None) -> Generation:
-    """Return a Generation from the server's JSON. RuntimeError: ids without log-probability or without version.
+    """Return a Generation from the server's JSON. RuntimeError: an id without log-probability or version.
 
-    `cache_version`: whose keys and values the request may have met, None: always those of the sampling weights.
+    `cache_version`: the version of the cached keys and values; None: always that of the sampling weights.
     """
     meta = answer["meta_info"]
     output_ids = np.asarray(answer["output_ids"], dtype=np.int32)
@@ -77,10 +77,10 @@ def parse_generation(answer: dict[str, Any], cache_version: int | None = None) -
 
 
 class EngineClient:
-    """Calls one server. Used within one event loop; `close` (or `async with`) ends its connections.
+    """Calls one server. Use it within one event loop; `close` (or `async with`) ends its connections.
 
-    Every call raises RuntimeError with endpoint, status and body when the server refuses, EngineUnreachable naming the
-    endpoint when it can't be reached or breaks the connection, TimeoutError after `request_timeout_s`.
+    Every call raises RuntimeError with endpoint, status and body if the server refuses, EngineUnreachable with the
+    endpoint if the server can't be reached or breaks the connection, and TimeoutError after `request_timeout_s`.
     """
 
     def __init__(
@@ -96,12 +96,12 @@ class EngineClient:
         self.url = url.rstrip("/")
         self.vocab_size = vocab_size
         self.context_tokens = context_tokens
-        self.request_timeout_s = request_timeout_s  # one call, from sending to the last byte of the answer
-        self.connect_timeout_s = connect_timeout_s  # all attempts to reach the server together
-        self.answered = 0  # calls
-        self.pause_mode = pause_mode  # of whoever publishes weights to this server
+        self.request_timeout_s = request_timeout_s  # for one call, from sending to the last byte of the answer
+        self.connect_timeout_s = connect_timeout_s  # for all connection attempts of a call together
+        self.answered = 0  # number of answered calls
+        self.pause_mode = pause_mode  # that the publisher uses for this server
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._seen_version = -1  # newest that has sampled a token for this client
+        self._seen_version = -1  # newest version that has sampled a token for this client
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> EngineClient:
@@ -131,9 +131,10 @@ class EngineClient:
     ) -> Generation:
         """Sample until a stop id, the model's own end-of-text id, or `max_new_tokens`.
 
-        `max_new_tokens` is clamped to what the context has left. `temperature` 0 is greedy. `seed`, in [0, 2^63), and a
-        token's position decide its draw where the engine draws by seeds (docs/concepts.md); None: any draw. ValueError:
-        an id outside the vocabulary (it would end the server), or a prompt that leaves no room for a token.
+        `max_new_tokens` is clamped to the rest of the context. `temperature` 0 is greedy. `seed`, in [0, 2^63), and the
+        position of a token determine its draw if the engine draws by seeds (docs/concepts.md); None: any draw.
+        ValueError: an id outside the vocabulary (it would crash the server), or a prompt that leaves no room for a
+        token.
         """
         room = self.context_tokens - len(prompt_ids)
         if room < 1:
@@ -142,7 +143,7 @@ class EngineClient:
                 f"{self.context_tokens}: use at most {self.context_tokens - 1} tokens"
             )
         if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={max_new_tokens}: use at least 1; `score` rates a prompt")
+            raise ValueError(f"max_new_tokens={max_new_tokens}: use at least 1, or `score` to score a prompt")
         sampling = {
             "max_new_tokens": min(max_new_tokens, room),
             "stop_token_ids": self._checked_ids(stop_ids, "stop id"),
@@ -156,15 +157,15 @@ class EngineClient:
         request = {"input_ids": self._checked_ids(prompt_ids, "prompt"), "sampling_params": sampling, "rid": rid}
         cache_version = await self._cache_version()
         if cache_version is not None:
-            request["extra_key"] = str(cache_version)  # SGLang's prefix cache has a tree for each
+            request["extra_key"] = str(cache_version)  # SGLang's prefix cache has a separate tree for each key
         found = parse_generation(await self._post("/generate", {**request, "return_logprob": True}), cache_version)
         self._seen_version = max(self._seen_version, int(found.versions.max(initial=-1)))
         return found
 
     async def _cache_version(self) -> int | None:
-        """The version whose keys and values a request may meet; None where a swap leaves no others.
+        """Return the cache version of a request; None if a swap leaves no old keys and values.
 
-        Never newer than the engine's: else keys and values of older weights would be filed under its name.
+        It is never newer than the engine's weights: keys and values of older weights would be cached as newer ones.
         """
         if self.pause_mode is PauseMode.retract:
             return None
@@ -173,8 +174,9 @@ class EngineClient:
         return self._seen_version
 
     async def score(self, ids: Sequence[int]) -> Float32:
-        """Return float32[len(ids) - 1]: log-probability of each id given the ones before it, under the loaded
-        weights.
+        """Return float32[len(ids) - 1]: the log-probability of each id after the first, under the loaded weights.
+
+        ValueError: fewer than 2 ids, more than the context holds, or an id outside the vocabulary.
         """
         if not 2 <= len(ids) <= self.context_tokens:
             raise ValueError(f"can't score {len(ids)} tokens: use 2 to {self.context_tokens} (the context)")
@@ -201,18 +203,18 @@ class EngineClient:
     # --- requests in flight
 
     async def pause(self, mode: str) -> None:
-        """Stop sampling: "retract" recomputes requests on resume, "in_place" keeps their cache, "abort" ends them."""
+        """Stop sampling. "retract" recomputes requests on resume, "in_place" keeps their cache, "abort" ends them."""
         await self._post("/pause_generation", {"mode": mode})
 
     async def resume(self) -> None:
         await self._post("/continue_generation", {"torch_empty_cache": False})
 
     async def flush(self) -> None:
-        """Empty the prefix cache. RuntimeError while requests run (not while they are retracted)."""
+        """Empty the prefix cache. RuntimeError: requests are running (retracted requests do not count)."""
         await self._post("/flush_cache", {})
 
     async def abort_all(self) -> None:
-        """End all requests; each returns what it has, with finish reason "abort"."""
+        """End all requests; each returns the tokens sampled so far, with finish reason "abort"."""
         await self._post("/abort_request", {"abort_all": True})
 
     # --- weights
@@ -220,7 +222,7 @@ class EngineClient:
     async def init_group(
         self, host: str, port: int, rank_offset: int, world_size: int, group_name: str, backend: str
     ) -> None:
-        """Join the trainer's broadcast group; return when all `world_size` members are there."""
+        """Join the trainer's broadcast group. The call returns when all `world_size` members have joined."""
         request = {
             "master_address": host,
             "master_port": port,
@@ -247,12 +249,12 @@ class EngineClient:
         flush: bool = True,
         load_format: str | None = None,
     ) -> None:
-        """Receive weights from the group's rank 0, one broadcast each in this order, and load them.
+        """Receive weights from the group's rank 0, one broadcast per weight in this order, and load them.
 
-        `names` are those of the Hugging Face checkpoint, `dtypes` "float32", "bfloat16", ... The prefix cache still
-        holds the old weights' keys and values: `flush` empties it afterwards, which works when requests were
-        retracted or aborted and is refused while they are paused "in_place". `load_format`: None, or that of
-        rollout/sglang/delta.py, where other things are broadcast.
+        `names` are those of the Hugging Face checkpoint, `dtypes` "float32", "bfloat16", ... `flush` empties the prefix
+        cache afterwards, because it holds keys and values of the old weights; the engine refuses this while requests
+        are paused "in_place". `load_format`: None, or the format of rollout/sglang/delta.py, which broadcasts changed
+        elements only.
         """
         if not len(names) == len(dtypes) == len(shapes):
             raise ValueError(
@@ -273,18 +275,18 @@ class EngineClient:
         await self._post("/end_weight_update", {})
 
     async def release_memory(self) -> None:
-        """Free the GPU memory of weights and KV cache; the engine must have been started to yield it and be idle.
+        """Free the GPU memory of weights and KV cache. Requires `ServerSettings.yields_memory` and an idle engine.
 
-        What was held is lost: after `resume_memory` every weight has to be published again.
+        The contents are lost: after `resume_memory` every weight must be published again.
         """
         await self._post("/release_memory_occupation", {"tags": ["kv_cache", "weights"]})
 
     async def resume_memory(self) -> None:
-        """Take the memory back."""
+        """Allocate the released GPU memory again."""
         await self._post("/resume_memory_occupation", {"tags": ["weights", "kv_cache"]})
 
     async def set_version(self, version: int) -> None:
-        """Name the loaded weights without changing them; ends no request."""
+        """Set the version of the loaded weights without changing them or ending requests."""
         await self._post("/update_weight_version", {"new_version": str(version), "abort_all_requests": False})
 
     async def version(self) -> int:
@@ -292,12 +294,12 @@ class EngineClient:
         return int((await self._request("GET", "/model_info", None))["weight_version"])
 
     async def checksums(self) -> list[dict[str, str]]:
-        """Return one {engine's tensor name: hash} per tensor-parallel rank; equal weights have equal hashes."""
+        """Return {engine's tensor name: hash} for each tensor-parallel rank; equal weights have equal hashes."""
         answer = await self._post("/weights_checker", {"action": "checksum"})
         return [rank["checksums"] for rank in answer["ranks"]]
 
     async def scramble(self) -> None:
-        """Overwrite every tensor that `checksums` covers with random numbers, until the next update."""
+        """Overwrite every tensor that `checksums` covers with random numbers; the next update restores them."""
         await self._post("/weights_checker", {"action": "reset_tensors"})
 
     # --- transport
@@ -306,7 +308,7 @@ class EngineClient:
         return await self._request("POST", endpoint, body)
 
     async def _request(self, method: str, endpoint: str, body: dict[str, Any] | None) -> Any:
-        """The JSON of the answer, or its text. Only failures to connect are tried again: nothing was sent."""
+        """Return the answer's JSON, or its text. Only a failed connection is retried: nothing was sent over it."""
         deadline = time.monotonic() + self.connect_timeout_s
         while True:
             try:

@@ -1,4 +1,4 @@
-"""Engines as their caller sees them."""
+"""A handle to all engines of a run."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from rollout.engines.router import EngineRouter
 
 @dataclass(frozen=True)
 class EngineGroup:
-    """The list of a run's engines: whoever calls one gets its client here."""
+    """The engines of a run. It makes the clients that call them."""
 
     urls: tuple[str, ...]
     vocab_size: int
     context_tokens: int
     config: EngineConfig
-    key: str = field(default="", repr=False)  # that the engines were started with
+    key: str = field(default="", repr=False)  # API key that the engines were started with; "": none
 
     def _client(self, url: str, timeout_s: float) -> EngineClient:
         return EngineClient(
@@ -28,12 +28,15 @@ class EngineGroup:
         )
 
     def router(self) -> EngineRouter:
-        """Return a router for the episodes of one process, with clients of its own."""
+        """Return a router, with its own clients, for the episodes of one process."""
         return EngineRouter([self._client(url, self.config.request_timeout_s) for url in self.urls])
 
     @contextlib.asynccontextmanager
     async def clients(self) -> AsyncIterator[list[EngineClient]]:
-        """Yield a client for each engine, closed at the end; what is asked here moves a model, as a start does."""
+        """Yield a client for each engine and close them at the end.
+
+        Their time limit is at least that of an engine's start, because a call may move a whole model.
+        """
         limit_s = max(self.config.request_timeout_s, self.config.start_timeout_s)
         made = [self._client(url, limit_s) for url in self.urls]
         try:

@@ -1,10 +1,11 @@
-"""A leash: runs a command that ends with the process that asked for it, however that one dies.
+"""A leash: runs a command that ends when the process that started it ends for any reason.
 
     python -m rollout.engines.leash COMMAND ARGUMENT...
 
-Everything that the command has started ends with it. The asker holds the write end of the leash's standard input and
-never writes; when it dies, by SIGKILL too, the pipe closes and every descendant is killed. (The kernel's parent-death
-signal alone would fire when the *thread* that started a process ends, and servers are started from short-lived ones.)
+Everything that the command has started ends with it. The starting process holds the write end of the leash's standard
+input and never writes. When that process dies, even by SIGKILL, the pipe closes and the leash kills every descendant.
+(The kernel's parent-death signal alone is not enough: it fires when the *thread* that started a process ends, and
+servers are started from short-lived threads.)
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ def _die_with_parent() -> None:
 
 
 def hold(command: list[str]) -> None:
-    """Run `command` until it ends or standard input closes, end all that it has started, and exit as it did.
+    """Run `command` until it ends or standard input closes, kill everything it started, and exit with its exit code.
 
-    The leash is two processes, a keeper and its child, and each ends everything when the other has died: Ray kills the
-    children of a worker that exits, and the parent of a half-started server must not be gone before the server. Both
-    adopt orphans, so that a process is found wherever it went: to a group or session of its own, or away from a parent
-    that has died.
+    The leash consists of two processes, a keeper and its child. Each kills everything when the other one dies: Ray
+    kills the children of a worker that exits, and the parent of a half-started server must outlive the server. Both
+    adopt orphans, so that they find every descendant, even one with its own process group or session, or one whose
+    parent has died.
     """
     adopt_orphans()
     keeper = os.getpid()
@@ -43,11 +44,11 @@ def hold(command: list[str]) -> None:
         adopt_orphans()
         code = _follow(command, keeper)
     end_descendants()
-    os._exit(code if code >= 0 else 128 - code)  # as shells say it
+    os._exit(code if code >= 0 else 128 - code)  # the convention of shells
 
 
 def _follow(command: list[str], keeper: int) -> int:
-    """Exit code of the command, negative for a signal; 0 when it was not awaited to its end."""
+    """Return the exit code of the command, negative for a signal; 0 if the leash closed before the command ended."""
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=_die_with_parent)
     while child.poll() is None:
         readable, _, _ = select.select([sys.stdin], [], [], LEASH_INTERVAL_S)

@@ -1,13 +1,13 @@
-"""Which engine an episode runs on: the one owner of a process's clients.
+"""Assignment of episodes to engines. A router owns all engine clients of its process.
 
-    sticky         all turns of an episode go to one engine, where its prefix stays cached
-    least loaded   a new episode goes to the engine with the fewest open episodes; equal ones are used in rotation
-    healthy        an engine that makes no progress gets no new episode while another one does
+    sticky         all turns of an episode go to one engine, whose prefix cache holds the earlier turns
+    least loaded   a new episode goes to the engine with the fewest open episodes; ties are broken in rotation
+    healthy        an engine without progress gets no new episodes while another engine makes progress
 
-An engine is lost when it can't be reached, or when it answered nothing at all while a request waited for its whole time
-limit: slow answers to others are progress. It is found again when it answers a request, one of the episodes that are
-still open on it or a probe of one token. Where all engines are lost, or there is only one, they are used as if they
-were not: nothing better is left. A router knows the episodes of its own process alone.
+An engine is lost when it can't be reached, or when it answers nothing at all during the whole time limit of a request;
+slow answers to other requests count as progress. It is no longer lost when it answers a request: of an episode that is
+still open on it, or a probe of one token. If all engines are lost, or there is only one, the router uses them anyway.
+A router counts the episodes of its own process only.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ PROBE_IDS = [0]
 
 
 class Client(Protocol):
-    """One engine, as a router needs it."""
+    """The methods of an engine's client that a router needs."""
 
-    answered: int  # calls, from the start on
+    answered: int  # number of answered calls
 
     async def generate(
         self, prompt_ids: Sequence[int], max_new_tokens: int, stop_ids: Sequence[int], *, seed: int | None = None
@@ -39,13 +39,13 @@ class Client(Protocol):
 class _Engine:
     client: Client
     number: int
-    num_episodes: int = 0  # open
+    num_episodes: int = 0  # number of open episodes
     lost: bool = False
 
 
 @dataclass(eq=False)
 class Lease:
-    """One episode's use of its engine."""
+    """The assignment of one episode to its engine."""
 
     _engine: _Engine
     _router: EngineRouter = field(repr=False)
@@ -53,12 +53,12 @@ class Lease:
     async def generate(
         self, prompt_ids: Sequence[int], max_new_tokens: int, stop_ids: Sequence[int], *, seed: int
     ) -> Generation:
-        """Sample one turn; as `EngineClient.generate`."""
+        """Sample one turn; see `EngineClient.generate`."""
         return await self._router.generate(self._engine, prompt_ids, max_new_tokens, stop_ids, seed=seed)
 
 
 class EngineRouter:
-    """Gives each episode an engine. Used within one event loop."""
+    """Assigns an engine to each episode. Use it within one event loop."""
 
     def __init__(self, clients: Sequence[Client], probe_interval_s: float = PROBE_INTERVAL_S) -> None:
         self._engines = [_Engine(client, number) for number, client in enumerate(clients)]
@@ -67,12 +67,15 @@ class EngineRouter:
 
     @property
     def answered(self) -> int:
-        """Return how many calls the engines have answered: a number that grows while anything happens."""
+        """Return the number of calls that the engines have answered, as a measure of progress."""
         return sum(engine.client.answered for engine in self._engines)
 
     @contextlib.contextmanager
     def lease(self, number: int, attempt: int = 0) -> Iterator[Lease]:
-        """Hold an engine for one episode. `number`, `attempt`: of its ticket; the next attempt prefers another one."""
+        """Hold an engine for one episode.
+
+        `number` and `attempt` of the episode's ticket rotate the choice, so that a retry prefers another engine.
+        """
         engine = self._choose(number + attempt)
         engine.num_episodes += 1
         try:
@@ -88,7 +91,7 @@ class EngineRouter:
     async def generate(
         self, engine: _Engine, prompt_ids: Sequence[int], max_new_tokens: int, stop_ids: Sequence[int], *, seed: int
     ) -> Generation:
-        """Sample on an engine and note whether it makes progress."""
+        """Sample on an engine and record whether the engine makes progress."""
         before = engine.client.answered
         try:
             found = await engine.client.generate(prompt_ids, max_new_tokens, stop_ids, seed=seed)
@@ -111,7 +114,7 @@ class EngineRouter:
         probe.add_done_callback(self._probes.discard)
 
     async def _probe(self, engine: _Engine) -> None:
-        """Ask a lost engine for a token until it answers."""
+        """Request one token from a lost engine until it answers."""
         while engine.lost:
             await asyncio.sleep(self._probe_interval_s)
             with contextlib.suppress(RuntimeError, TimeoutError):
@@ -119,7 +122,7 @@ class EngineRouter:
                 engine.lost = False
 
     async def close(self) -> None:
-        """End the probes and close the clients."""
+        """Cancel the probes and close the clients."""
         for probe in self._probes:
             probe.cancel()
         for engine in self._engines:

@@ -1,4 +1,4 @@
-"""One SGLang server as a child process: its command line, environment, start and end."""
+"""An SGLang server as a child process: its command line, environment, start and end."""
 
 from __future__ import annotations
 
@@ -24,36 +24,39 @@ from rollout.sglang.options import option_arguments
 
 HEALTH_INTERVAL_S = 0.2
 LOG_TAIL_LINES = 30
-STOP_TIMEOUT_S = 20.0  # for the leash to have ended everything
-# A line of a server's log that says why it ended: a child of SGLang's that crashed, an exception, a refused argument.
+STOP_TIMEOUT_S = 20.0  # for the leash to end everything
+# Lines of a server's log that give the reason for its end: a crashed subprocess, an exception, a refused argument.
 CRASHED = re.compile(r"Subprocess (?P<name>\S+) \(pid=\d+\) crashed with exit code (?P<code>-?\d+)")
 RAISED = re.compile(r"^(?:\[.*?\] *)?(?P<reason>(?:[\w.]+(?:Error|Exception|Interrupt)\b|\S+: error:).*)$")
-# SGLang keeps 6 tokens of its context to itself; with these added, a request may fill `context_tokens` exactly.
+# SGLang reserves 6 tokens of its context; with this margin, a request may fill `context_tokens` exactly.
 CONTEXT_MARGIN_TOKENS = 8
 KEY_VARIABLE = "SLIME_ENGINE_KEY"
-# Opens the addresses of servers here, whatever proxy the environment names for the world outside.
+# Opens URLs of servers directly, without the proxy that the environment may set.
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-CPU_MEMORY_FRACTION = 0.3  # of the machine's memory; `max_total_tokens` is the limit that counts there
+CPU_MEMORY_FRACTION = 0.3  # of the machine's memory; on a CPU the effective limit is `max_total_tokens`
 
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """What one server is started with."""
+    """Arguments that one server is started with."""
 
     config: EngineConfig
     model_path: str
     context_tokens: int
     log_path: str
     cpu: bool
-    threads: int = 1  # of each of its processes
+    threads: int = 1  # per process of the server
     seed: int = 0
     host: str = "127.0.0.1"
-    yields_memory: bool = False  # it can give its GPU memory away between rollouts (`EngineClient.release_memory`)
-    key: str = field(default="", repr=False)  # that requests must come with; "": none
+    yields_memory: bool = False  # whether it can release its GPU memory (`EngineClient.release_memory`)
+    key: str = field(default="", repr=False)  # API key that requests must send; "": none
 
 
 def server_arguments(settings: ServerSettings, port: int) -> list[str]:
-    """Return arguments of `python -m sglang.launch_server`. Requests and answers are token ids; versions start at 0."""
+    """Return the arguments of `python -m sglang.launch_server`.
+
+    Requests and answers are token ids. Weight versions start at 0.
+    """
     config = settings.config
     arguments = [
         *("--model-path", settings.model_path),
@@ -71,7 +74,7 @@ def server_arguments(settings: ServerSettings, port: int) -> list[str]:
         *("--tp-size", str(config.tensor_parallel)),
     ]
     if settings.cpu:
-        # By default every running request fills its context, and as much again stays cached for turns to come.
+        # By default there is room for all running requests at full context, and as much again for cached prefixes.
         total_tokens = config.max_total_tokens or 2 * config.max_running_requests * settings.context_tokens
         return [
             *arguments,
@@ -93,35 +96,35 @@ def server_arguments(settings: ServerSettings, port: int) -> list[str]:
 
 
 def server_environment(settings: ServerSettings) -> dict[str, str]:
-    """Return environment variables of an engine, the only place that sets any."""
+    """Return the environment variables of an engine. No other code sets any."""
     config = settings.config
     variables = {
-        # torch would take every core for one engine.
+        # By default torch uses every core for one engine.
         "OMP_NUM_THREADS": str(settings.threads),
-        # The context is CONTEXT_MARGIN_TOKENS above what requests use, so it may be above what the model declares.
+        # With CONTEXT_MARGIN_TOKENS, the context may exceed the length that the model declares.
         "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",
-        # The model is a local folder: no question to a hub, not even for optional files.
+        # The model is a local folder: never query the Hugging Face Hub, not even for optional files.
         "HF_HUB_OFFLINE": "1",
     }
     if settings.cpu:
-        # The model classes that are imported at start; one that is not there makes SGLang import all its own.
+        # SGLang imports the model classes of this package first, and all of its own only if the class is missing here.
         variables["SGLANG_EXTERNAL_MODEL_PACKAGE"] = "rollout.sglang.cpu.models"
         if config.tensor_parallel > 1:
-            # SGLang refuses more ranks than NUMA nodes unless each is told its cores. Nothing here binds to them.
+            # SGLang refuses more ranks than NUMA nodes unless the cores of each are given. Nothing binds to them here.
             cores = sorted(os.sched_getaffinity(0))
             bound = [str(cores[rank % len(cores)]) for rank in range(config.tensor_parallel)]
             variables["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(bound)
     if settings.key:
-        # Read by `serve`. Other users of the machine see a process's arguments, not its environment.
+        # Read by `serve`. Other users of the machine can see a process's arguments, but not its environment.
         variables[KEY_VARIABLE] = settings.key
     if config.delta:
-        # Read by the platform plugin, which nothing else reaches before SGLang loads its model.
+        # Read by the platform plugin (rollout/sglang/platform.py), which runs before SGLang loads its model.
         variables["SLIME_ENGINE_DELTA"] = "1"
     return variables
 
 
 def asks_for_key(url: str) -> bool:
-    """Return whether a server refuses a request that comes without a key."""
+    """Return whether a server refuses a request without a key."""
     try:
         with DIRECT.open(f"{url}/model_info", timeout=60):
             return False
@@ -130,10 +133,11 @@ def asks_for_key(url: str) -> bool:
 
 
 class EngineServer:
-    """Starts a server with its construction; `start` returns its address.
+    """A running server. The constructor starts the process; `start` waits until it serves and returns its address.
 
-    The server is a process group of its own and ends with `stop`, with this process (also by SIGKILL), or by itself.
-    Whoever reaches `host` can use the engine, unless it has a `key`: then it answers "/health" and those who know it.
+    The server has its own process group. It ends with `stop`, with this process (even by SIGKILL), or by itself.
+    Anyone who can connect to `host` can use the engine, unless it has a `key`: then, except for "/health", it answers
+    only requests with the key.
     """
 
     def __init__(self, settings: ServerSettings) -> None:
@@ -163,8 +167,8 @@ class EngineServer:
     def start(self) -> str:
         """Wait until the server serves and return its address.
 
-        RuntimeError with the reason when it dies; TimeoutError after `config.start_timeout_s`. Both name the log, and
-        have its last lines as a note.
+        RuntimeError with the reason if it ends; TimeoutError after `config.start_timeout_s`. Both name the log file and
+        contain its last lines as a note.
         """
         deadline = time.monotonic() + self.config.start_timeout_s
         while not self._healthy():
@@ -184,16 +188,16 @@ class EngineServer:
         return self._process.poll() is None
 
     def watch(self) -> str:
-        """Wait until the server has ended and say how: "was killed by SIGKILL ..."; "" when that was `stop`."""
+        """Wait until the server has ended and return how: "was killed by SIGKILL ..."; "" after `stop`."""
         while self.alive():
             time.sleep(LEASH_INTERVAL_S)
         return "" if self._stopped else self._ending()
 
     def stop(self) -> None:
-        """Kill the server and everything it started. Nothing is lost: an engine keeps no state."""
+        """Kill the server and everything it started. An engine has no state to lose."""
         self._stopped = True
         if self._process.stdin is not None:
-            self._process.stdin.close()  # the leash ends all of it
+            self._process.stdin.close()  # makes the leash end everything
         try:
             self._process.wait(STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
@@ -203,9 +207,9 @@ class EngineServer:
             port.close()
 
     def _freeze_objects(self) -> None:
-        """Takes what was made at start out of garbage collection: a full pass over it costs a server 0.1 s and more.
+        """Exclude the objects created at start from garbage collection: a full pass over them takes 0.1 s or more.
 
-        SGLang asks itself for it, but when it has skipped its warm-up it does so before it listens.
+        SGLang sends itself this request, but without a warm-up it does so before it listens.
         """
         header = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         request = urllib.request.Request(f"{self.url}/freeze_gc", method="POST", headers=header)
@@ -220,7 +224,7 @@ class EngineServer:
             return False
 
     def _ending(self) -> str:
-        """How the server ended, with the reason that its log gives."""
+        """Return how the server ended, with the reason from its log."""
         how = ending(self._process.wait(STOP_TIMEOUT_S))
         log = self._log_lines()
         if child := crash_in(log):
@@ -237,37 +241,37 @@ class EngineServer:
     def _log_lines(self) -> list[str]:
         try:
             with self.log_path.open("rb") as log:
-                log.seek(self._log_begins)  # a run that goes on writes into the same file
+                log.seek(self._log_begins)  # a resumed run appends to the same file
                 return log.read().decode(errors="replace").splitlines()
         except OSError as error:
             return [f"it can't be read: {error}"]
 
 
 def crash_in(log: Sequence[str]) -> str:
-    """Return the first process of a server's that died, and how, by SGLang's log; "" for none.
+    """Return which process of a server crashed first, and how, according to SGLang's log; "" if none did.
 
-    SGLang then ends itself by SIGKILL, so that its own end says nothing.
+    SGLang then kills itself with SIGKILL, so its own exit code does not contain the reason.
     """
     found = next(filter(None, map(CRASHED.search, log)), None)
     return f"its process {found['name']} {ending(int(found['code']))}" if found else ""
 
 
 def exception_in(log: Sequence[str]) -> str:
-    """Return the last exception or refused argument in a server's log; "" for none."""
+    """Return the last exception or refused argument in a server's log; "" if there is none."""
     found = [match["reason"] for match in map(RAISED.match, log) if match]
     return found[-1] if found else ""
 
 
 def serve() -> None:
-    """Run SGLang's server for those who know the key that stands in the environment.
+    """Run SGLang's server with the API key from the environment.
 
-    It is SGLang's own check. Given as an argument, the key would stand in the list of processes and in the log.
+    SGLang's own middleware checks the key. As an argument, the key would be visible in the process list and in the log.
     """
     from sglang.srt.entrypoints.http_server import app
     from sglang.srt.utils.auth import add_api_key_middleware
     from starlette.routing import WebSocketRoute
 
     add_api_key_middleware(app, api_key=os.environ.pop(KEY_VARIABLE), admin_api_key=None)
-    # The check lets websockets pass; the engine needs none.
+    # The middleware does not check websockets. The engine needs none, so they are removed.
     app.router.routes[:] = [route for route in app.router.routes if not isinstance(route, WebSocketRoute)]
     runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)

@@ -1,9 +1,9 @@
-"""Messages to token ids.
+"""Rendering of messages as token ids.
 
 messages.py    Message, Prompt, Context, Exchange
-renderer.py    Renderer, the seam
-builtin.py     contexts of a built-in template
-chat.py        contexts of the tokenizer's own chat template
+renderer.py    Renderer, the interface
+builtin.py     renderer for a built-in template
+chat.py        renderer for the tokenizer's own chat template
 templates.py   the built-in templates
 factory.py     `make_renderer(tokenizer, template)`
 """

@@ -1,4 +1,4 @@
-"""Contexts of a built-in template: the ids of each message, one after the other."""
+"""The renderer for built-in templates: it concatenates the ids of the messages."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from rollout.rendering.templates import OWN_TEMPLATE, find_template
 
 
 class BuiltinRenderer(Renderer):
-    """Renders each message by itself, so that no later message changes the ids of an earlier one.
+    """Renders each message separately, so that a later message never changes the ids of an earlier one.
 
-    It knows one user message and no tools: what an agent may call stands in its text.
+    A prompt is one user message without tools: its text describes the actions that the agent may take.
     """
 
     def __init__(self, tokenizer: Any, template: str, end_ids: Iterable[int] = ()) -> None:
@@ -30,23 +30,23 @@ class BuiltinRenderer(Renderer):
         self.num_answer = self.num_closing + len(self.observation("", 0))
 
     def start(self, prompt: Prompt) -> Context:
-        """Return the context of one user message. ValueError: the prompt is more than that."""
+        """Return the context of one user message. ValueError: the prompt has other messages or tools."""
         return Context(prompt.messages, (), tuple(self._opened(self._task(prompt))))
 
     def observe(self, context: Context, text: str, max_tokens: int) -> Context:
-        """Return the context with a tool's answer; its middle is left out where it would be longer."""
+        """Return the context with a tool's answer; the answer loses its middle if it exceeds `max_tokens`."""
         ids = [*context.ids, *self.closing(context.ids)]
         added = message("tool", text)
         ids += self.observation(text, max_tokens - len(ids))
         return replace(context, messages=(*context.messages, added), ids=tuple(ids))
 
     def ask_summary(self, context: Context) -> Context:
-        """Return the context with the request for a summary, behind the text that opens the policy's turn."""
+        """Return the context with the request for a summary, after the text that opens the policy's turn."""
         asked = message("user", self._t.compact)
         return replace(context, messages=(*context.messages, asked), ids=(*context.ids, *self.compact_ids))
 
     def resume(self, prompt: Prompt, summary_ids: Sequence[int] | None, exchanges: Sequence[Exchange]) -> Context:
-        """Return the context after a compaction; summary and exchanges are copied id by id."""
+        """Return the context after a compaction; the ids of summary and exchanges are copied."""
         task, kept = self._task(prompt), [i for exchange in exchanges for i in exchange.ids]
         if summary_ids is None:
             ids = [*self._opened(task), *kept]
@@ -59,7 +59,7 @@ class BuiltinRenderer(Renderer):
         if more or tools or first.get("role") != "user" or not isinstance(first.get("content"), str):
             roles = ", ".join(str(one.get("role")) for one in prompt.messages)
             raise ValueError(
-                f"model.template={self._name} renders one user message of text, and no tools: this prompt has "
+                f"model.template={self._name} renders one user message of text and no tools: this prompt has "
                 f"{len(tools)} tools and the messages {roles}; use model.template={OWN_TEMPLATE}"
             )
         return str(first["content"])
@@ -71,12 +71,15 @@ class BuiltinRenderer(Renderer):
         return [*self._markup(around[0]), *inner, *self._markup(around[1] + after)]
 
     def observation(self, text: str, max_tokens: int) -> list[int]:
-        """Return a tool's answer, up to where the policy speaks; its middle is left out where it would be longer."""
+        """Return the ids of a tool's answer and of the text that opens the policy's turn, at most `max_tokens`.
+
+        A longer answer loses its middle.
+        """
         room = max_tokens - len(self._wrapped(self._t.tool, [], self._t.reply))
         head, tail = without_middle(self._content(text), room)
         return self._wrapped(self._t.tool, [*head, *tail], self._t.reply)
 
     def after_compaction(self, task: str, summary_ids: list[int], kept_ids: list[int]) -> list[int]:
-        """Return the context that goes on after a summary: task, summary, the kept exchanges."""
+        """Return the ids of the context after a summary: task, summary, the kept exchanges."""
         opening = self._wrapped(self._t.user, self._content(task))
         return [*opening, *self._wrapped(self._t.summary, summary_ids, self._t.reply), *kept_ids]

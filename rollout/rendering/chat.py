@@ -1,14 +1,14 @@
-"""Contexts of the tokenizer's own chat template.
+"""The renderer for the tokenizer's own chat template.
 
-A chat template renders a whole conversation as text, and may render its past in another way when it grows: some drop
-old reasoning, some join neighbors. Token in, token out holds all the same. When messages follow the policy's answer,
-the text of the whole conversation is compared with that up to the answer:
+A chat template renders a whole conversation as text. It may render the past differently when the conversation grows:
+some templates drop old reasoning, some merge consecutive messages. Token in, token out still holds. When messages are
+added after the policy's answer, the text of the whole conversation is compared with the text up to the answer:
 
-    it begins with that       the ids that the engine saw and sampled, then those of the rest of the text: a splice
-    it begins with another    the template has rewritten the past: the ids of the whole text. The next turn's prompt
-                              does not extend the one before, and the cut rule (buffer/trace.py) begins a sub-trace
+    same prefix         splice: keep the ids that the engine saw and sampled, and append the ids of the remaining text
+    different prefix    the template has rewritten the past: use the ids of the whole text. The next turn's prompt does
+                        not extend the previous one, so the cut rule (buffer/trace.py) begins a new sub-trace
 
-Text from outside that looks like markup is taken out before the template runs and put back as plain text afterwards.
+Markup in external text is replaced by placeholders before the template runs, and restored as plain text afterwards.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rollout.rendering.messages import Context, Exchange, Message, Prompt, Tool,
 from rollout.rendering.renderer import Renderer, without_middle
 from rollout.rendering.templates import NO_CHAT_TEMPLATE, SUMMARY_HEADING, SUMMARY_REQUEST, TEMPLATES
 
-# Around the number of a piece of markup that came from outside: of Unicode's private use area.
+# A placeholder is the number of a piece of markup between these two characters of Unicode's private use area.
 BEGIN, END = "\ue000", "\ue001"
 SHIELDED = re.compile(f"{BEGIN}([0-9]+){END}")
 PROBE = "slime"  # a word that no template changes
@@ -35,14 +35,14 @@ class ChatRenderer(Renderer):
     """Renders messages by the tokenizer's chat template: system message, tools, reasoning, tool results."""
 
     def __init__(self, tokenizer: Any, end_ids: Iterable[int] = ()) -> None:
-        """Look how the template closes the policy's turns and whether it takes tool results.
+        """Look up how the template closes the policy's turns and whether it renders tool results.
 
-        ValueError: the tokenizer has no chat template, or it can't carry an episode.
+        ValueError: the tokenizer has no chat template, or the template can't render an episode.
         """
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError(f"the tokenizer {NO_CHAT_TEMPLATE}")
         self._tokenizer = tokenizer
-        # The private characters themselves are shielded, too, so that none from outside is taken for a number.
+        # BEGIN and END are replaced, too, so that external text can't contain a placeholder.
         self._marks = [*sorted(set(tokenizer.all_special_tokens) - {tokenizer.unk_token}, key=len), BEGIN, END]
         self._mark = re.compile("|".join(re.escape(mark) for mark in reversed(self._marks)))
         self._stop = self._find_stop()
@@ -51,7 +51,7 @@ class ChatRenderer(Renderer):
         self._measure()
 
     def _find_stop(self) -> str:
-        """The token that closes the policy's turns."""
+        """Return the token that closes the policy's turns."""
         try:
             text = self._text((message("user", ""), message("assistant", PROBE)), ())
         except TemplateError as error:
@@ -66,7 +66,7 @@ class ChatRenderer(Renderer):
         return stop
 
     def _find_role(self) -> str:
-        """The role of an environment's answers: "user" where the template has no tool results."""
+        """Return the role of an environment's answers: "tool", or "user" if the template renders no tool results."""
         said = message("user", ""), message("assistant", "")
         for role in ("tool", "user"):
             try:
@@ -81,13 +81,13 @@ class ChatRenderer(Renderer):
         )
 
     def _measure(self) -> None:
-        """Tokens of an empty answer and of a request, as they are in a short conversation."""
+        """Measure the tokens of an empty answer and of a request for a summary, in a short conversation."""
         said = self.start(Prompt.of(PROBE)).answered([self.stop_id], "")
         answered = self._extended(said, [message(self._role, "")])
         self.num_answer = self.num_closing + max(0, len(answered.ids) - len(said.ids))
         self.num_request = max(0, len(self.ask_summary(answered).ids) - len(answered.ids))
 
-    # --- the seam
+    # --- the interface
 
     def start(self, prompt: Prompt) -> Context:
         """Return the context of a conversation. ValueError: the template can't render it."""
@@ -97,7 +97,7 @@ class ChatRenderer(Renderer):
             raise ValueError(f"the tokenizer's chat template can't render the prompt: {error}") from error
 
     def observe(self, context: Context, text: str, max_tokens: int) -> Context:
-        """Return the context with an environment's answer; its middle is left out where it would be longer."""
+        """Return the context with an environment's answer; the answer loses its middle if it exceeds `max_tokens`."""
         content = self._content(text)
         keep = len(content)
         found = self._extended(context, [message(self._role, text)])
@@ -108,14 +108,20 @@ class ChatRenderer(Renderer):
         return found
 
     def ask_summary(self, context: Context) -> Context:
-        """Return the context with a user message that asks for a summary, in the last message where roles alternate."""
+        """Return the context with a user message that requests a summary.
+
+        If the template requires alternating roles, the request is appended to the last message.
+        """
         try:
             return self._extended(context, [message("user", SUMMARY_REQUEST)])
         except TemplateError:
             return self._extended(context, [_continued(context.messages[-1], SUMMARY_REQUEST)], dropped=1)
 
     def resume(self, prompt: Prompt, summary_ids: Sequence[int] | None, exchanges: Sequence[Exchange]) -> Context:
-        """Return the context after a compaction, rendered anew; the summary follows in the prompt's last message."""
+        """Return the context after a compaction, rendered again as a whole.
+
+        The summary is appended to the prompt's last message; if that is not text, it is a user message of its own.
+        """
         *before, last = prompt.messages
         if summary_ids is not None:
             summary = f"{SUMMARY_HEADING}{self._text_of(summary_ids)}"
@@ -131,7 +137,7 @@ class ChatRenderer(Renderer):
         return Context(messages, tools, tuple(self._encoded(self._text(messages, tools, opened=True))))
 
     def _extended(self, context: Context, added: Sequence[Message], dropped: int = 0) -> Context:
-        """The context with messages from outside, instead of its last `dropped`; spliced where the past stays."""
+        """Replace the last `dropped` messages of the context by `added`; splice the ids if the past is unchanged."""
         messages, tools = (*context.messages[: len(context.messages) - dropped], *added), context.tools
         if not context.num_known:
             return self._rendered(messages, tools)
@@ -145,10 +151,9 @@ class ChatRenderer(Renderer):
         return self._rendered(messages, tools)
 
     def _pasts(self, messages: tuple[Message, ...], tools: tuple[Tool, ...]) -> Iterator[str]:
-        """The conversation up to the end of the policy's answer: as the engine had it, and as the template closes it.
+        """Yield the text up to the end of the policy's answer: as the engine saw it, and as the template renders it.
 
-        They differ where a template changes an answer, by reasoning that it adds or spaces that it drops. The engine
-        never saw that.
+        They differ if the template changes an answer, for example by adding reasoning or dropping spaces.
         """
         answer: str = self._shielded(messages[-1]["content"])
         yield f"{self._text(messages[:-1], tools, opened=True)}{answer}{self._stop}"
@@ -156,7 +161,7 @@ class ChatRenderer(Renderer):
         yield closed[: closed.rindex(self._stop) + len(self._stop)]
 
     def _text(self, messages: Sequence[Message], tools: Sequence[Tool], opened: bool = False) -> str:
-        """The conversation as the template writes it, markup from outside shielded; `opened`: the policy goes on."""
+        """Return the conversation as text, with placeholders for external markup; `opened`: open the policy's turn."""
         text: str = self._tokenizer.apply_chat_template(
             self._shielded(messages), tools=self._shielded(tools) or None, tokenize=False, add_generation_prompt=opened
         )
@@ -172,7 +177,7 @@ class ChatRenderer(Renderer):
         return value
 
     def _encoded(self, text: str) -> list[int]:
-        """The ids of a template's text: its own markup is markup, shielded markup is text."""
+        """Return the ids of a rendered text: the template's markup as special tokens, external markup as plain text."""
         pieces = SHIELDED.split(text)
         return [
             i

@@ -1,4 +1,4 @@
-"""Which renderer a template's name means."""
+"""Selection of the renderer by the template's name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rollout.rendering.templates import OWN_TEMPLATE
 
 
 def make_renderer(tokenizer: Any, template: str, end_ids: Iterable[int] = ()) -> Renderer:
-    """Return the renderer of `model.template`. ValueError: it can't be used with this tokenizer."""
+    """Return the renderer for `model.template`. ValueError: this tokenizer does not support the template."""
     if template == OWN_TEMPLATE:
         return ChatRenderer(tokenizer, end_ids)
     return BuiltinRenderer(tokenizer, template, end_ids)

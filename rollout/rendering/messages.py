@@ -1,7 +1,7 @@
-"""What a context is made of before it is token ids: messages, and the tools that the policy may call.
+"""The content of a context before tokenization: messages, and the tools that the policy may call.
 
-A message is what chat templates read: `role` ("system", "user", "assistant", "tool"), `content`, and where a template
-knows them `reasoning_content`, `tool_calls`, `tool_call_id`, `name`. A tool is a JSON schema.
+A message has the keys that chat templates read: `role` ("system", "user", "assistant", "tool"), `content`, and, if the
+template supports them, `reasoning_content`, `tool_calls`, `tool_call_id`, `name`. A tool is a JSON schema.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def message(role: str, text: str) -> Message:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What an episode begins with: one user message, or a conversation with a system message, tools and examples."""
+    """The start of an episode: one user message, or a conversation with a system message, tools and examples."""
 
     messages: tuple[Message, ...]
     tools: tuple[Tool, ...] = ()
@@ -34,26 +34,26 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Context:
-    """What is before the policy: messages, and the ids that stand for them.
+    """The input of the policy: messages, and their token ids.
 
-    The ids end where the policy goes on, or with its answer. What it sampled is in them as it was sampled, never text
-    that was tokenized again, unless the template has rewritten the conversation since.
+    The ids end where the policy's turn begins, or with the policy's answer. They contain sampled ids as they were
+    sampled, never tokenized again, unless the template has rewritten the conversation since.
     """
 
     messages: tuple[Message, ...]
     tools: tuple[Tool, ...]
     ids: tuple[int, ...]
-    num_known: int = 0  # ids up to the end of the policy's last answer: those that an engine has seen or sampled
+    num_known: int = 0  # number of ids up to the end of the policy's last answer, which an engine saw or sampled
 
     def answered(self, output_ids: list[int], text: str) -> Context:
-        """Return the context with the policy's answer: the ids that it sampled, which read as `text`."""
+        """Return the context with the policy's answer: the sampled ids and their text."""
         ids = (*self.ids, *output_ids)
         return Context((*self.messages, message("assistant", text)), self.tools, ids, len(ids))
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """One action of the policy with the environment's answer to it."""
+    """One action of the policy and the environment's answer to it."""
 
     messages: tuple[Message, ...]
-    ids: tuple[int, ...]  # what stands for them in a context, up to where the policy goes on
+    ids: tuple[int, ...]  # their ids in a context, up to where the policy's next turn begins

@@ -9,7 +9,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Template:
-    """Text around each part of a context. `reply` opens the policy's turn, `stop` closes it."""
+    """The text around each kind of message. `reply` opens the policy's turn, `stop` closes it."""
 
     user: tuple[str, str]
     tool: tuple[str, str]
@@ -19,7 +19,7 @@ class Template:
     stop: str
 
 
-OWN_TEMPLATE = "tokenizer"  # the name by which the tokenizer's own chat template is used
+OWN_TEMPLATE = "tokenizer"  # the name that selects the tokenizer's own chat template
 NO_CHAT_TEMPLATE = (
     "has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json): "
     "add the model's, or use a built-in model.template"
@@ -47,17 +47,16 @@ TEMPLATE_NAMES = (*TEMPLATES, OWN_TEMPLATE)
 
 
 def find_template(name: str) -> Template:
-    """Return a built-in template by its name. ValueError: there is none of that name."""
+    """Return the built-in template `name`. ValueError: the name is unknown."""
     if name not in TEMPLATES:
         raise ValueError(f"model.template={name!r}: known templates are {', '.join(TEMPLATE_NAMES)}")
     return TEMPLATES[name]
 
 
 def end_ids(model_folder: Path) -> list[int]:
-    """Return the ids at which an engine ends a turn of the model by itself: what its configuration calls end of
-    sequence.
+    """Return the end-of-sequence ids in the model's configuration, at which an engine ends a turn by itself.
 
-    ValueError: an `eos_token_id` that is neither an id nor a list of ids.
+    ValueError: `eos_token_id` is neither an id nor a list of ids.
     """
     found: set[int] = set()
     for name in ("config.json", "generation_config.json"):
