@@ -1,10 +1,10 @@
-"""Sandboxes made by bubblewrap, kept alive between episodes.
+"""Bubblewrap sandboxes, kept alive between episodes.
 
-Life of one: started (about 50 ms) -> idle -> lent to an episode -> reset (every process dead, every place that can be
-written empty) -> idle. Whatever goes wrong with one ends it: it is never lent again.
+Life cycle: started (about 50 ms) -> idle -> lent to an episode -> reset (every process dead, every writable folder
+empty) -> idle. After an error a sandbox is ended and never lent again.
 
-One run is one request to the supervisor inside, which forks (a few ms) instead of starting an interpreter. Every
-process that a run has started is dead when the run returns; files stay until the episode ends.
+Each run is one request to the supervisor inside the sandbox, which forks (a few ms) instead of starting an interpreter.
+Every process that a run has started is dead when the run returns; files stay until the episode ends.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from rollout.sandbox.interface import RunResult, Sandbox, require_argv, require_
 from rollout.sandbox.jail import Jail, build_jail, last_message, start
 
 START_TIMEOUT_S = 60.0
-ANSWER_TIMEOUT_S = 30.0  # of a request that runs nothing
-HOST_GRACE_S = 5.0  # the host's limit for a run is the supervisor's and this
-END_TIMEOUT_S = 10.0  # for a killed process to be gone
-MAX_STARTING = 4  # sandboxes that start at a time
+ANSWER_TIMEOUT_S = 30.0  # for a request that runs no program
+HOST_GRACE_S = 5.0  # added to the supervisor's limit for a run; the sum is the host's limit
+END_TIMEOUT_S = 10.0  # for a killed process to end
+MAX_STARTING = 4  # number of sandboxes that start concurrently
 MAX_ANSWER_BYTES = 64 * 1024 * 1024
 
 _Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
@@ -37,9 +37,9 @@ _numbers = itertools.count(1)
 
 
 class BubblewrapSandbox:
-    """One sandbox. RuntimeError from any method: it is gone; the message names it and say why.
+    """One sandbox. Any method raises RuntimeError if the sandbox has ended; the message gives its name and the reason.
 
-    `write_files` and `read_file` raise OSError where the workspace itself refuses, for example when it is full.
+    `write_files` and `read_file` raise OSError if the workspace refuses, for example because it is full.
     """
 
     def __init__(self, jail: Jail, config: SandboxConfig) -> None:
@@ -50,16 +50,17 @@ class BubblewrapSandbox:
         self._reader: asyncio.StreamReader | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._turn = asyncio.Lock()  # one request at a time
-        self._asking = False  # a request is out; stays True when its answer was not waited for
+        self._asking = False  # a request is pending; stays True if its caller was cancelled
         self._num_requests = 0
-        self._lost = ""  # why it is gone
+        self._lost = ""  # why it has ended
 
     async def open(self) -> None:
-        """Wait until it serves. RuntimeError: it did not start."""
+        """Wait until the sandbox serves requests. RuntimeError: it did not start."""
         if self._lost:
             raise RuntimeError(f"{self.name} is gone: {self._lost}")
-        # It takes two turns of the loop and is neither cancelled nor loses its socket meanwhile: libuv, on which Ray's
-        # loops run, aborts the process when a socket that it begins to watch is closed.
+        # Opening the connection takes two iterations of the event loop. Meanwhile it must not be cancelled and its
+        # socket must stay open: libuv, on which Ray's loops run, aborts the process if a socket that it starts to
+        # watch is closed.
         self._connection = asyncio.create_task(asyncio.open_unix_connection(sock=self._socket))
         self._reader, self._writer = await asyncio.shield(self._connection)
         await self._ask({"op": "reset"}, START_TIMEOUT_S)
@@ -86,7 +87,7 @@ class BubblewrapSandbox:
         return await self._run({"op": "run", "argv": argv, "stdin": stdin})
 
     async def reset(self) -> bool:
-        """Make it as new. False: it can't be used again."""
+        """Return the sandbox to its initial state. False: it can't be used again."""
         if self._asking or not self.alive:
             return False
         try:
@@ -98,20 +99,20 @@ class BubblewrapSandbox:
 
     @property
     def alive(self) -> bool:
-        """Return whether its processes are there."""
+        """Return whether the sandbox is running."""
         return not self._lost and self._process.poll() is None
 
     def kill(self, cause: str) -> None:
-        """End all its processes; does not wait."""
+        """Kill all processes of the sandbox without waiting for their end."""
         self._lost = self._lost or cause
-        self._process.kill()  # the rest dies with it (PR_SET_PDEATHSIG)
+        self._process.kill()  # the other processes die with it (PR_SET_PDEATHSIG)
         if self._connection is None:
             self._socket.close()
         else:
             self._connection.add_done_callback(_hang_up)
 
     async def gone(self) -> None:
-        """Wait until a killed sandbox has ended. TimeoutError names it."""
+        """Wait until a killed sandbox has ended. TimeoutError: it has not; the message names it."""
         try:
             async with asyncio.timeout(END_TIMEOUT_S):
                 while self._process.poll() is None:
@@ -130,13 +131,13 @@ class BubblewrapSandbox:
             answer = await self._ask(request, self._run_timeout_s + HOST_GRACE_S)
         except TimeoutError:
             return RunResult(exit_code=-9, stdout="", stderr="", timed_out=True)
-        if "handler_ended" in answer:  # the program has killed or stopped it
-            note = "\n[sandbox: killed: the program attacked what runs it]\n"
+        if "handler_ended" in answer:  # the program has killed or stopped its handler
+            note = "\n[sandbox: killed: the program attacked its supervisor]\n"
             return RunResult(exit_code=-9, stdout="", stderr=note, timed_out=answer["handler_ended"] is None)
         return RunResult(**answer)
 
     async def _ask(self, request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
-        """Sends a request and return its answer. TimeoutError: the sandbox was ended for not answering."""
+        """Send a request and return its answer. TimeoutError: the sandbox did not answer and was ended."""
         async with self._turn:
             if not self.alive:
                 self.kill(f"it ended: {self._last_words()}")
@@ -149,7 +150,7 @@ class BubblewrapSandbox:
                 self.kill(f"no answer to {request['op']!r} within {timeout_s} s")
                 raise TimeoutError(f"{self.name} was ended: {self._lost}") from None
             except (asyncio.IncompleteReadError, ConnectionError, ValueError) as error:
-                await asyncio.sleep(0.01)  # its last words
+                await asyncio.sleep(0.01)  # let the sandbox write its last error message
                 self.kill(f"{error} during {request['op']!r}; {self._last_words()}")
                 raise RuntimeError(f"{self.name} is gone: {self._lost}") from error
             self._asking = False
@@ -174,7 +175,7 @@ class BubblewrapSandbox:
                 return answer
             if not 0 <= answered < number:
                 raise ValueError(f"an answer to request {answered} came for request {number}")
-            # A report of the supervisor on a handler that had answered before it was ended: nobody waits for it.
+            # Skip it: the supervisor reports the end of a handler whose answer has already arrived.
 
     def _refusal(self, answer: dict[str, Any]) -> Exception:
         message = str(answer.get("message"))
@@ -186,10 +187,10 @@ class BubblewrapSandbox:
 
 
 class BubblewrapPool:
-    """Lends bubblewrap sandboxes. Make and use it in one event loop, whose thread lives as long as the pool."""
+    """Lends bubblewrap sandboxes. Make and use it in one event loop, whose thread must live as long as the pool."""
 
     def __init__(self, config: SandboxConfig) -> None:
-        """RuntimeError names the part that is missing on this machine."""
+        """RuntimeError: a required program or library is missing; the message names it."""
         self._config = config
         self._jail = build_jail(config)
         self._all: set[BubblewrapSandbox] = set()
@@ -213,9 +214,9 @@ class BubblewrapPool:
         return sandbox or await self._start()
 
     async def release(self, sandbox: Sandbox) -> None:
-        """See `SandboxPool`. A sandbox that can't be reset is ended and another one started in its place."""
+        """See `SandboxPool`. A sandbox that can't be reset is ended and replaced by a new one."""
         if self._closed:
-            return  # `close` has ended it, or is about to
+            return  # `close` ends it
         if not isinstance(sandbox, BubblewrapSandbox) or sandbox not in self._all or sandbox in self._idle:
             raise ValueError(f"{getattr(sandbox, 'name', sandbox)!r} was not lent by this pool")
         clean = False
@@ -232,7 +233,7 @@ class BubblewrapPool:
                 self._refill()
 
     async def close(self) -> None:
-        """See `SandboxPool`. TimeoutError names a sandbox that does not die."""
+        """See `SandboxPool`. TimeoutError: a sandbox does not end; the message names it."""
         self._closed = True
         self._idle.clear()
         refills = list(self._refills)
@@ -268,7 +269,7 @@ class BubblewrapPool:
         self._all.discard(sandbox)
 
     def _refill(self) -> None:
-        """Starts what is missing to the number of idle sandboxes that the config asks for."""
+        """Start sandboxes until the configured number is idle."""
         for _ in range(self._config.num_prestarted - len(self._idle) - len(self._refills)):
             task = asyncio.create_task(self._start_idle())
             self._refills.add(task)
@@ -278,7 +279,7 @@ class BubblewrapPool:
         try:
             sandbox = await self._start()
         except (RuntimeError, OSError) as error:
-            _log.warning("a sandbox could not be started ahead of need: %s", error)
+            _log.warning("an idle sandbox could not be started: %s", error)
             return
         self._idle.append(sandbox)
 
@@ -289,7 +290,7 @@ def _hang_up(connection: asyncio.Task[_Streams]) -> None:
 
 
 def run_once(jail: Jail, source: str, timeout_s: float = START_TIMEOUT_S) -> dict[str, Any]:
-    """Start a sandbox, run one program, end it; blocking. RuntimeError: it did not work."""
+    """Start a sandbox, run one program in it, and end it. Blocks. RuntimeError: the sandbox did not work."""
     process, ours, messages = start(jail)
     try:
         ours.settimeout(timeout_s)
@@ -300,7 +301,7 @@ def run_once(jail: Jail, source: str, timeout_s: float = START_TIMEOUT_S) -> dic
     except (OSError, ValueError) as error:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(1.0)
-        raise RuntimeError(f"a first sandbox did not work: {last_message(messages)} ({error})") from error
+        raise RuntimeError(f"a test sandbox did not work: {last_message(messages)} ({error})") from error
     finally:
         process.kill()
         process.wait(END_TIMEOUT_S)
@@ -309,21 +310,21 @@ def run_once(jail: Jail, source: str, timeout_s: float = START_TIMEOUT_S) -> dic
 
 
 def encode(message: dict[str, Any]) -> bytes:
-    """Return a frame: 4 bytes length, JSON."""
+    """Return a frame: 4 bytes of length, then JSON."""
     body = json.dumps(message).encode()
     return struct.pack(">I", len(body)) + body
 
 
 def answer_bytes(header: bytes) -> int:
-    """Return the length of an answer. ValueError: longer than any answer is."""
+    """Return the length of an answer in bytes. ValueError: more than MAX_ANSWER_BYTES."""
     num_bytes = int(struct.unpack(">I", header)[0])
     if num_bytes > MAX_ANSWER_BYTES:
-        raise ValueError(f"an answer of {num_bytes} bytes is announced; at most {MAX_ANSWER_BYTES} are possible")
+        raise ValueError(f"the sandbox announced an answer of {num_bytes} bytes; the limit is {MAX_ANSWER_BYTES}")
     return num_bytes
 
 
 def decode(body: bytes) -> dict[str, Any]:
-    """Return the object in a frame. ValueError: there is none."""
+    """Return the object in a frame. ValueError: the frame contains no object."""
     answer = json.loads(body)
     if not isinstance(answer, dict):
         raise ValueError(f"an answer is a {type(answer).__name__}, not an object")

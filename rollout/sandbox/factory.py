@@ -1,4 +1,4 @@
-"""Chooses the sandbox that this machine can give."""
+"""Selection of a sandbox that works on this machine."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from rollout.sandbox.unsafe import SubprocessPool
 
 
 def probe(config: SandboxConfig) -> str | None:
-    """Run a program in a bubblewrap sandbox; None when that works, else the reason in one line. Blocks."""
+    """Run a test program in a bubblewrap sandbox; return None if it works, else the reason in one line. Blocks."""
     try:
         answer = run_once(build_jail(config), "import os; print(6 * 7, os.getuid() != 0)")
     except RuntimeError as error:
         return " ".join(str(error).split())
     if answer.get("stdout") != "42 True\n":
-        return f"a test program in a bubblewrap sandbox gave {answer!r}"
+        return f"a test program in a bubblewrap sandbox returned {answer!r}"
     return None
 
 
 def make_pool(config: SandboxConfig) -> SandboxPool:
-    """Return a pool of bubblewrap sandboxes; of plain subprocesses only where those fail and the config allows it.
+    """Return a pool of bubblewrap sandboxes, or of plain subprocesses if those fail and the config allows it.
 
-    RuntimeError: no sandbox works here; the message says why and what to do. Call it in the thread of the event loop
-    that will use the pool.
+    Call it in the thread of the event loop that will use the pool. RuntimeError: no sandbox works here; the message
+    gives the reason and the cure.
     """
     reason = probe(config)
     if reason is None:

@@ -1,4 +1,4 @@
-"""What a tool may ask of the place it runs in."""
+"""The interface of sandboxes."""
 
 from __future__ import annotations
 
@@ -8,22 +8,28 @@ from typing import Protocol
 
 @dataclass(frozen=True)
 class RunResult:
-    """Outcome of one command."""
+    """The result of one command."""
 
-    exit_code: int  # negative: killed by that signal
+    exit_code: int  # negative: killed by this signal
     stdout: str  # at most the sandbox's output limit, decoded with replacement
     stderr: str
     timed_out: bool = False
 
 
 class Sandbox(Protocol):
-    """A workspace of one episode, cut off from network, host files and other episodes."""
+    """The workspace of one episode, isolated from the network, the host's files and other episodes."""
 
     async def write_files(self, files: dict[str, str]) -> None:
-        """Put text files into the workspace. ValueError: a path that leaves it or is none, or what is no text."""
+        """Write text files into the workspace.
+
+        ValueError: a path is invalid or leaves the workspace, or a content is not text.
+        """
 
     async def read_file(self, path: str) -> str:
-        """Return a workspace file as text. FileNotFoundError: there is none; ValueError: path leaves the workspace."""
+        """Return a workspace file as text.
+
+        FileNotFoundError: the file does not exist. ValueError: the path is invalid or leaves the workspace.
+        """
 
     async def run_python(self, source: str, stdin: str = "") -> RunResult:
         """Run a Python program in the workspace, in a process of its own."""
@@ -33,14 +39,14 @@ class Sandbox(Protocol):
 
 
 def require_text(**values: object) -> None:
-    """Require text. ValueError names what is none."""
+    """Require each value to be text. ValueError: one is not; the message names it."""
     for name, value in values.items():
         if not isinstance(value, str):
             raise ValueError(f"{name} must be text, found {type(value).__name__}")
 
 
 def require_files(files: object) -> None:
-    """Require {path: text}. ValueError: it is not."""
+    """Require a dict {path: text}, else raise ValueError."""
     if not isinstance(files, dict):
         raise ValueError(f"files must be {{path: text}}, found {type(files).__name__}")
     for path, text in files.items():
@@ -48,7 +54,7 @@ def require_files(files: object) -> None:
 
 
 def require_argv(argv: object) -> None:
-    """Require a list of texts. ValueError: it is none, or empty."""
+    """Require a non-empty list of texts, else raise ValueError."""
     if not isinstance(argv, list | tuple) or not argv:
         raise ValueError(f"argv={argv!r}: must be a list with a command and its arguments")
     require_text(**{f"argv[{number}]": argument for number, argument in enumerate(argv)})
@@ -58,10 +64,10 @@ class SandboxPool(Protocol):
     """Lends sandboxes, one per episode."""
 
     async def acquire(self) -> Sandbox:
-        """Return a sandbox with an empty workspace. RuntimeError names the cause when none can be started."""
+        """Return a sandbox with an empty workspace. RuntimeError: none can be started; the message gives the reason."""
 
     async def release(self, sandbox: Sandbox) -> None:
-        """Take a sandbox back: every process in it is dead and its workspace empty afterwards."""
+        """Take a sandbox back. Afterwards every process in it is dead and its workspace is empty."""
 
     async def close(self) -> None:
         """End all sandboxes."""

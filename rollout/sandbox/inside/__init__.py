@@ -1,1 +1,1 @@
-"""What runs inside a sandbox: standard library of Python 3.9 only, imports nothing of ours but these files."""
+"""The program that runs inside a sandbox. It imports only these files and the standard library of Python 3.9."""

@@ -1,4 +1,4 @@
-"""Runs one program within limits; nothing of it is alive afterwards."""
+"""Execution of one program within limits. All of its processes are dead afterwards."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ from typing import Any, NoReturn
 
 from rollout.sandbox.inside.files import BOX, SCRATCH
 
-LOOK_S = 0.05  # time between two looks at what a run has taken
+LOOK_S = 0.05  # interval between two checks of a run's memory and files
 _PR_SET_DUMPABLE = 4
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 class Limits:
-    """What one run may take."""
+    """The limits of one run."""
 
     def __init__(self, text: str) -> None:
         values = json.loads(text)
         self.run_timeout_s: float = values["run_timeout_s"]  # wall-clock
-        self.memory_bytes: int = values["memory_bytes"]  # address space of a process; twice this for all together
+        self.memory_bytes: int = values["memory_bytes"]  # address space of one process; all together have twice this
         self.num_processes: int = values["num_processes"]
-        self.num_files: int = values["num_files"]  # in all of SCRATCH
+        self.num_files: int = values["num_files"]  # in all folders of SCRATCH together
         self.file_bytes: int = values["file_bytes"]  # size of one file
-        self.output_bytes: int = values["output_bytes"]  # of stdout and of stderr
+        self.output_bytes: int = values["output_bytes"]  # of stdout and stderr, each
         self.read_bytes: int = values["read_bytes"]  # largest file that the host may read
 
 
 def kill_others() -> None:
-    """Kill every process of the namespace but this one and process 1; no fork slips through."""
+    """Kill every process of the namespace except this one and process 1, in one call that no fork can escape."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(-1, signal.SIGKILL)
 
@@ -54,7 +54,7 @@ def set_dumpable(flag: bool) -> None:
 
 
 def run(request: dict[str, Any], limits: Limits) -> dict[str, Any]:
-    """Run a program until it ends, goes over a limit or over time; nothing of it is alive afterwards."""
+    """Run a program until it ends, exceeds a limit or times out. All of its processes are dead afterwards."""
     stdin_read, stdin_write = os.pipe()
     stdout_read, stdout_write = os.pipe()
     stderr_read, stderr_write = os.pipe()
@@ -79,7 +79,7 @@ def run(request: dict[str, Any], limits: Limits) -> dict[str, Any]:
 
 
 def watch(pid: int, pipes: Pipes, limits: Limits) -> str:
-    """Move data until the program ends (returns "") or have to be ended (returns the cause)."""
+    """Move data until the program ends, then return ""; if it must be killed, return the cause."""
     ended = os.pidfd_open(pid)
     pipes.poll.register(ended, select.POLLIN)
     now = time.monotonic()
@@ -98,7 +98,7 @@ def watch(pid: int, pipes: Pipes, limits: Limits) -> str:
 
 
 class Pipes:
-    """stdin, stdout and stderr of a program; what it writes beyond the limit is read and dropped."""
+    """stdin, stdout and stderr of a program. Output beyond the limit is read and dropped."""
 
     def __init__(self, stdin: int, data: str, outputs: dict[int, int]) -> None:
         self.poll = select.poll()
@@ -116,7 +116,7 @@ class Pipes:
             self._close(stdin)
 
     def move(self, fd: int) -> None:
-        """Move what is ready."""
+        """Move the data that is ready on `fd`."""
         if fd == self._stdin:
             try:
                 self._unsent = self._unsent[os.write(fd, self._unsent[:65536]) :]
@@ -139,13 +139,13 @@ class Pipes:
             self._truncated.add(fd)
 
     def drain(self) -> None:
-        """Read to the end; call it when all writers have been killed."""
+        """Read all remaining output. Call it when all writers have been killed."""
         for fd in list(self._open):
             while fd in self._open:
                 self.move(fd)
 
     def text(self, fd: int) -> str:
-        """Return what was read, decoded, with a mark where it was cut."""
+        """Return the decoded output, with a note at the end if it was truncated."""
         text = b"".join(self._parts[fd]).decode("utf-8", "replace")
         return text + "\n[sandbox: output truncated]\n" if fd in self._truncated else text
 
@@ -155,7 +155,7 @@ class Pipes:
 
 
 def over_limit(limits: Limits) -> str:
-    """Return what all processes of a run together have too much of; "" when nothing."""
+    """Return the limit that all processes of a run together exceed; "" if none."""
     usage = [os.statvfs(root) for root in SCRATCH]
     if sum(entry.f_files - entry.f_ffree for entry in usage) > limits.num_files:
         return f"more than {limits.num_files} files"
@@ -178,7 +178,7 @@ def _resident_pages(pid: str) -> int:
 
 
 def _own_bytes(pid: str, resident_bytes: int) -> int:
-    """Resident memory with shared pages split among their users; all of it when the process hides that."""
+    """Return resident memory, with shared pages divided among their users; all of it if the process hides its maps."""
     try:
         with open(f"/proc/{pid}/smaps_rollup") as file:
             for line in file:
@@ -192,7 +192,7 @@ def _own_bytes(pid: str, resident_bytes: int) -> int:
 
 
 def become_program(request: dict[str, Any], limits: Limits, pipes: tuple[int, int, int]) -> NoReturn:
-    """Turn this fork into what the request wants run."""
+    """Turn this fork into the requested program."""
     os.setsid()
     for target, fd in enumerate(pipes):
         os.dup2(fd, target)
@@ -226,13 +226,13 @@ def become_program(request: dict[str, Any], limits: Limits, pipes: tuple[int, in
 
 
 def run_source(source: str) -> int:
-    """Run a program as `__main__` the way the interpreter does; return its exit code."""
+    """Run a program as `__main__`, like the interpreter does; return its exit code."""
     main_module = types.ModuleType("__main__")
     main_module.__dict__["__builtins__"] = builtins
     sys.modules["__main__"] = main_module
     sys.argv[:] = ["main.py"]
     sys.path.insert(0, BOX)
-    builtins.__dict__.update(exit=sys.exit, quit=sys.exit)  # what the skipped `site` module would have put there
+    builtins.__dict__.update(exit=sys.exit, quit=sys.exit)  # normally set by the `site` module, which is skipped
     linecache.cache["<program>"] = (len(source), None, source.splitlines(True), "<program>")
     gc.enable()
     outcome = Outcome()
@@ -248,7 +248,7 @@ def run_source(source: str) -> int:
 
 
 class Outcome:
-    """Turns an exception that leaves its block into a message and an exit code."""
+    """A context manager that turns an exception into a message and an exit code."""
 
     exit_code = 0
 

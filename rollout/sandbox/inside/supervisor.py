@@ -1,21 +1,21 @@
-"""Process 1 of a sandbox: serves requests from the host, one at a time, and outlives whatever they run.
+"""Process 1 of a sandbox: it serves requests from the host, one at a time, and outlives the programs that they run.
 
-The host passes the text of these files to `python3 -c`; they need the standard library of Python 3.9 and Linux 5.3.
+The host passes the text of these files to `python3 -c`. They need the standard library of Python 3.9, and Linux 5.3.
 
-Three kinds of process, each forked from the one before:
+There are three kinds of processes, each forked from the previous one:
 
-    supervisor (pid 1)  waits for a request, forks a handler, reaps. It reads no byte of a request, so its memory
-                        holds nothing of an episode, and every handler starts from the same state.
-    handler             reads one request, serves it, kills everything else, answers, ends.
-    program             what the request wants run: limited, without the request pipe, in a session of its own.
+    supervisor (pid 1)  waits for a request, forks a handler, and reaps processes. It does not read the request, so
+                        its memory contains no data of an episode, and every handler starts from the same state.
+    handler             reads one request, serves it, kills all other processes, answers, and ends.
+    program             the requested program, with limits, without the request pipe, and in a new session.
 
-Programs have the handler's uid and may signal it: a handler that is killed or stopped is reported as such by the
-supervisor, which the kernel shields from signals of its own namespace. They can't trace it or open its files:
-supervisor and handler are not dumpable. Every process that a run leaves behind is killed before its answer is sent.
+Programs have the handler's uid and can send it signals. The supervisor, which the kernel protects from signals of its
+own namespace, reports a handler that was killed or stopped. Programs can't trace the supervisor or a handler or open
+their files, because both are not dumpable. Every process that a run leaves behind is killed before the answer is sent.
 
-Frames in both directions: 4 bytes length (big endian), then a JSON object. Every answer carries the `number` of its
-request, from 0: where a handler has answered but does not end in time, the supervisor's report of that follows, and the
-host must know that it is no answer to the next request.
+Frames in both directions: 4 bytes of length (big endian), then a JSON object. Every answer has the `number` of its
+request, from 0. The host needs it for a handler that has answered but does not end in time: the supervisor's report on
+that handler follows the answer, and must not be taken for the answer to the next request.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from rollout.sandbox.inside.files import BOX, SCRATCH, RequestError, read_file, 
 from rollout.sandbox.inside.programs import Limits, kill_others, run, set_dumpable
 
 ANSWERED, HOST_IS_GONE = 0, 3  # exit codes of a handler
-GRACE_S = 2.0  # what a handler gets beyond the limit of a run
+GRACE_S = 2.0  # added to the limit of a run; the sum is the limit of its handler
 
 
 # Supervisor -----------------------------------------------------------------------------------------------------
@@ -43,14 +43,14 @@ GRACE_S = 2.0  # what a handler gets beyond the limit of a run
 def main() -> None:
     """Serve until the host closes the request pipe."""
     if os.getpid() != 1:
-        raise SystemExit("sandbox supervisor: not process 1 of a pid namespace of its own; it would kill its host")
+        raise SystemExit("sandbox supervisor: must be process 1 of its own pid namespace, or it would kill its host")
     limits = Limits(sys.argv[1])
-    sys.path[:] = [entry for entry in sys.path if entry]  # nothing of ours is ever imported from the workspace
+    sys.path[:] = [entry for entry in sys.path if entry]  # the supervisor must not import from the workspace
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
     os.closerange(3, 1024)
     with open("/proc/self/oom_score_adj", "w") as file:
-        file.write("500")  # the machine's memory runs out: kill sandboxes before the training
+        file.write("500")  # if the machine runs out of memory, the kernel kills sandboxes before the training
     set_dumpable(False)
     wipe()
     gc.disable()
@@ -61,10 +61,10 @@ def main() -> None:
 
 
 def serve_one(limits: Limits, number: int) -> bool:
-    """Wait for a request and have it handled. False: the host is gone."""
+    """Wait for a request and fork a handler for it. False: the host has closed the pipe."""
     waiting = select.poll()
     waiting.register(0, select.POLLIN)
-    waiting.poll()  # ends with a request or with the host's end of the pipe
+    waiting.poll()  # returns when a request arrives or the host closes the pipe
     handler = os.fork()
     if handler == 0:
         code = 1
@@ -84,7 +84,7 @@ def serve_one(limits: Limits, number: int) -> bool:
 
 
 def wait_for(handler: int, timeout_s: float) -> int | None:
-    """Return the exit code of a handler (negative: a signal, a stop included); None when it has not ended in time."""
+    """Return the exit code of a handler, or minus the signal that ended or stopped it; None after `timeout_s`."""
     deadline = time.monotonic() + timeout_s
     while (left_s := deadline - time.monotonic()) > 0:
         signal.sigtimedwait({signal.SIGCHLD}, left_s)
@@ -98,7 +98,7 @@ def wait_for(handler: int, timeout_s: float) -> int | None:
 
 
 def reap(options: int) -> tuple[int, int] | None:
-    """Wait for any child that has ended and return its status; None when there is none."""
+    """Reap a child and return its pid and status; None if there are no children."""
     try:
         return os.waitpid(-1, options)
     except ChildProcessError:
@@ -126,7 +126,7 @@ def handle(limits: Limits, number: int) -> int:
 
 
 def serve(request: dict[str, Any], limits: Limits) -> dict[str, Any]:
-    """Handle one request, by its `op`."""
+    """Serve one request according to its `op`, and return the answer."""
     op = request["op"]
     if op == "write":
         for path, text in request["files"].items():
@@ -143,7 +143,7 @@ def serve(request: dict[str, Any], limits: Limits) -> dict[str, Any]:
 
 
 def read_exactly(num_bytes: int) -> bytes | None:
-    """Return what came from the host; None at the end of its stream."""
+    """Return the next `num_bytes` bytes from the host; None at the end of the stream."""
     parts = []
     while num_bytes:
         part = os.read(0, min(num_bytes, 1 << 20))
@@ -155,7 +155,7 @@ def read_exactly(num_bytes: int) -> bytes | None:
 
 
 def read_frame() -> dict[str, Any] | None:
-    """Return the next request; None: the host is gone."""
+    """Return the next request; None: the host has closed the pipe."""
     header = read_exactly(4)
     body = None if header is None else read_exactly(struct.unpack(">I", header)[0])
     return None if body is None else json.loads(body)

@@ -1,6 +1,6 @@
-"""Attention of an engine on a CPU: many requests at once, each query as if it were alone.
+"""Batched attention for an engine on a CPU; each query is computed as if it were alone.
 
-SGLang's own attention in plain torch runs one product per request and layer, so its time is Python's. Here the
+SGLang's own attention in plain torch runs one product per request and layer, so Python's overhead dominates. Here the
 queries of a forward pass are put into *groups* with the same padded number of keys, and each group is one gather of
 keys and values from the paged cache and one masked product:
 

@@ -12,7 +12,7 @@ from rollout.sglang.cpu.attention import Group, attend, build_groups
 class GroupedAttention(TorchNativeAttnBackend):
     """SGLang's attention in plain torch, with `attend` for causal self-attention.
 
-    Cross-attention, encoders and sliding windows go the way of the parent class.
+    The parent class handles cross-attention, encoders and sliding windows.
     """
 
     def __init__(self, model_runner: Any) -> None:
@@ -21,7 +21,7 @@ class GroupedAttention(TorchNativeAttnBackend):
         self.groups: list[Group] = []
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
-        """Make the groups of this forward pass; all its layers share them."""
+        """Build the groups of this forward pass; all its layers share them."""
         super().init_forward_metadata(forward_batch)
         if forward_batch.forward_mode.is_decode_or_idle():
             prefix_lens = (forward_batch.seq_lens - 1).tolist()

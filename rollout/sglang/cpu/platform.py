@@ -1,4 +1,4 @@
-"""SGLang's platform class for a CPU; SGLang imports it while it is itself half imported."""
+"""SGLang's platform class for a CPU. SGLang imports this module during its own import."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
 
 
 class CpuPlatform(CpuDeviceMixin, SRTPlatform):
-    """A CPU without SGLang's own kernels: everything in plain torch."""
+    """The platform for a CPU without SGLang's own kernels: everything runs in plain torch."""
 
     _enum = PlatformEnum.OOT
     device_name = "cpu"
@@ -27,8 +27,8 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         return False
 
     def init_backend(self) -> None:
-        """Put sampling by seeds into SGLang, and GroupedAttention in the place of the backend of this name, whose
-        settings (no graphs) it shares.
+        """Install sampling by seeds, and register GroupedAttention under the name of SGLang's torch backend, whose
+        settings (no graphs) it needs.
         """
         from sglang.srt.layers.attention.attention_registry import register_attention_backend
 

@@ -1,4 +1,4 @@
-"""Sandboxes do what tools need, in every kind of pool; pools lend, take back and end them."""
+"""Sandboxes in every kind of pool: programs, files, limits, and how pools lend and end sandboxes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ HASTY = SandboxConfig(run_timeout_s=0.5, num_prestarted=0)
 POOLS = [pytest.param(BubblewrapPool, marks=needs_bubblewrap), SubprocessPool]
 
 
-# What works, in every kind of pool --------------------------------------------------------------------------------
+# Every kind of pool ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", POOLS)
@@ -80,9 +80,9 @@ def test_paths_that_leave_the_workspace_are_refused(kind: type[SandboxPool]) -> 
         )
         assert (await box.run_python(links)).exit_code == 0
         for path in ("../x", "/etc/passwd", "a/../../x", "p", "e", "d/x", ".", "", "a\0b", "\ud800"):
-            with pytest.raises(ValueError, match=r"leaves the workspace|no file name"):
+            with pytest.raises(ValueError, match=r"leaves the workspace|not a valid path"):
                 await box.read_file(path)
-            with pytest.raises(ValueError, match=r"leaves the workspace|no file name"):
+            with pytest.raises(ValueError, match=r"leaves the workspace|not a valid path"):
                 await box.write_files({path: "x"})
 
     use(body, kind)
@@ -97,9 +97,9 @@ def test_what_is_no_text_is_refused_by_name_and_costs_no_sandbox(kind: type[Sand
             (box.write_files({"a": b"x"}), "content of file 'a' must be text, found bytes"),
             (box.write_files({1: "x"}), "path of a file must be text, found int"),
             (box.write_files(["a"]), "files must be .*, found list"),
-            (box.write_files({"a": "\udcff"}), "the text of 'a' has no UTF-8 form"),
-            (box.write_files({"a" * 256: ""}), "'a+' is no file name: .* 255 bytes"),
-            (box.read_file("a/" * 2000 + "b"), "is no file name: at most 100 parts"),
+            (box.write_files({"a": "\udcff"}), "the text of 'a' can't be encoded as UTF-8"),
+            (box.write_files({"a" * 256: ""}), "'a+' is not a valid path: .* 255 bytes"),
+            (box.read_file("a/" * 2000 + "b"), "is not a valid path: use at most 100 parts"),
             (box.read_file(None), "path must be text, found NoneType"),
             (box.run_python(None), "source must be text, found NoneType"),
             (box.run_python("", b""), "stdin must be text, found bytes"),
@@ -110,13 +110,13 @@ def test_what_is_no_text_is_refused_by_name_and_costs_no_sandbox(kind: type[Sand
         for call, message in refused:
             with pytest.raises(ValueError, match=message):
                 await call
-        for files in ({"f/g": "x"}, {"d/g": "x", "d": "y"}):  # one place as a file and as a folder
+        for files in ({"f/g": "x"}, {"d/g": "x", "d": "y"}):  # one path as a file and as a folder
             with pytest.raises(OSError, match=r"'.*/box/[fd]'"):
                 await box.write_files(files)
         for argument in ("a\0b", "x" * 3_000_000):
             assert (await box.run(["echo", argument])).exit_code == 127
         assert (await box.run(["echo", "a\udcffb"])).stdout == "a\ufffdb\n"
-        assert await box.read_file("f") == "x"  # all of it in one sandbox
+        assert await box.read_file("f") == "x"  # the same sandbox is still alive
 
     use(body, kind)
 
@@ -234,7 +234,7 @@ def test_many_at_once_and_none_left_after_close() -> None:
 
 @needs_bubblewrap
 def test_one_that_is_killed_while_it_opens_does_not_end_its_process() -> None:
-    """On uvloop, as in a Ray actor: libuv aborts when a socket is closed that it begins to watch."""
+    """On uvloop, as in a Ray actor: libuv aborts if a socket that it starts to watch is closed."""
     program = """
     import asyncio, uvloop
     from rollout.config import SandboxConfig
@@ -260,7 +260,7 @@ def test_one_that_is_killed_while_it_opens_does_not_end_its_process() -> None:
 
 @pytest.mark.parametrize("kind", POOLS)
 def test_a_pool_that_closes_under_its_users_ends_them_with_one_reason(kind: type[SandboxPool]) -> None:
-    """None starts afterwards, and taking one back is no error of its own."""
+    """No sandbox starts afterwards, and releasing one is not another error."""
 
     async def play(pool: SandboxPool, began: asyncio.Event) -> None:
         while True:
@@ -368,7 +368,7 @@ def test_bubblewrap_is_chosen_where_it_works() -> None:
 
 @needs_bubblewrap
 def test_parts_out_of_reach_are_brought_along(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No Python in /usr; root's own and its bwrap in folders that the sandbox's user can't enter."""
+    """/usr has no Python, and root's Python and bwrap are in folders that the sandbox's user can't enter."""
     find = jail.find_interpreter
     monkeypatch.setattr(jail, "find_interpreter", lambda uid: find(uid, tmp_path / "none"))
     monkeypatch.setattr(jail, "_open_to_all", lambda path: False)
@@ -377,7 +377,7 @@ def test_parts_out_of_reach_are_brought_along(monkeypatch: pytest.MonkeyPatch, t
 
 
 def test_a_report_that_comes_after_its_answer_is_no_answer_to_the_next_request() -> None:
-    """A handler answered, ended too late, and was reported: every later request still gets its own answer."""
+    """A handler answers, ends too late, and is reported: every later request still gets its own answer."""
     box: Any = BubblewrapSandbox.__new__(BubblewrapSandbox)
 
     async def ask(*frames: dict[str, Any]) -> dict[str, Any]:

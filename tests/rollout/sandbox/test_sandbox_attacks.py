@@ -1,4 +1,4 @@
-"""Programs that try to get out of their sandbox, to break it, or to tell the next episode something."""
+"""Programs that try to escape from their sandbox, break it, or leave data for the next episode."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from rollout.sandbox.jail import limits
 
 
 def two_episodes(first: str, second: str) -> RunResult:
-    """Runs `first`, gives the sandbox back, and runs `second` in the same sandbox, lent again."""
+    """Run `first`, release the sandbox, acquire the same sandbox again, and run `second` in it."""
 
     async def main() -> RunResult:
         async with opened(BubblewrapPool(CONFIG)) as pool:
@@ -44,7 +44,7 @@ def two_episodes(first: str, second: str) -> RunResult:
 
 @contextmanager
 def listener() -> Iterator[int]:
-    """Port of a server on the host's loopback that greets."""
+    """The port of a server on the host's loopback interface that sends a greeting."""
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def greet() -> None:
@@ -78,7 +78,7 @@ def test_no_network() -> None:
 def test_host_is_out_of_sight(tmp_path: Path) -> None:
     secret = tmp_path / "secret.txt"
     secret.write_text("the host's secret")
-    kept = [] if os.getuid() == 0 else [1000, 65534]  # an ordinary user's own groups: only root can give them up
+    kept = [] if os.getuid() == 0 else [1000, 65534]  # an ordinary user's own groups: only root can drop them
     os.environ["SANDBOX_TEST_SECRET"] = "in the environment"
     try:
         seen = run_program(f"""
@@ -215,9 +215,9 @@ def test_full_workspace_is_an_error_and_then_empty_again() -> None:
     asyncio.run(main())
 
 
-# From one episode to the next -------------------------------------------------------------------------------------
+# Isolation of consecutive episodes ----------------------------------------------------------------------------------
 
-TRACES = {  # what a first episode leaves: what a second one looks for
+TRACES = {  # a program of a first episode that leaves something: a program of a second one that looks for it
     "for d in ('/box', '/tmp', '/dev/shm'): open(d + '/note', 'w').write('x')": (
         "import os; found = [f for d in ('/box', '/tmp', '/dev/shm') for f in os.listdir(d)]"
     ),
@@ -252,7 +252,7 @@ def test_nothing_is_left_for_the_next_episode(leave: str) -> None:
 
 @needs_bubblewrap
 def test_memory_of_the_next_episode_holds_nothing_of_the_last() -> None:
-    """Looks for the secret with every byte raised by one, so that the search does not find itself."""
+    """The search has the secret with every byte incremented, so that it does not find itself."""
     look = """
         shift = bytes((byte + 1) % 256 for byte in range(256))
         needle = b"ijeefo.botxfs.5822"

@@ -56,7 +56,7 @@ def test_sglang_says_what_it_takes() -> None:
         "schedule_policy": ("best", "refuses it: argument --schedule-policy: invalid choice: 'best'"),
         "disable_radix_cache": (3, "refuses it: argument --disable-radix-cache: ignored explicit argument '3'"),
         "page_size": (True, "refuses it: argument --page-size: expected one argument"),
-        "enable_mixed_chunk": (False, "=false: give a value; to leave SGLang's default, leave it out"),
+        "enable_mixed_chunk": (False, "=false: give a value; to keep SGLang's default, leave it out"),
         "tensor_parallel_size": (2, "use rollout.engine.tensor_parallel"),
         "sampling_backend": ("pytorch", "a run sets this itself: leave it out"),
         "enable_deterministic_inference": (True, "a run sets this itself: leave it out"),

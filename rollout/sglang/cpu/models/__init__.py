@@ -1,5 +1,5 @@
-"""Architectures that an engine on a CPU knows at once.
+"""Model architectures that an engine on a CPU finds without a full search.
 
-SGLang imports every model file it has (about 200) to find one class. Given a package (SGLANG_EXTERNAL_MODEL_PACKAGE) it
-imports that one's modules and looks no further when the wanted architecture is among them.
+SGLang imports all of its model files (about 200) to find one class. With SGLANG_EXTERNAL_MODEL_PACKAGE it first imports
+the modules of that package, and searches no further if they contain the architecture.
 """
