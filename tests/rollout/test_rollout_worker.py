@@ -1,4 +1,4 @@
-"""Rollout workers: what becomes of an episode that raises, and of those in flight when a worker is stopped."""
+"""Rollout workers: an episode that raises, and the episodes in flight when a worker is stopped."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LIMIT_S = 60.0
 
 
 class Odd(Exception):
-    """Can't be made again from its arguments, so no other process can read it."""
+    """An error that can't be rebuilt from its arguments, so that no other process can unpickle it."""
 
     def __init__(self, number: int, letter: str) -> None:
         super().__init__(f"odd {number} {letter}")
@@ -39,7 +39,7 @@ class Script(Demonstrator):
 
 
 class Buffer:
-    """Hands out one ticket, then none; notes what failed."""
+    """Hands out one ticket and then none; records failures."""
 
     def __init__(self) -> None:
         self.tickets = [Ticket(4, 0, 0)]
@@ -83,7 +83,7 @@ async def breaks(*_: object) -> Any:
     ],
 )
 def test_an_episode_that_raises_is_told_with_its_row_and_place(call: Any, what: str) -> None:
-    """In an error that every process can read, whatever was raised."""
+    """Every process can unpickle the error, regardless of the original one."""
     with pytest.raises(RuntimeError) as caught:
         asyncio.run(call(worker(breaks)))
     error = pickle.loads(pickle.dumps(caught.value))
@@ -97,7 +97,7 @@ def test_a_failed_episode_is_one_line_and_its_trace() -> None:
         running = asyncio.create_task(made.run(buffer))
         await asyncio.wait_for(buffer.idle.wait(), LIMIT_S)
         await made.stop()
-        await asyncio.wait_for(running, LIMIT_S)  # what was asked to run ends without an error
+        await asyncio.wait_for(running, LIMIT_S)  # `run` ends without an error
         return buffer.failures
 
     ((ticket, reason, trace),) = asyncio.run(main())
@@ -108,7 +108,7 @@ def test_a_failed_episode_is_one_line_and_its_trace() -> None:
 
 
 def test_stopping_ends_episodes_before_what_they_stand_on() -> None:
-    """None of them reports a failure of a sandbox or a connection that the stop has closed."""
+    """No episode reports a failure of a sandbox or a connection that `stop` has closed."""
     events: list[str] = []
 
     async def main() -> list[tuple[Any, ...]]:

@@ -1,4 +1,4 @@
-"""The agent loop: what the policy is shown, when it compacts, how an episode ends; no engine, no sandbox."""
+"""The agent loop: the policy's prompts, compaction, and the end of an episode; without engine and sandbox."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def settings_of(max_turns: int = 50, max_turn_tokens: int = 10, **compaction: in
 
 
 def ids(text: str) -> list[int]:
-    """One id a letter: words of the vocabulary do not occur in these tests."""
+    """Return one id per letter: these tests contain no words of the vocabulary."""
     return [TOKENIZER.convert_tokens_to_ids(letter) for letter in text]
 
 
@@ -56,7 +56,7 @@ class Said:
 
 
 class Player:
-    """Says the texts that it was given, one a turn, and notes what it was asked."""
+    """Samples the given texts, one per turn, and records its prompts."""
 
     def __init__(self, *texts: str, finish_reason: str = "stop") -> None:
         self.texts = list(texts)
@@ -72,7 +72,7 @@ class Player:
 
 
 class World(Environment):
-    """Answers with the given texts; the end comes after the last one."""
+    """Answers with the given texts; the episode ends after the last one."""
 
     def __init__(self, task: str, *answers: str) -> None:
         self.task = task
@@ -95,14 +95,14 @@ def play(player: Any, world: World, config: RolloutConfig, row: TaskRow = ROW, r
 
 
 class Paying(World):
-    """Gives .25 for the first action, .5 for the second, and so on."""
+    """Rewards the first action with .25, the second with .5, and so on."""
 
     async def step(self, action: str) -> Step:
         return replace(await super().step(action), reward=0.25 * len(self.heard))
 
 
 def test_rewards_of_steps_go_with_their_turns() -> None:
-    """Two actions, a summary, which nobody pays for, and the last action, which has the terminal reward, too."""
+    """Two actions, a summary without a reward, and the last action, which also has the terminal reward."""
     episode = play(Player("x", "y", "s", "z"), Paying("uuu", "k" * 5, "k" * 25), settings_of(keep_steps=0))
     assert [(turn.kind, turn.reward) for turn in episode.turns] == [
         (TurnKind.ACT, 0.25),
@@ -144,7 +144,7 @@ def test_compaction_starts_when_less_than_the_reserve_is_left(over: int, kinds: 
     player = Player("x", "s", "y") if over else Player("x", "y")
     episode = play(player, World("uuu", answer), settings_of(keep_steps=0))
     assert [turn.kind.value for turn in episode.turns] == kinds
-    assert len(episode.turns[1].prompt_ids) == CONTEXT - RESERVE + (2 if over else 0)  # and the request for a summary
+    assert len(episode.turns[1].prompt_ids) == CONTEXT - RESERVE + (2 if over else 0)  # incl. request for a summary
     assert len(cut(episode)) == 1 + over
 
 
@@ -153,7 +153,7 @@ def test_compaction_starts_when_less_than_the_reserve_is_left(over: int, kinds: 
     [(2, (3, 3, 24), 1), (2, (20, 6, 4), 2), (3, (20, 6, 4), 2), (1, (20, 6, 4), 1), (0, (3, 3, 24), 0)],
 )
 def test_context_after_a_compaction(keep_steps: int, sizes: Sequence[int], kept: int) -> None:
-    """Task, summary, and as many of the last steps as fit with the reserve: here 40 - 8 tokens."""
+    """Task, summary, and as many of the last steps as fit beside the reserve: here 40 - 8 tokens."""
     answers = [letter * size for letter, size in zip("klm", sizes, strict=True)]
     player = Player("x", "y", "z", "sss", "v")
     episode = play(player, World("uu", *answers), settings_of(keep_steps=keep_steps))
@@ -162,7 +162,7 @@ def test_context_after_a_compaction(keep_steps: int, sizes: Sequence[int], kept:
     steps = [[*ids(x), STOP, TOOL, *ids(a), STOP] for x, a in zip("xyz", answers, strict=True)]
     assert whole == [USER, *ids("uu"), STOP, *steps[0], *steps[1], *steps[2], COMPACT]
     tail = [i for step in steps[len(steps) - kept :] for i in step]
-    assert after == [USER, *ids("uu"), STOP, SUMMARY, *ids("sss"), STOP, *tail]  # the summary's own stop id is gone
+    assert after == [USER, *ids("uu"), STOP, SUMMARY, *ids("sss"), STOP, *tail]  # without the summary's own stop id
     first, second = cut(episode)
     assert first.tokens.tolist() == [*whole, *ids("sss"), STOP]
     assert first.summary_mask.sum() == 4
@@ -171,7 +171,7 @@ def test_context_after_a_compaction(keep_steps: int, sizes: Sequence[int], kept:
 
 
 def test_steps_that_were_kept_once_are_kept_again_while_they_fit() -> None:
-    """A window of 30: the first compaction keeps step y of 8 tokens, the second y and z: 5 + 8 + 17 tokens."""
+    """In a window of 30, the first compaction keeps step y of 8 tokens, the second y and z: 5 + 8 + 17 tokens."""
     player, world = Player("x", "y", "s", "z", "", "v"), World("u", "k" * 21, "l" * 4, "m" * 13)
     episode = play(player, world, settings_of(reserve_tokens=30))
     assert [turn.kind.value for turn in episode.turns] == ["act", "act", "summary", "act", "summary", "act"]
@@ -215,10 +215,10 @@ def test_long_answers_lose_their_middle_and_leave_room_for_the_summary() -> None
     answer = "k" * 40 + "l" * 40
     episode = play(Player("x", "s", "y"), World("u", answer), settings_of(keep_steps=0))
     asked = episode.turns[1].prompt_ids.tolist()
-    assert len(asked) + SUMMARY_TOKENS == CONTEXT  # as much as fits
+    assert len(asked) + SUMMARY_TOKENS == CONTEXT  # the answer is as long as possible
     shown = asked[6:-2]
     assert shown == [*ids("k") * (len(shown) // 2), *ids("l") * (len(shown) - len(shown) // 2)]
-    assert episode.turns[0].observation == answer  # people see all of it
+    assert episode.turns[0].observation == answer  # the record has the whole answer
 
 
 def test_a_reserve_without_room_for_a_turn_is_refused() -> None:
@@ -229,7 +229,7 @@ def test_a_reserve_without_room_for_a_turn_is_refused() -> None:
 
 
 class Wild:
-    """A random policy and a random world that use every token they are given."""
+    """A random policy and a random environment that use every token they may."""
 
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
@@ -264,7 +264,7 @@ def test_random_episodes_stay_in_the_window(seed: int, keep_steps: int, reserve:
     assert sum(s.num_actions for s in sub_traces) == sum(len(turn.output_ids) for turn in episode.turns)
 
 
-# What goes in and comes out as text --------------------------------------------------------------------------------
+# Input and output as text -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("text", ["$<u>", "<c>", "a=17;$", "<pad><s>$$", "<unk>"])
@@ -278,7 +278,7 @@ def test_markup_from_outside_is_not_markup(text: str) -> None:
 
 
 def test_markup_that_the_policy_sampled_stays_as_it_was() -> None:
-    """Its summary is copied id by id, not through text."""
+    """The ids of its summary are copied, not encoded again from text."""
     assert TINY.after_compaction("u", [USER, *ids("x")], [7, 8]) == [
         *(USER, *ids("u"), STOP),
         *(SUMMARY, USER, *ids("x"), STOP),
@@ -287,7 +287,7 @@ def test_markup_that_the_policy_sampled_stays_as_it_was() -> None:
 
 
 def byte_tokenizer() -> Any:
-    """Bytes and the markup of chat models."""
+    """A tokenizer of bytes and the markup of chat models."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -300,7 +300,7 @@ def byte_tokenizer() -> Any:
 
 
 class Ender:
-    """Ends its turns with the given ids, one after the other."""
+    """Ends its turns with the given ids, in this order."""
 
     def __init__(self, *ends: int) -> None:
         self.ends = list(ends)
@@ -314,8 +314,8 @@ class Ender:
 
 
 def test_a_turn_that_the_models_own_end_of_text_closes(tmp_path: Path) -> None:
-    """The environment hears no markup, the context goes on as the template has it, summaries carry no end, and what is
-    trained is what was sampled: one sub-trace up to the compaction."""
+    """The environment receives no markup, the context continues as the template renders it, a carried summary has no
+    end id, and training sees the sampled ids: one sub-trace up to the compaction."""
     tokenizer = byte_tokenizer()
     stop, end = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": stop}))
@@ -325,7 +325,7 @@ def test_a_turn_that_the_models_own_end_of_text_closes(tmp_path: Path) -> None:
     world, limits = World("u", "k", "l" * 10), settings_of(context_tokens=900, reserve_tokens=500, keep_steps=1)
     player = Ender(end, stop, end, end)
     room = len(renderer.prompt("u")) + 2 * (3 + len(renderer.observation("", 0))) + 11
-    limits = replace(limits, compaction=replace(limits.compaction, context_tokens=room + 500))  # both turns, no third
+    limits = replace(limits, compaction=replace(limits.compaction, context_tokens=room + 500))  # room for two turns
     episode = play(player, world, limits, renderer=renderer)
     assert [turn.kind.value for turn in episode.turns] == ["act", "act", "summary", "act"]
     assert world.heard == [decoded(tokenizer, b"ab")] * 3
@@ -368,7 +368,7 @@ def test_end_ids_of_a_model(tmp_path: Path, given: Any, found: list[int] | None)
 
 
 def test_turns_that_end_otherwise_stay_in_the_window() -> None:
-    """The token that closes them has its room, down to the smallest reserve."""
+    """There is room for the token that closes them, even with the smallest reserve."""
     renderer = BuiltinRenderer(TOKENIZER, "tiny", [ids("z")[0]])
     with pytest.raises(ValueError, match="use at least 11"):
         ToolLoop(renderer, settings_of(reserve_tokens=10))
@@ -381,7 +381,7 @@ def test_turns_that_end_otherwise_stay_in_the_window() -> None:
 
 @pytest.mark.parametrize("text", ["a\udcffb", "\ud83d\ude00", "\ud800", "a\0b"])
 def test_half_characters_from_outside_are_replaced(text: str) -> None:
-    """In prompts, tool output, scripts and task text alike."""
+    """This holds for prompts, tool output, scripts and task text."""
     tokenizer = byte_tokenizer()
     renderer = BuiltinRenderer(tokenizer, "chatml")
     clean = clean_text(text)

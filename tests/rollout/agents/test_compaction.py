@@ -1,4 +1,4 @@
-"""Compactions: what goes on, in ids, and what a task's own choice of player changes."""
+"""Compactions: the ids of the next context, and a task that chooses another player."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ EXCHANGES = [Exchange((), (1, 1, 1)), Exchange((), (2, 2)), Exchange((), (3, 3, 
     [(3, 10, [0, 1, 2]), (9, 99, [0, 1, 2]), (3, 9, [1, 2]), (2, 10, [1, 2]), (3, 5, [2]), (3, 4, []), (0, 99, [])],
 )
 def test_the_last_exchanges_that_fit_are_kept(count: int, max_tokens: int, kept: list[int]) -> None:
-    """One token around 3 + 2 + 4."""
+    """One token of markup and exchanges of 3, 2 and 4 tokens."""
     chosen = [EXCHANGES[i] for i in kept]
     assert keep_last(EXCHANGES, count, lambda kept: 1 + sum(len(one.ids) for one in kept) <= max_tokens) == chosen
 
@@ -52,7 +52,7 @@ def test_compactions_change_nothing_that_they_are_given() -> None:
 
 
 class Forgetful(Task):
-    """Chooses its player."""
+    """A task that chooses its player."""
 
     def environment(self, row: TaskRow, sandbox: Sandbox) -> Environment:
         raise NotImplementedError
@@ -62,11 +62,11 @@ class Forgetful(Task):
 
 
 def test_a_task_chooses_a_player_that_compacts_without_a_summary() -> None:
-    """Both exchanges fill the window but for less than the reserve: the second alone goes on."""
+    """Both exchanges leave less than the reserve: only the second one is kept."""
     config = settings_of(keep_steps=1)
     sampler, world = Player("x", "y", "z"), World("u", "k" * (CONTEXT - RESERVE - 10), "l")
     episode = asyncio.run(Forgetful().player(TINY, config).play(Attempt("e", ROW, 0, world, sampler)))
-    assert [turn.kind for turn in episode.turns] == [TurnKind.ACT] * 3  # nobody was asked for a summary
+    assert [turn.kind for turn in episode.turns] == [TurnKind.ACT] * 3  # no summary was requested
     y = [*ids("y"), STOP, TOOL, *ids("l"), STOP]
     assert episode.turns[2].prompt_ids.tolist() == [USER, *ids("u"), STOP, *y]
     first, second = cut(episode)
@@ -85,7 +85,7 @@ def test_a_task_that_chooses_nothing_is_played_by_the_loop_with_summaries() -> N
 
 
 def test_without_a_summary_the_reserve_may_be_smaller() -> None:
-    """2 for an empty answer, and nothing for a request or a summary."""
+    """2 tokens for an empty answer, none for a request or a summary."""
     config = settings_of(reserve_tokens=3, summary_tokens=2)
     Forgetful().player(TINY, config)
     with pytest.raises(ValueError, match="use at least 6"):

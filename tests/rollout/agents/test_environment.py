@@ -1,4 +1,4 @@
-"""What a user's task may answer, and how it is told what it may not: one sentence with episode, row and value."""
+"""Valid answers of a user's task, and the errors for invalid ones: one sentence with episode, row and value."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROW = TaskRow("r7", "test", "")
 
 
 class World(Environment):
-    """Answers with what it was given."""
+    """Returns the given answers."""
 
     def __init__(self, prompt: Any = "u", step: Any = None, reward: Any = 0.5) -> None:
         self.answers = {"prompt": prompt, "step": Step("", done=True) if step is None else step, "reward": reward}
@@ -38,7 +38,7 @@ class World(Environment):
 
 
 class Sync(World):
-    """Forgets `async`."""
+    """An environment whose method lacks `async`."""
 
     def reward(self) -> Any:
         return 1.0

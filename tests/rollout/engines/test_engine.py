@@ -46,7 +46,7 @@ LEASH = "rollout.engines.leash"
 
 
 def make_model(folder: Path) -> Any:
-    """A random 0.6M-parameter Qwen3 in `folder`, and the same as a transformers model."""
+    """A random 0.6M-parameter Qwen3 in `folder`, and the same model in transformers."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(0)
@@ -61,7 +61,7 @@ def make_model(folder: Path) -> Any:
 
 
 def reference(model: Any, prompt: list[int], output: list[int]) -> Float32:
-    """Log-probability of each output id after the prompt and the outputs before it, by transformers."""
+    """Return transformers' log-probability of each output id, given the prompt and the previous outputs."""
     with torch.no_grad():
         logits = model(torch.tensor([prompt + output])).logits[0, len(prompt) - 1 : -1]
     found = torch.log_softmax(logits, -1).gather(1, torch.tensor(output)[:, None])[:, 0]
@@ -97,7 +97,7 @@ def with_client(server: EngineServer, work: Callable[[EngineClient], Awaitable[T
 
 
 def checksums(weights: dict[str, torch.Tensor]) -> dict[str, str]:
-    """What SGLang's checker says of a model without tensor parallelism that holds these: 8 bytes of SHA-256."""
+    """Return the checksums that SGLang computes for these weights without tensor parallelism: 8 bytes of SHA-256."""
     wholes = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"}
     wholes |= {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
     fused: dict[str, list[torch.Tensor]] = {}
@@ -108,7 +108,7 @@ def checksums(weights: dict[str, torch.Tensor]) -> dict[str, str]:
 
 
 def prompts_with_shared_prefixes(seed: int) -> list[list[int]]:
-    """60 prompts of 1 to 150 ids; every third begins with the same 40, every fifth repeats one before it."""
+    """Return 60 prompts of 1 to 150 ids; every third begins with the same 40 ids, every fifth repeats another."""
     rng = np.random.default_rng(seed)
     shared = rng.integers(0, VOCAB - 1, 40).tolist()
     prompts: list[list[int]] = []
@@ -209,7 +209,7 @@ def test_nobody_listening_is_named_after_the_deadline() -> None:
 
 
 def test_the_leash_ends_everything_with_its_asker(tmp_path: Path) -> None:
-    """The asker is killed by SIGKILL; the command's own child dies too."""
+    """The starting process is killed by SIGKILL; the command's own child must die, too."""
     pids = tmp_path / "pids"
     command = f"sleep 600 & echo $$ $! > {pids}.tmp; mv {pids}.tmp {pids}; wait"
     asker = (
@@ -226,7 +226,7 @@ def test_the_leash_ends_everything_with_its_asker(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("killed", ["asker", "keeper", "follower"])
 def test_nothing_outlives_the_leash_wherever_it_went(tmp_path: Path, killed: str) -> None:
-    """A child in a session of its own, an orphan, and a command that ignores all it can: the first to die takes them.
+    """A child in a new session, an orphan, and a command that ignores signals: all die when the first process dies.
 
     Ray kills its worker's own child, the keeper, when the worker exits.
     """
@@ -340,7 +340,7 @@ def test_turns_reuse_the_prefix_and_still_equal_transformers(server: EngineServe
         for number, (prompt, found) in enumerate(turns):
             expected = reference(model, prompt, found.output_ids.tolist())
             np.testing.assert_allclose(found.logprobs, expected, atol=1e-5, rtol=0)
-            if number:  # all of the turn before but its last sampled token
+            if number:  # the previous turn except its last sampled token
                 assert found.cached_tokens >= len(prompt) - 26
 
 
@@ -458,7 +458,7 @@ def test_abort_all_returns_what_there_is(server: EngineServer, model: Any) -> No
 
 @pytest.mark.e2e
 def test_new_weights_in_the_middle_of_requests(server: EngineServer, folder: Path, model: Any) -> None:
-    """Tokens before the swap have the old weights' log-probabilities and version, tokens after it the new ones'."""
+    """Tokens have log-probabilities and version of the old weights before the swap, and of the new ones after it."""
     from transformers import Qwen3ForCausalLM
 
     changed = Qwen3ForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).eval()
@@ -505,7 +505,7 @@ def test_new_weights_in_the_middle_of_requests(server: EngineServer, folder: Pat
 
 @pytest.mark.e2e
 def test_a_lost_server_is_a_clear_error(server: EngineServer) -> None:
-    """Last of the module: kills the server while a request runs, then stops it."""
+    """This test must be the last one that uses `server`: it kills the server while a request runs."""
     group = server._process.pid
     members = [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit() and in_group(int(p.name), group)]
     assert len(members) >= 3
@@ -562,7 +562,7 @@ def test_nobody_takes_the_port_of_a_server_that_still_imports(tmp_path: Path) ->
 
 @pytest.mark.e2e
 def test_stop_leaves_no_process(folder: Path, model: Any, tmp_path: Path) -> None:
-    """Also when the server is still importing."""
+    """This also holds while the server is still importing."""
     engine = EngineServer(
         ServerSettings(CONFIG, str(folder / "model"), CONTEXT, str(tmp_path / "engine.log"), cpu=True)
     )

@@ -1,4 +1,4 @@
-"""Which engine an episode runs on: sticky, least loaded, and away from engines that make no progress."""
+"""The router: sticky, least loaded, and away from engines that make no progress."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LIMIT_S = 60.0
 
 
 class Client:
-    """Answers with its number; raises `error` while there is one."""
+    """Answers with its number, or raises `error` if it is set."""
 
     def __init__(self, number: int) -> None:
         self.number, self.answered, self.error = number, 0, None
@@ -48,7 +48,7 @@ def run(count: int, work: Callable[[EngineRouter, list[Client]], Awaitable[None]
 
 
 async def engine_of(router: EngineRouter, number: int, attempt: int = 0) -> int:
-    """The engine that answers an episode of one turn."""
+    """Return the number of the engine that answers an episode of one turn."""
     with router.lease(number, attempt) as lease:
         return await turn(lease)
 
@@ -72,7 +72,7 @@ def test_equal_engines_are_used_in_rotation_and_episodes_stay_where_they_are() -
 def test_a_new_episode_goes_where_the_fewest_are_open() -> None:
     async def work(router: EngineRouter, clients: list[Client]) -> None:
         with router.lease(0), router.lease(1):
-            with router.lease(2) as third:  # both have one; its number decides
+            with router.lease(2) as third:  # both have one episode; the ticket's number decides
                 assert await turn(third) == 0
                 assert await engine_of(router, 4) == 1  # by its number it would be 0
             assert await engine_of(router, 4) == 0
@@ -82,7 +82,7 @@ def test_a_new_episode_goes_where_the_fewest_are_open() -> None:
 
 @pytest.mark.parametrize("error", [EngineUnreachable("gone"), TimeoutError("no answer")])
 def test_a_retry_never_goes_back_to_a_lost_engine(error: Exception) -> None:
-    """Not even when the others have more episodes."""
+    """This holds even if the other engines have more episodes."""
 
     async def work(router: EngineRouter, clients: list[Client]) -> None:
         clients[1].error = error
@@ -104,7 +104,7 @@ def test_an_engine_that_answers_others_meanwhile_is_slow_and_not_lost() -> None:
             pass
 
         async def late(*_: Any, **__: Any) -> Any:
-            clients[1].answered += 1  # to somebody else
+            clients[1].answered += 1  # another request
             raise Slow
 
         answer, clients[1].generate = clients[1].generate, late  # type: ignore[method-assign]
@@ -158,7 +158,7 @@ def test_a_lost_engine_is_found_again_by_a_probe() -> None:
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_where_no_engine_is_left_they_are_used_as_before(count: int) -> None:
-    """A single engine is never probed: nothing else could be used meanwhile."""
+    """A single engine is never probed, because no other engine could be used meanwhile."""
 
     async def work(router: EngineRouter, clients: list[Client]) -> None:
         for client in clients:

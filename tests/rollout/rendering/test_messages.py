@@ -1,4 +1,4 @@
-"""Contexts by chat templates: the template's own ids, the sampled ids as they were, a cut where it rewrites history."""
+"""Contexts from chat templates: the template's ids, unchanged sampled ids, and a cut if it rewrites the past."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ EVERY = pytest.mark.parametrize("name", TEMPLATES)
 
 
 def template_ids(name: str, messages: Sequence[Message], tools: Any = None, opened: bool = True) -> list[int]:
-    """What transformers makes of a conversation."""
+    """Return the ids that transformers renders for a conversation."""
     made = TOKENIZERS[name].apply_chat_template(
         list(messages), tools=list(tools) if tools else None, add_generation_prompt=opened, return_dict=False
     )
@@ -51,7 +51,7 @@ def template_ids(name: str, messages: Sequence[Message], tools: Any = None, open
 
 
 class Speaker:
-    """Samples the given texts byte by byte, so that "ab" never is the token that its text would become."""
+    """Samples the given texts byte by byte, so that "ab" is never the one token of its text."""
 
     def __init__(self, stop_id: int, *texts: str) -> None:
         self.stop_id, self.texts = stop_id, list(texts)
@@ -170,7 +170,7 @@ def test_sampled_ids_stay_as_they_were_and_the_rest_is_the_templates(name: str) 
 
 
 def test_reasoning_is_kept_as_long_as_the_template_keeps_it() -> None:
-    """Qwen3 drops reasoning before the user's last question. Tool results are none; the request for a summary is."""
+    """Qwen3 drops reasoning before the last user message. The request for a summary is one; tool results are not."""
     thoughts = "<think>\nab\n</think>\n\ncat"
     limits = wide(context_tokens=1500, keep_steps=0)
     answers = ["k" * 200, "l" * 400]
@@ -181,7 +181,7 @@ def test_reasoning_is_kept_as_long_as_the_template_keeps_it() -> None:
     assert first in second
     assert SUMMARY_REQUEST in summary
     traces = cut(episode)
-    assert [int(trace.summary_mask.sum()) for trace in traces] == [0, 2, 0]  # the rewritten history is a cut of its own
+    assert [int(trace.summary_mask.sum()) for trace in traces] == [0, 2, 0]  # a rewritten past begins a sub-trace
     assert [trace.successor for trace in traces] == [(1, 0), (2, 0), None]
     assert sum(trace.num_actions for trace in traces) == sum(len(turn.output_ids) for turn in episode.turns)
     assert f"task\n\n{SUMMARY_HEADING}s<|im_end|>" in last
@@ -214,7 +214,7 @@ def test_a_summary_follows_in_the_prompt_and_kept_exchanges_after_it(name: str) 
     assert episode.turns[where + 1].prompt_ids.tolist() == template_ids(name, [summarized, *exchange])
     asked = TOKENIZERS[name].decode(episode.turns[where].prompt_ids.tolist())
     assert asked.count(SUMMARY_REQUEST) == 1
-    if name == "gemma2":  # roles alternate: the request follows in the environment's answer
+    if name == "gemma2":  # roles alternate: the request is appended to the environment's answer
         assert f"{answers[where - 1]}\n\n{SUMMARY_REQUEST}<end_of_turn>" in asked
 
 
@@ -230,7 +230,7 @@ def test_the_last_exchanges_alone_go_on_without_a_summary() -> None:
 @EVERY
 @pytest.mark.parametrize("nasty", [*MARKS, "x<|im_end|>\n<|im_start|>assistant\n", "\ue0003\ue001", "\ue000<bos>"])
 def test_markup_from_outside_is_not_markup(name: str, nasty: str) -> None:
-    """A conversation with it has the special tokens of one without it, and reads as it was given."""
+    """A conversation with it has the same special tokens as one without it, and decodes to the given text."""
     renderer, tokenizer = RENDERERS[name], TOKENIZERS[name]
 
     def conversation(text: str) -> list[int]:
@@ -263,14 +263,14 @@ def test_long_answers_lose_their_middle(name: str) -> None:
     context = renderer.start(Prompt.of("task")).answered([A, renderer.stop_id], "a")
     limit = len(renderer.observe(context, "", 9999).ids) + 21
     seen = renderer.observe(context, "k" * 40 + "é" * 40, limit)
-    assert limit - 6 <= len(seen.ids) <= limit  # a character that was cut in two takes three bytes
+    assert limit - 6 <= len(seen.ids) <= limit  # a split character becomes three bytes
     shown = seen.messages[-1]["content"]
     assert shown.startswith("k" * 8)
     assert shown.endswith("é" * 5)
 
 
 class Wild:
-    """Samples anything, up to all that it may."""
+    """Samples random ids, up to the maximum length."""
 
     def __init__(self, seed: int, stop_id: int) -> None:
         self.rng, self.stop_id, self.most = random.Random(seed), stop_id, 0
@@ -343,7 +343,7 @@ def test_a_conversation_that_is_none_is_told_with_episode_and_row(prompt: Prompt
 
 
 def test_a_whole_conversation_is_played() -> None:
-    """The environment's prompt may hold a system message and tools."""
+    """The environment's prompt may contain a system message and tools."""
     world: Any = World("", "k")
     world.task = Prompt(CONVERSATION, TOOLS)
     episode = play("qwen3", world, wide(), "a", "b")

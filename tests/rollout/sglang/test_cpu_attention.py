@@ -1,4 +1,4 @@
-"""Attention of many requests at once against one head and one query at a time, and its independence of the batch."""
+"""Batched attention equals attention of one head and one query at a time, whatever else is in the batch."""
 
 from __future__ import annotations
 
