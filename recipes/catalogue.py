@@ -1,10 +1,10 @@
-"""Finds recipes, models and clusters by name: YAML files in folders named after their group.
+"""The catalogue of recipes, models and clusters: YAML files in folders named after their group.
 
-    FOLDER/recipe/NAME.yaml    what to train and how
-    FOLDER/model/NAME.yaml     which model, and every number that depends on its scale
-    FOLDER/cluster/NAME.yaml   which machines, and how the roles are spread over them
+    FOLDER/recipe/NAME.yaml    the task and the algorithm
+    FOLDER/model/NAME.yaml     the model, and every setting that depends on its scale
+    FOLDER/cluster/NAME.yaml   the machines, and the placement of the roles on them
 
-The first line of each file is `# @package _global_`; the next comment line describes it in one sentence.
+The first line of each file is `# @package _global_`; the next comment line is its title.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ PACKAGED = Path(__file__).resolve().parent
 
 
 def search_path(recipes_dir: Path | None = None) -> list[Path]:
-    """Return folders in which names are looked up, the first match wins.
+    """Return the folders in which names are looked up; the first match is used.
 
-    These are `recipes_dir` when given, `recipes` of the current folder when it holds one of the groups,
-    and the ones that come with slime. ValueError: `recipes_dir` holds none of the groups.
+    They are `recipes_dir` if given, the current folder's `recipes` if it contains one of the groups, and the packaged
+    recipes. ValueError: `recipes_dir` contains none of the groups.
     """
     folders: list[Path] = []
     if recipes_dir is not None:
         if not any((recipes_dir / group).is_dir() for group in GROUPS):
-            raise ValueError(f"--recipes {recipes_dir}: holds none of the folders {', '.join(GROUPS)}")
+            raise ValueError(f"--recipes {recipes_dir}: contains none of the folders {', '.join(GROUPS)}")
         folders.append(recipes_dir.resolve())
     own = Path.cwd() / "recipes"
     if any((own / group).is_dir() for group in GROUPS):
@@ -34,18 +34,18 @@ def search_path(recipes_dir: Path | None = None) -> list[Path]:
 
 
 def find(folders: list[Path], group: str, name: str) -> Path | None:
-    """Return the YAML file of a name, None when no folder has it."""
+    """Return the first YAML file with this name, or None if there is none."""
     paths = (folder / group / f"{name}.yaml" for folder in folders)
     return next((path for path in paths if path.is_file()), None)
 
 
 def names(folders: list[Path], group: str) -> list[str]:
-    """Return all names of a group, sorted."""
+    """Return all names in a group, sorted."""
     return sorted({path.stem for folder in folders for path in (folder / group).glob("*.yaml")})
 
 
 def describe(path: Path) -> str:
-    """Return the first comment line of a YAML file that is not a directive; "" when there is none."""
+    """Return the title of a YAML file: its first comment line that is not a directive, or "" if there is none."""
     with path.open(encoding="utf-8") as lines:
         for line in lines:
             text = line.strip()

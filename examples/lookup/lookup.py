@@ -1,4 +1,4 @@
-"""A task of one's own: a fact is in one of four files; the agent finds the file and answers with the fact."""
+"""An example task: one of four files contains a fact; the agent reads that file and answers with the fact."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Lookup(Environment):
 
 
 class Script(Demonstrator):
-    """Reads the right file, then answers; three times in ten with a guess."""
+    """Reads the right file, then answers: with the fact in 7 of 10 cases, else with a guess."""
 
     def __init__(self, row: TaskRow, rng: random.Random) -> None:
         name, file = row.prompt.split("=?;")
@@ -47,13 +47,13 @@ class Script(Demonstrator):
 
 
 class LookupTask(Task):
-    """Rows are made from a seed; the model and its tokenizer are the demo's, which know the words of this task."""
+    """The task: rows are generated from a seed; model and tokenizer are the demo's, whose vocabulary is sufficient."""
 
     def make_rows(self, split: str, count: int, seed: int) -> list[TaskRow]:
         return [make_row(f"{split}-{seed}-{number}") for number in range(count)]
 
     def make_model(self, folder: Path, seed: int) -> None:
-        from slime import build_model  # here, not above: transformers takes seconds to import
+        from slime import build_model  # imported here because transformers takes seconds to import
 
         build_model(folder, seed)
 
@@ -65,7 +65,7 @@ class LookupTask(Task):
 
 
 def make_row(name: str) -> TaskRow:
-    """Return the row of this name: four files with a fact each, and a question about one of them."""
+    """Return the row of this name: four files with one fact each, and a question about one of them."""
     rng = random.Random(name)
     facts = {f"{letter}{rng.randint(0, 9)}": f"{letter}={rng.randint(10, 25)}" for letter in "abcd"}
     wanted = rng.choice(list(facts))

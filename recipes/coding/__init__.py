@@ -1,4 +1,4 @@
-"""The demo task: small programs, facts spread over files, a window too short for all of them."""
+"""The demo task: write small programs from facts in several files, with a window too short for all of them."""
 
 from recipes.coding.task import CodingTask
 

@@ -1,7 +1,7 @@
-"""Imperfect demonstrations: a script that plays a row and errs in the ways that training shall mend.
+"""Imperfect demonstrations: a script that plays a row and makes mistakes that training should correct.
 
-It forgets facts in summaries, guesses constants it has not read, repeats an operator that has failed,
-or gives up. A policy that imitates it solves some tasks and knows every move that a solution needs.
+It loses facts in summaries, guesses constants it has not read, repeats an operator that has failed, or gives up. A
+policy that imitates it solves some tasks and has seen every action that a solution needs.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ FLIPPED = {"+": "-", "-": "+"}
 
 @dataclass(frozen=True)
 class Noise:
-    """Probability of each mistake."""
+    """The probability of each mistake."""
 
     off_topic: float = 0.15  # a summary that lists the last file instead of the facts
     drop: float = 0.12  # a summary that loses a fact
     wrong_digit: float = 0.02  # a summary that changes a fact
     give_up: float = 0.20  # submit after a failed test
-    repeat: float = 0.05  # write the operator again that has failed
-    guess: float = 0.10  # write before everything is read
-    reread: float = 0.04  # read a file again
+    repeat: float = 0.05  # write the failed operator again
+    guess: float = 0.10  # write before all constants are known
+    reread: float = 0.04  # read a random file, possibly again
 
     def scaled(self, factor: float) -> Noise:
         return Noise(**{f.name: min(1.0, factor * getattr(self, f.name)) for f in fields(self)})
 
 
 class Script(Demonstrator):
-    """Plays one row. It knows what it has read or carried over, as the policy would."""
+    """Plays one row. Like the policy, it uses only facts that it has read or carried over in a summary."""
 
     def __init__(self, row: TaskRow, rng: random.Random, noise: float) -> None:
         self.stub, self.names = stub_of(row.prompt)
@@ -42,7 +42,7 @@ class Script(Demonstrator):
         self.noise = Noise().scaled(noise)
         self.known: dict[str, int] = {}
         self.last_file: str | None = None
-        self.failed: str | None = None  # operator of the last program, which failed its tests
+        self.failed: str | None = None  # operator of the last program that failed its tests
         self.compacted = False
 
     def _happens(self, chance: float) -> bool:
@@ -68,7 +68,7 @@ class Script(Demonstrator):
         return f"cat {self.last_file}"
 
     def _write(self, operator: str) -> str:
-        self.failed = operator  # had it passed, the episode would be over
+        self.failed = operator  # if the program passes, the episode ends
         constants = {name: self.known.get(name, self._guess()) for name in VARIABLES}
         return "put " + program(constants, self.stub, operator)
 

@@ -1,4 +1,4 @@
-"""The demo's model, built on the spot: Qwen3-shaped, half a million parameters, and its tokenizer."""
+"""The demo's model and tokenizer, built at the start of a run: a Qwen3 with half a million parameters."""
 
 from __future__ import annotations
 
@@ -46,9 +46,10 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 @torch.no_grad()
 def _favour_copying(model: Qwen3ForCausalLM, generator: torch.Generator) -> None:
-    """Starts attention where it can copy: per head W_O = W_V^T / 2 with orthonormal rows (cf. Trockman & Kolter 2023).
+    """Initialize attention for copying: per head W_O = W_V^T / 2, and W_V has orthonormal rows.
 
-    Small models find copying from context in tens of steps from here, in thousands from a random start.
+    From this start, small models learn to copy from the context in tens of steps; from a random one, in thousands (cf.
+    Trockman & Kolter 2023).
     """
     config = model.config
     heads, groups, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
@@ -63,7 +64,7 @@ def _favour_copying(model: Qwen3ForCausalLM, generator: torch.Generator) -> None
 
 
 def build_model(folder: Path, seed: int) -> None:
-    """Write an untrained Hugging Face folder; it appears whole or not at all."""
+    """Write an untrained Hugging Face folder. The write is atomic: `folder` is complete or does not exist."""
     tokenizer = build_tokenizer()
     config = Qwen3Config(
         vocab_size=len(tokenizer),

@@ -1,11 +1,11 @@
-"""Rows of the coding task, made from a seed.
+"""Rows of the coding task, generated from a seed.
 
-A row asks for a Python function whose four constants stand in four files and whose one operator is hidden:
+A row asks for a Python function. Its four constants are in four files, and one of its operators is hidden:
 
     prompt           f=lambda x:a*x*x?b*x-c+d;a8b9c6d2        `?` is + or -; a is in file a8, b in b9, ...
-    file a8          e=12;g=19;a=17;...                       twelve facts, one of them needed
-    visible tests    [[x, f(x)], ...]                         two, run whenever a program is written
-    hidden tests     four, at larger x                        they decide the reward
+    file a8          e=12;g=19;a=17;...                       twelve facts, one of which is needed
+    visible tests    [[x, f(x)], ...]                         two; they run whenever a program is written
+    hidden tests     four, at larger x                        they determine the reward
 """
 
 from __future__ import annotations
@@ -65,5 +65,5 @@ def make_row(identifier: str, rng: random.Random) -> TaskRow:
 
 
 def make_rows(split: str, count: int, seed: int) -> list[TaskRow]:
-    """Return `count` rows. Splits draw from different generators, and a row of one never has the files of another."""
+    """Return `count` rows. Each split has its own random generators."""
     return [make_row(f"{split}-{seed}-{i}", random.Random(f"coding {split} {seed} {i}")) for i in range(count)]

@@ -1,11 +1,11 @@
-"""The coding task: read files, write a program, have it judged by hidden tests.
+"""The coding task: read files and write a program, which hidden tests judge.
 
     cat a8          shows a file
-    put SOURCE      writes solution.py and runs the visible tests; passing them all submits
+    put SOURCE      writes solution.py and runs the visible tests; if all pass, the episode ends
     submit          ends the episode
 
-Programs run in the sandbox and never see an expected value; the reward is 1 when every hidden test
-passes, else 0. At most seven actions.
+Programs run in the sandbox and never see an expected value. The reward is 1 if every hidden test passes, else 0. An
+episode has at most seven actions.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rollout.environment import Demonstrator, Environment, Step
 from rollout.sandbox.interface import Sandbox
 from rollout.task import Task
 
-# Calls f at each x of stdin; prints one result per line, nothing but integers.
+# Calls f for each x from stdin and prints one result per line: an integer, or "?" for any other value.
 RUNNER = """
 import json, sys
 space = {"__name__": "solution"}
@@ -46,7 +46,7 @@ class CodingEnvironment(Environment):
         return self.row.prompt
 
     async def _results(self, xs: list[int]) -> list[str]:
-        """f at each x as printed; shorter when the program failed."""
+        """Return the printed results of f at `xs`; fewer if the program failed."""
         return (await self.sandbox.run_python(RUNNER, stdin=json.dumps(xs))).stdout.split()
 
     async def step(self, action: str) -> Step:
@@ -61,7 +61,7 @@ class CodingEnvironment(Environment):
             return Step("err")
         try:
             await self.sandbox.write_files({"solution.py": action.removeprefix("put ")})
-        except (OSError, ValueError):  # an earlier program filled the workspace, or put a folder there
+        except (OSError, ValueError):  # an earlier program filled the workspace, or made a folder of this name
             return Step("err")
         self.written = True
         results = await self._results([x for x, _ in self.row.visible_tests])
@@ -80,10 +80,10 @@ class CodingEnvironment(Environment):
 
 
 class CodingTask(Task):
-    """Demonstrations of its warm start are flawless for the first `clean_fraction` of the run, then err.
+    """The coding task. Its demonstrations are correct for the first `clean_fraction` of a warm start, then imperfect.
 
-    The first part teaches the moves, the second the bad habits that reinforcement learning shall mend. `noise`
-    scales how often the second part errs (1: as often as the demo wants).
+    The correct ones teach the actions; the others teach mistakes for reinforcement learning to correct. `noise` scales
+    the probability of each mistake (1: the demo's).
     """
 
     def __init__(self, noise: float = 1.0, clean_fraction: float = 0.7, **options: Any) -> None:
