@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Makes .venv with the exact packages of locks/cpu.txt, or of locks/gpu.txt with GPU=1, and installs the project in it.
-# Run by every target of the Makefile; when nothing has changed it ends in well under a second.
-#   PYTHON=/path/to/python   the interpreter to use; else it is python3.11, or python3.12 where there is no other
-#   GPU=1, GPU=0             for NVIDIA GPUs, for CPUs; left out: as .venv is, the first time for CPUs
-#   TORCH_INDEX=URL          the index of torch's CPU builds that is asked when pip's own sources have none
+# Creates .venv, installs the locked packages of locks/cpu.txt (with GPU=1: locks/gpu.txt) and the project in it.
+# Every target of the Makefile runs this script first. If nothing has changed, it ends in well under a second.
+#   PYTHON=/path/to/python   the interpreter to use; default: python3.11, else python3.12, else python3
+#   GPU=1, GPU=0             packages for NVIDIA GPUs or for CPUs; default: those of .venv, at first those for CPUs
+#   TORCH_INDEX=URL          the index of torch's CPU builds to use if pip's own sources have none
 set -euo pipefail
 cd -P "$(dirname "$0")/.."
 
 VENV=.venv
-STAMP=$VENV/setup.stamp   # line 1: the lock file; line 2: a hash of all that the installation depends on
-BROKEN=$VENV/setup.broken # exists while .venv is being changed: when it is found, .venv is made anew
+STAMP=$VENV/setup.stamp   # line 1: the lock file; line 2: a hash of everything that the installation depends on
+BROKEN=$VENV/setup.broken # exists while .venv is being changed; if it exists at the start, .venv is recreated
 LOG=$VENV/setup.log
 TORCH_INDEX=${TORCH_INDEX:-https://download.pytorch.org/whl/cpu}
 CPU_MIN_DISK_GB=8
@@ -17,10 +17,10 @@ CUDA_MIN_DISK_GB=12
 GPU_MIN_DISK_GB=40
 MIN_MEMORY_GB=7
 HOW_TO_GET_PYTHON="apt-get install python3.11 python3.11-venv (Debian 12), python3.12 python3.12-venv (Ubuntu 24.04), \
-or 'uv python install 3.12'; PYTHON=/path/to/python names one that is not on PATH"
+or 'uv python install 3.12'; use PYTHON=/path/to/python for one that is not on PATH"
 
-# A user's shell or pip.conf may hold the opposite: packages would be looked for, or put, outside .venv, and the project
-# itself, which has no hash, would be refused.
+# The user's shell or pip.conf may set these differently. pip would then search or install packages outside .venv, or
+# refuse the project itself, which has no hash.
 unset PYTHONPATH PYTHONHOME
 export PIP_USER=0 PIP_REQUIRE_HASHES=0
 
@@ -30,11 +30,11 @@ die() {
     exit 2
 }
 
-fingerprint() { # the locks, the project's own metadata, the interpreter, and the place (scripts hold absolute paths)
+fingerprint() { # hash of locks, project metadata, interpreter and folder (installed scripts contain its absolute path)
     { cat "${LOCKS[@]}" pyproject.toml && "$VENV/bin/python" -VV && pwd; } | sha256sum | cut -d ' ' -f 1
 }
 
-find_python() { # the first that has a lock; the interpreter itself, never that of .venv
+find_python() { # prints the first interpreter of a supported version; in an environment, its base interpreter
     local candidate version other=
     for candidate in ${PYTHON:+"$PYTHON"} python3.11 python3.12 python3; do
         version=$("$candidate" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) || version=
@@ -57,29 +57,29 @@ check_disk() { # check_disk GB WHAT CURE
     ((disk_gb >= $1)) || die "$disk_gb GB of disk are free in $PWD; $2 needs $1 GB: $3"
 }
 
-check_machine() { # what the first installation and the demo need: disk in this folder, memory in all
+check_machine() { # check_machine DISK_GB: checks the platform, the disk for a first installation and the demo's memory
     local memory_gb limit
     [ "$(uname -sm)" = "Linux x86_64" ] || die "the locked packages are for Linux on x86-64; this is $(uname -sm)"
-    case $PWD in *:*) die "$PWD has a colon in its name, which Python environments can't have: move the folder" ;; esac
-    check_disk "$1" "the installation" "free some, or move the folder to another disk"
+    case $PWD in *:*) die "$PWD has a colon in its name, which Python environments do not support: rename it" ;; esac
+    check_disk "$1" "the installation" "free some space, or move the folder to another disk"
     memory_gb=$(awk '/^MemTotal/ { printf "%.0f", $2 / 1048576 }' /proc/meminfo)
     for limit in /sys/fs/cgroup/memory.max /sys/fs/cgroup/memory/memory.limit_in_bytes; do
         memory_gb=$(awk -v all="$memory_gb" '{ gb = $1 / 2 ^ 30; print ($1 != "max" && gb < all) ? int(gb) : all }' \
             "$limit" 2>/dev/null || echo "$memory_gb")
     done
-    ((memory_gb >= MIN_MEMORY_GB)) || die "$memory_gb GB of memory are there; the demo needs $MIN_MEMORY_GB GB"
+    ((memory_gb >= MIN_MEMORY_GB)) || die "this machine has $memory_gb GB of memory; the demo needs $MIN_MEMORY_GB GB"
 }
 
-# A file that comes from a registry is installed only if its hash is in a lock. NO_WHEEL is built here, also where pip is
-# told to take wheels only.
+# A file from a registry is installed only if its hash is in a lock. NO_WHEEL is built from source, even if pip is
+# configured to use wheels only.
 NO_WHEEL=antlr4-python3-runtime
-pip_install() { # pip_install LOCK PIP-ARGUMENTS...; unpacks in .venv: /tmp may be small, or in memory
+pip_install() { # pip_install LOCK PIP-ARGUMENTS...: unpacks in .venv, because /tmp may be small or in memory
     mkdir -p "$VENV/tmp"
     attempt env TMPDIR="$PWD/$VENV/tmp" "${PIP[@]}" install --no-input --progress-bar off --no-deps --require-hashes \
         --no-build-isolation --no-compile --no-binary $NO_WHEEL --requirement "$@"
 }
 
-make_venv() { # Debian splits ensurepip from Python: then the system's pip, where there is one, puts pip into .venv
+make_venv() { # make_venv PYTHON: on Debian, ensurepip may be missing; then the system's pip installs pip in .venv
     local python=$1 package
     package=$("$python" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')
     "$python" -c 'import venv' 2>/dev/null || die "$python has no venv: apt-get install $package, then run this again"
@@ -97,7 +97,7 @@ make_venv() { # Debian splits ensurepip from Python: then the system's pip, wher
     pip_install "$VENV/setup.tools.txt" || fail "installing pip itself"
 }
 
-attempt() { # attempt COMMAND...: output goes to the log, a progress line every 15 s
+attempt() { # attempt COMMAND...: runs it, appends its output to the log, prints progress every 15 s
     local status=0 waited=0
     printf '\n$ %s\n' "$*" >>"$LOG"
     "$@" >>"$LOG" 2>&1 </dev/null 9<&- &
@@ -112,12 +112,12 @@ attempt() { # attempt COMMAND...: output goes to the log, a progress line every 
     return $status
 }
 
-reason() { # in the words of the command that was last: pip's last error, else its last line
+reason() { # prints pip's last error from the log of the last command, else the last line of its output
     awk '/^\$ / { error = last = "" } NF { last = $0 } sub(/^ *ERROR: /, "") { error = $0 }
         END { print error ? error : last }' "$LOG"
 }
 
-fail() { # fail WHAT: the whole log, and one line at its end
+fail() { # fail WHAT: prints the whole log, then the reason in one line, and exits
     cat "$LOG" >&2
     die "$1 failed: $(reason); the log above is $PWD/$LOG"
 }
@@ -130,9 +130,9 @@ progress() {
     echo "$fetched of $all packages fetched, $installed installed"
 }
 
-# torch has two builds. PyPI has the one for CUDA, which needs libraries of several GB and runs on a CPU, too: it is taken
-# when no CPU build is to be had. Only the locked files are taken, also from a folder that pip is pointed at: a CPU build
-# that somebody made anew is passed over.
+# torch has two builds. PyPI has the CUDA build, which needs several GB of libraries but also runs on a CPU. It is used
+# only if no CPU build is available. Only locked files are installed, even from a folder that pip is configured for: a
+# CPU build with another hash is skipped.
 install_torch() {
     local cpu have
     cpu=$(sed -n 's/^torch==\([^ ]*\).*/\1/p' locks/torch-cpu.txt)
@@ -141,35 +141,36 @@ install_torch() {
     [ "$have" != "$cpu" ] || return 0
     if [ "$have" != "${cpu%+cpu}" ]; then
         if offers "$cpu" 60; then
-            say "installing torch $cpu, which pip is pointed at"
+            say "installing torch $cpu from pip's own sources"
             pip_install $TORCH_LOCK && return
-            say "  passed over: $(reason)"
+            say "  skipped: $(reason)"
         fi
         if offers "$cpu" 20 --index-url "$TORCH_INDEX" --retries 0 --timeout 3; then
             say "installing torch $cpu from $TORCH_INDEX"
             pip_install $TORCH_LOCK --index-url "$TORCH_INDEX" --retries 1 && return
-            say "  passed over: $(reason)"
+            say "  skipped: $(reason)"
         fi
-        check_disk $CUDA_MIN_DISK_GB "torch's CUDA build, as no CPU build was found," \
-            "free some, or point pip at torch $cpu (PIP_FIND_LINKS=FOLDER or PIP_EXTRA_INDEX_URL=URL)"
-        say "no CPU build of torch at pip's sources or $TORCH_INDEX:"
-        say "installing the CUDA build, which runs on CPUs, too (2.7 GB to fetch)"
+        check_disk $CUDA_MIN_DISK_GB "torch's CUDA build (no CPU build was found)" \
+            "free some space, or point pip to torch $cpu (PIP_FIND_LINKS=FOLDER or PIP_EXTRA_INDEX_URL=URL)"
+        say "neither pip's own sources nor $TORCH_INDEX have the CPU build of torch:"
+        say "installing the CUDA build, which also runs on CPUs (2.7 GB to download)"
     fi
     TORCH_LOCK=locks/torch-cuda.txt
     pip_install $TORCH_LOCK || fail "installing $TORCH_LOCK"
 }
 
-offers() { # offers VERSION SECONDS PIP-ARGUMENTS...: whether pip finds this torch; reads lists, fetches no package
+offers() { # offers VERSION SECONDS PIP-ARGUMENTS...: whether pip finds this version of torch; downloads no package
     local versions
     printf '\n$ pip index versions torch %s\n' "${*:3}" >>"$LOG"
     versions=$(timeout "$2" "${PIP[@]}" index versions torch --no-input "${@:3}" 2>>"$LOG" </dev/null) || return
     tr ' ,' '\n' <<<"$versions" | grep -xF -- "$1" >/dev/null
 }
 
-# Compiled once here, on all cores: several processes import the same packages at the same time, and some machines set
-# PYTHONDONTWRITEBYTECODE, so that each of them would compile them again. Left out: large things that are not imported.
+# Packages are compiled once here, on all cores, because several processes import the same packages at the same time,
+# and with PYTHONDONTWRITEBYTECODE each of them would compile them again. Large packages that are not imported are
+# left out.
 NOT_IMPORTED='/(sglang/(multimodal_gen|test)|transformers/models/(?!auto|qwen)|tests?|pip|mypy|mypyc|hypothesis|jedi)/'
-compile() { # a file that doesn't compile (templates, Python 2 in a vendored folder) is not an error of ours
+compile() { # ignores files that do not compile, such as templates or vendored Python 2
     "$VENV/bin/python" -m compileall -q -j "$(nproc)" -x "$NOT_IMPORTED" \
         "$VENV"/lib/python3*/site-packages >>"$LOG" 2>&1 || true
 }
@@ -177,7 +178,7 @@ compile() { # a file that doesn't compile (templates, Python 2 in a vendored fol
 install() {
     local python=$1
     if [ ! -x "$VENV/bin/python" ]; then
-        say "making $VENV with $("$python" --version)"
+        say "creating $VENV with $("$python" --version)"
         make_venv "$python"
     fi
     touch "$BROKEN"
@@ -185,21 +186,21 @@ install() {
     [ "$LOCK" != locks/cpu.txt ] || install_torch
     say "installing $(grep -c '==' "$LOCK") packages of $LOCK (a few minutes the first time)"
     pip_install "$LOCK" || fail "installing $LOCK"
-    say "  compiling what is imported"
+    say "  compiling the installed packages"
     compile
     attempt "${PIP[@]}" install --no-input --no-deps --no-build-isolation --editable . || fail "installing the project"
     attempt "$VENV/bin/python" -c 'import torch' || fail "importing torch"
     rm -rf "$VENV/tmp"
 }
 
-# One set-up at a time; a second one waits, then finds the work done.
+# Only one setup runs at a time. A second one waits, and then usually has nothing to do.
 exec 9<.
-flock --wait 1800 9 || die "another set-up has been running in $PWD for 30 minutes: end it first"
+flock --wait 1800 9 || die "another setup has been running in $PWD for 30 minutes: stop it first"
 CHILD=
 interrupted() {
     trap - TERM
     [ -z "$CHILD" ] || kill "$CHILD" 2>/dev/null
-    say "interrupted; the next run starts afresh"
+    say "interrupted; the next run starts from the beginning"
     exit 130
 }
 trap interrupted INT TERM
@@ -225,13 +226,13 @@ fi
 python=${python:-$(find_python)}
 SECONDS=0
 for path in . "$VENV"; do
-    [ ! -e "$path" ] || [ -w "$path" ] || die "$(id -un) can't write to $(realpath "$path"): who made it, root?"
+    [ ! -e "$path" ] || [ -w "$path" ] || die "$(id -un) can't write to $(realpath "$path"): change its owner"
 done
 if [ -e "$VENV" ]; then
     made_for=$(head -n 1 "$STAMP" 2>/dev/null || echo "$LOCK")
     if [ -n "$anew" ] || [ -e "$BROKEN" ] || [ "$made_for" != "$LOCK" ] || ! grep -qsF " $PWD/$VENV" "$VENV/pyvenv.cfg" ||
         ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
-        say "$VENV is unfinished, or was made for another place, lock or interpreter: making it anew"
+        say "$VENV is incomplete, or was created for another folder, lock or interpreter: recreating it"
         rm -rf "$VENV"
     fi
 fi

@@ -1,7 +1,7 @@
-"""The set-up script: what it decides, what it refuses, and that it does nothing when nothing changed.
+"""The setup script: its decisions, its refusals, and that it does nothing if nothing has changed.
 
-Nothing is downloaded here. Interpreters and pip are stand-ins that record how they were called, but for one test of the
-real pip on folders and a server of this machine.
+The tests download nothing. Interpreters and pip are fakes that record how they are called, except in one test that runs
+the real pip on local folders and a local server.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CPU_BUILD = "locks/torch-cpu.txt"
 CUDA_BUILD = "locks/torch-cuda.txt"
 OFFER = "Available versions: 2.15.0+cpu, 2.13.0+cpu, 2.13.0"  # of `pip index versions`
 
-# A Python with venv and pip, which only write down how they were called. Files of the tree say what they answer.
+# A fake Python with venv and pip, which only record how they are called. Files in the tree contain their answers.
 INTERPRETER = """
 echo "$*${PYTHONPATH:+ sees packages elsewhere}" >>calls
 case "$*" in
@@ -48,10 +48,10 @@ esac
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """A folder with all that the set-up script reads, and a folder `tools` that is first on its PATH.
+    """A folder with all files that the setup script reads, and a folder `tools` that comes first on its PATH.
 
-    There, Python 3.11 is the stand-in, other Pythons don't start, pip finds no CPU build of torch, 99 GB of disk are
-    free. Its name has a space and a quote.
+    By default, Python 3.11 is the fake, other Pythons do not start, pip finds no CPU build of torch, and 99 GB of disk
+    are free. The folder's name contains a space and a quote.
     """
     tree = tmp_path / "my user's slime"
     for name in ("launch/setup.sh", "locks/cpu.txt", "locks/gpu.txt", CPU_BUILD, CUDA_BUILD, "pyproject.toml"):
@@ -88,12 +88,12 @@ def set_up(tree: Path, **env: str) -> subprocess.CompletedProcess[str]:
 
 
 def calls(tree: Path, text: str) -> list[str]:
-    """How the stand-ins were called, of which only the calls with `text`."""
+    """Return the recorded calls that contain `text`."""
     return [line for line in (tree / "calls").read_text().splitlines() if text in line]
 
 
 def installed(tree: Path) -> list[str]:
-    """Lock files that pip was to install, in order; every one must have been checked by its hashes."""
+    """Return the lock files that pip was called with, in order; every call must require hashes."""
     found = calls(tree, "--requirement")
     assert all({"--require-hashes", "--no-deps"} <= set(line.split()) for line in found)
     return [line.partition("--requirement ")[2].split()[0] for line in found][1:]  # after pip itself
@@ -129,7 +129,7 @@ def test_else_it_is_the_cuda_build_with_its_libraries(tree: Path, answer: str) -
     result = set_up(tree)
     assert result.returncode == 0
     assert installed(tree) == [CUDA_BUILD, "locks/cpu.txt"]
-    assert "installing the CUDA build, which runs on CPUs, too" in result.stdout
+    assert "installing the CUDA build, which also runs on CPUs" in result.stdout
 
 
 def test_a_cpu_build_that_is_not_the_locked_file_is_passed_over(tree: Path) -> None:
@@ -139,7 +139,7 @@ def test_a_cpu_build_that_is_not_the_locked_file_is_passed_over(tree: Path) -> N
     result = set_up(tree)
     assert result.returncode == 0
     assert installed(tree) == [CPU_BUILD, CPU_BUILD, CUDA_BUILD, "locks/cpu.txt"]
-    assert result.stdout.count("setup:   passed over: THESE PACKAGES DO NOT MATCH THE HASHES\n") == 2
+    assert result.stdout.count("setup:   skipped: THESE PACKAGES DO NOT MATCH THE HASHES\n") == 2
 
 
 def test_a_small_disk_refuses_the_cuda_build_and_says_how_to_do_without(tree: Path) -> None:
@@ -147,8 +147,8 @@ def test_a_small_disk_refuses_the_cuda_build_and_says_how_to_do_without(tree: Pa
     result = set_up(tree)
     assert result.returncode == 2
     assert result.stderr == (
-        f"setup: 9 GB of disk are free in {tree}; torch's CUDA build, as no CPU build was found, needs 12 GB: free "
-        "some, or point pip at torch 2.13.0+cpu (PIP_FIND_LINKS=FOLDER or PIP_EXTRA_INDEX_URL=URL)\n"
+        f"setup: 9 GB of disk are free in {tree}; torch's CUDA build (no CPU build was found) needs 12 GB: free some "
+        "space, or point pip to torch 2.13.0+cpu (PIP_FIND_LINKS=FOLDER or PIP_EXTRA_INDEX_URL=URL)\n"
     )
     assert installed(tree) == []
     (tree / "configured").write_text(OFFER)
@@ -178,12 +178,12 @@ def test_a_failed_installation_ends_in_one_line_with_pips_reason(tree: Path) -> 
     assert result.stderr.splitlines()[-1] == f"setup: {last} {log}"
     assert (tree / ".venv" / "setup.broken").exists()
     (tree / "refused").write_text("nothing")
-    assert "making it anew" in set_up(tree).stdout
+    assert "recreating it" in set_up(tree).stdout
 
 
 def test_the_reason_is_that_of_the_command_that_failed(tree: Path) -> None:
     (tree / "configured").write_text(OFFER)
-    (tree / "refused").write_text(CPU_BUILD)  # an error before, which was no reason to stop
+    (tree / "refused").write_text(CPU_BUILD)  # an earlier error that does not stop the setup
     (tree / "no-torch").write_text("Traceback\nImportError: libcudart.so.13 is missing\n")
     result = set_up(tree)
     assert result.returncode == 2
@@ -219,12 +219,12 @@ def test_gpu_packages_bring_their_own_torch(tree: Path) -> None:
     unchanged = set_up(tree)
     assert (unchanged.returncode, unchanged.stdout) == (0, "")
     back = set_up(tree, GPU="0")
-    assert "making it anew" in back.stdout
+    assert "recreating it" in back.stdout
     assert installed(tree)[-2:] == [CUDA_BUILD, "locks/cpu.txt"]
 
 
 def wheel(folder: Path, name: str, version: str, text: str) -> str:
-    """Makes a wheel of one module, and returns its SHA-256."""
+    """Make a wheel with one module and return its SHA-256."""
     path = folder / f"{name}-{version}-py3-none-any.whl"
     folder.mkdir(parents=True, exist_ok=True)
     info = f"{name}-{version}.dist-info"
@@ -254,7 +254,7 @@ def test_the_real_pip_takes_the_locked_file_from_an_index_and_no_other(tree: Pat
     (tree / "pyproject.toml").write_text(
         '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
     )
-    closed = "http://127.0.0.1:9/"  # what pip is pointed at: nobody is there
+    closed = "http://127.0.0.1:9/"  # the index that pip is configured for; nothing listens there
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=tree / "index")) as server:
         Thread(target=server.serve_forever, daemon=True).start()
         pip = {
@@ -271,7 +271,7 @@ def test_the_real_pip_takes_the_locked_file_from_an_index_and_no_other(tree: Pat
         result = set_up(tree, PYTHON=sys.executable, TORCH_INDEX=index, PIP_EXTRA_INDEX_URL="", **pip)
         server.shutdown()
     assert result.returncode == 0, result.stderr
-    assert "installing torch 2.13.0+cpu, which pip is pointed at\nsetup:   passed over: " in result.stdout
+    assert "installing torch 2.13.0+cpu from pip's own sources\nsetup:   skipped: " in result.stdout
     assert f"installing torch 2.13.0+cpu from {index}\n" in result.stdout
     (module,) = (tree / ".venv").glob("lib/*/site-packages/torch.py")
     assert module.read_text() == "official = True"
@@ -287,7 +287,7 @@ def test_either_python_will_do(tree: Path, there: list[str]) -> None:
         interpreter(tree, name, "3.11" if name == "python3.11" else "3.12")
     result = set_up(tree)
     assert result.returncode == 0
-    assert f"making .venv with {'Python 3.11' if 'python3.11' in there else 'Python 3.12'}" in result.stdout
+    assert f"creating .venv with {'Python 3.11' if 'python3.11' in there else 'Python 3.12'}" in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -308,10 +308,10 @@ def test_without_one_a_line_says_how_to_get_one(tree: Path, version: str, found:
 def test_a_python_that_the_user_names_is_used_or_refused(tree: Path) -> None:
     (tree / "a b").mkdir()
     interpreter(tree, "../a b/python", "3.12")
-    assert "making .venv with Python 3.12" in set_up(tree, PYTHON=str(tree / "a b" / "python")).stdout
+    assert "creating .venv with Python 3.12" in set_up(tree, PYTHON=str(tree / "a b" / "python")).stdout
     other = set_up(tree, PYTHON="python3.11")
-    assert "making it anew" in other.stdout
-    assert "making .venv with Python 3.11" in other.stdout
+    assert "recreating it" in other.stdout
+    assert "creating .venv with Python 3.11" in other.stdout
     assert set_up(tree, PYTHON="python3.11").stdout == ""
     interpreter(tree, "old-python", "3.9")
     for name, what in (("old-python", "Python 3.9, not 3.11 or 3.12"), ("no-python", "no Python")):
@@ -321,7 +321,7 @@ def test_a_python_that_the_user_names_is_used_or_refused(tree: Path) -> None:
         assert result.stderr.count("\n") == 1
 
 
-# The machine, and what is there already -------------------------------------------------------------------------------
+# The machine, and an existing environment -----------------------------------------------------------------------------
 
 
 def test_setup_refuses_a_small_disk_in_one_line(tree: Path) -> None:
@@ -348,12 +348,12 @@ def test_setup_refuses_an_unknown_kind_of_machine(tree: Path) -> None:
 
 
 def test_setup_throws_an_interrupted_installation_away(tree: Path) -> None:
-    disk(tree, 3)  # so that it stops right before it would install
+    disk(tree, 3)  # makes it stop right before the installation
     (tree / ".venv").mkdir()
     (tree / ".venv" / "setup.broken").touch()
     result = set_up(tree)
     assert result.returncode == 2
-    assert "making it anew" in result.stdout
+    assert "recreating it" in result.stdout
     assert not (tree / ".venv").exists()
 
 
