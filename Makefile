@@ -1,7 +1,7 @@
-# What a user or CI runs. Every target does its own set-up (launch/setup.sh), which is over at once when nothing changed.
-#   make demo ARGS="steps=5 tracking.wandb=false"     any overrides of the recipe
-#   make setup GPU=1                                  the packages for NVIDIA GPUs instead of those for CPUs
-#   make setup PYTHON=/path/to/python3.12             another interpreter than the one that is found
+# Commands for users and CI. Every target first runs launch/setup.sh, which ends at once if nothing has changed.
+#   make demo ARGS="steps=5 tracking.wandb=false"     with any overrides of the recipe
+#   make setup GPU=1                                  installs the packages for NVIDIA GPUs instead of those for CPUs
+#   make setup PYTHON=/path/to/python3.12             uses this interpreter instead of the one that is found
 
 ARGS ?=
 GPU ?=
@@ -9,20 +9,20 @@ GPU ?=
 PYTEST = .venv/bin/python -m pytest
 FAST = $(PYTEST) -m "not e2e" --numprocesses 2 --dist loadfile
 
-# Several processes import the same large packages: each must find them compiled by the one before.
+# Several processes import the same large packages, so the bytecode that the first one compiles must be kept.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help setup demo test fast lint docs lock clean
 
 help:
-	@echo "make demo    train the coding agent on this machine, from nothing to a rising reward (ARGS=... overrides)"
-	@echo "make test    lint, types and every test, the ones with real engines last"
-	@echo "make fast    lint, types and the tests that start no engine"
-	@echo "make lint    ruff and mypy"
-	@echo "make docs    build the documentation as a site, links checked, into site/"
-	@echo "make setup   packages into .venv (GPU=1: for NVIDIA GPUs)"
-	@echo "make lock    resolve locks/*.in again into locks/*.txt (ARGS=--upgrade: the newest versions)"
-	@echo "make clean   remove .venv and all that was built or cached here; runs/ stays"
+	@echo "make demo    train the coding agent from scratch on this machine (ARGS=...: overrides)"
+	@echo "make test    run lint, type checks and all tests; tests with real engines run last"
+	@echo "make fast    run lint, type checks and the tests that start no engine"
+	@echo "make lint    run ruff and mypy"
+	@echo "make docs    build the documentation site in site/ and check its links"
+	@echo "make setup   install the packages into .venv (GPU=1: for NVIDIA GPUs)"
+	@echo "make lock    resolve locks/*.in into locks/*.txt (ARGS=--upgrade: the newest versions)"
+	@echo "make clean   delete .venv and everything built or cached here; runs/ is kept"
 
 setup:
 	@GPU="$(GPU)" bash launch/setup.sh
@@ -30,7 +30,7 @@ setup:
 demo: setup
 	.venv/bin/slime train recipe=ppo_coding $(ARGS)
 
-# Tests that start engines or several processes have the machine to themselves.
+# Tests that start engines or several processes run last, one at a time.
 test: setup lint
 ifeq ($(strip $(ARGS)),)
 	$(FAST)

@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# Remakes the locks from cpu.in, gpu.in and docs.in (called by `make lock`): resolves, installs nothing. Versions that
-# the locks hold stay where they fit; `make lock ARGS=--upgrade` takes the newest that the .in files allow.
-# uv resolves: pip can't for two Pythons at once, and a lock has one version of each package for both. sglang alone is
-# taken without its requirements. The comment lines at the head of the old files are kept.
+# Resolves cpu.in, gpu.in and docs.in into the lock files without installing anything; `make lock` calls it. A locked
+# version is kept if it still fits; `make lock ARGS=--upgrade` selects the newest versions that the .in files allow.
+# uv resolves, because a lock has one version of each package for two Pythons, and pip can't resolve for two Pythons at
+# once. sglang, and no other package, is locked without its requirements in cpu.txt. The comments at the top of the old
+# files are kept.
 set -euo pipefail
 cd "$(dirname "$0")"
 python=$PWD/../.venv/bin/python
 TORCH_INDEX=${TORCH_INDEX:-https://download.pytorch.org/whl/cpu} # as in launch/setup.sh
-LIBRARIES='nvidia-.*|cuda-.*'                                    # what torch's CUDA build needs and its CPU build doesn't
+LIBRARIES='nvidia-.*|cuda-.*'                                    # libraries that only torch's CUDA build needs
 if ! "$python" -c 'import uv' 2>/dev/null; then
-    echo "make lock needs uv, which comes with the packages for CPUs: make setup GPU=0" >&2
+    echo "make lock needs uv, which is one of the packages for CPUs: run make setup GPU=0" >&2
     exit 2
 fi
 work=$(mktemp -d)
@@ -24,12 +25,12 @@ uv() { # uv INPUT OUTPUT ARGUMENTS...: resolves $work/INPUT for both Pythons int
         --python-version 3.11 --fork-strategy fewest "$1" --output-file "$2" "${@:3}")
 }
 
-resolve() { # resolve NAME UV-ARGUMENTS...: $work/NAME.in, with all its files, into $work/pylock.NAME.toml
-    uv "$1.in" "$1.txt" "${@:2}" # prefers the versions that are in its output file already
+resolve() { # resolve NAME UV-ARGUMENTS...: resolves $work/NAME.in into $work/pylock.NAME.toml, with every file's hash
+    uv "$1.in" "$1.txt" "${@:2}" # prefers the versions that its output file already contains
     uv "$1.in" "pylock.$1.toml" --constraint "$1.txt" --format pylock.toml
 }
 
-write() { # write LOCK REGEX NAME...: the packages of $work/pylock.NAME.toml whose name fits
+write() { # write LOCK REGEX PYLOCK...: writes the packages of the PYLOCK files whose name matches REGEX into LOCK
     sed '/^#/!Q' "$1" >"$work/lock"
     "$python" write.py "$2" "${@:3}" >>"$work/lock"
     cp "$work/lock" "$1"
@@ -45,10 +46,10 @@ uv sglang.in pylock.sglang.toml --no-deps --format pylock.toml
 write cpu.txt "(?!(torch|$LIBRARIES)\$).*" "$work/pylock.cpu.toml" "$work/pylock.sglang.toml"
 write torch-cuda.txt "torch|$LIBRARIES" "$work/pylock.cpu.toml"
 
-# The same version of torch, built for CPUs. Its index is no part of PyPI and can't be reached from everywhere.
+# The same version of torch, built for CPUs. It comes from PyTorch's own index, which is not reachable everywhere.
 sed -n 's/^torch==[^ ]*/&+cpu/p' "$work/all" >"$work/torch.in"
 if grep -qFf "$work/torch.in" torch-cpu.txt; then
-    echo "locks/torch-cpu.txt has this torch already"
+    echo "locks/torch-cpu.txt already has this version of torch"
 else
     uv torch.in pylock.torch.toml --no-deps --format pylock.toml --index-url "$TORCH_INDEX"
     write torch-cpu.txt torch "$work/pylock.torch.toml"
