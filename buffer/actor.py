@@ -1,7 +1,7 @@
-"""The data buffer as an asynchronous actor: a thin shell with clock and waiting around buffer.store.
+"""The data buffer as an asynchronous actor: a thin shell around buffer.store that adds a clock and waiting.
 
-A plain class; `ray.remote(BufferActor)` happens where it is used. It holds lengths, versions and references of
-sub-traces, never their bytes. All methods run on one event loop and change the store without awaiting, so no
+`BufferActor` is a plain class; its users wrap it with `ray.remote`. It holds lengths, versions and references of
+sub-traces, never the tokens. All methods run on one event loop and do not await while they change the store, so no
 lock is needed.
 """
 
@@ -18,7 +18,7 @@ from buffer.store import Counts, Store, Ticket
 from buffer.throughput import Throughput
 from buffer.types import Batch, EpisodeStats, SubTraceInfo
 
-_POLL_S = 1.0  # while somebody waits, overdue tickets are noticed at least this often
+_POLL_S = 1.0  # interval of the check for overdue tickets while a caller waits
 
 
 class BufferActor:
@@ -32,15 +32,15 @@ class BufferActor:
         self._now = now  # seconds
         self._poll_s = min(_POLL_S, config.claim_timeout_s)
         self._changed = asyncio.Event()
-        self._deaths: dict[str, int] = {}  # worker -> how often it was lost
-        self._broken: RuntimeError | None = None  # why training can't go on
+        self._deaths: dict[str, int] = {}  # worker -> number of times it was lost
+        self._broken: RuntimeError | None = None  # why training can't continue
         self._throughput = Throughput()
 
     async def claim(self, worker: str, wait_s: float = 30.0) -> Ticket | None:
-        """Return a ticket as soon as a slot is free; None after `wait_s` (ask again), or when the worker was lost
-        meanwhile.
+        """Return a ticket as soon as a slot is free.
 
-        The wait is short so that a worker that died while it waited is not given a ticket.
+        Return None after `wait_s` (the worker calls again) or if the worker was lost meanwhile. The wait is short so
+        that a worker that died while it waited does not receive a ticket.
         """
         deadline_s = self._now() + wait_s
         deaths = self._deaths.get(worker, 0)
@@ -54,7 +54,7 @@ class BufferActor:
         return None
 
     async def add(self, ticket: Ticket, infos: Sequence[SubTraceInfo], stats: EpisodeStats) -> bool:
-        """Keep a finished episode; return False when its ticket was issued again meanwhile, and it is dropped."""
+        """Store a finished episode. Return False and drop it if its ticket was issued again meanwhile."""
         kept = self._store.add(ticket, infos, stats)
         if kept:
             self._throughput.finished(sum(info.num_actions for info in infos))
@@ -62,8 +62,9 @@ class BufferActor:
         return kept
 
     async def fail(self, ticket: Ticket, reason: str, trace: str = "") -> bool:
-        """Take the failure of an episode that infrastructure broke; return False for a late answer. Too many failures
-        make `take` raise.
+        """Record an infrastructure failure of an episode. Return False if the ticket was issued again meanwhile.
+
+        Too many failures of a ticket make `take` raise an error.
         """
         try:
             return self._store.fail(ticket, reason, trace)
@@ -74,16 +75,16 @@ class BufferActor:
             self._notify()
 
     async def lost(self, worker: str) -> int:
-        """Issue the tickets of a worker that died again and end its waiting claims; return how many tickets."""
+        """Reissue the tickets of a dead worker and end its pending claims. Return the number of tickets."""
         self._deaths[worker] = self._deaths.get(worker, 0) + 1
         tickets = self._store.lost(worker)
         self._notify()
         return len(tickets)
 
     async def take(self) -> Batch:
-        """Return the next step's batch as soon as its episodes are there.
+        """Return the next step's batch as soon as its episodes are finished.
 
-        TimeoutError after `take_timeout_s`: how many episodes are missing and who holds them.
+        TimeoutError after `take_timeout_s`; it says how many episodes are missing and which workers hold them.
         RuntimeError: an episode failed too often.
         """
         deadline_s = self._now() + self._config.take_timeout_s
@@ -102,7 +103,7 @@ class BufferActor:
             await self._wait(deadline_s)
 
     async def release(self, step: int) -> None:
-        """Free the slots of a batch that is trained, when the new weights are in the engines."""
+        """Free the slots of a trained batch. Called when the engines have the new weights."""
         self._store.release(step)
         self._notify()
 
@@ -125,13 +126,13 @@ class BufferActor:
         self._throughput.runs(self._store.any_in_flight, self._now())
 
     def _notify(self) -> None:
-        """Wakes everybody who waits."""
+        """Wake all waiting calls."""
         self._note_running()
         self._changed.set()
         self._changed = asyncio.Event()
 
     async def _wait(self, deadline_s: float) -> None:
-        """Until something changes, the deadline, or the next look at overdue tickets."""
+        """Wait for a change, the deadline or the next check for overdue tickets."""
         timeout_s = min(self._poll_s, max(0.0, deadline_s - self._now()))
         try:
             await asyncio.wait_for(self._changed.wait(), timeout_s)

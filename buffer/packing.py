@@ -1,4 +1,4 @@
-"""Which rank trains which sub-traces in which micro-batch, and which episodes share an optimizer step."""
+"""Assignment of sub-traces to ranks and micro-batches, and of episodes to optimizer minibatches."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from buffer.types import Grid
 Float64 = NDArray[np.float64]
 Int64 = NDArray[np.int64]
 
-# Work of a layer of hidden size h on a sequence of L tokens: 24 h^2 L in its matrices and 2 h L^2 in causal
-# attention, so quadratic / linear = 1 / (12 h); this is h = 4096.
+# FLOPs of a layer with hidden size h for a sequence of L tokens: 24 h^2 L for its matrices and 2 h L^2 for causal
+# attention, so quadratic / linear = 1 / (12 h). The value is for h = 4096.
 QUADRATIC = 2e-5
-EXTRA = 0.02  # one more micro-batch for every rank must make the costliest rank cheaper by this part
-TOLERANCE = 0.005  # a costliest rank at most this far above the mean, as a part of it, is left alone
+EXTRA = 0.02  # an additional micro-batch per rank must reduce the largest load by this fraction
+TOLERANCE = 0.005  # stop when the largest load exceeds the mean by at most this fraction
 MAX_EXCHANGES = 512  # between ranks; a few hundred take about 0.5 s with 10,000 sub-traces
-MAX_LOOKED_AT = 32  # sub-traces of the costliest rank, for each exchange
+MAX_LOOKED_AT = 32  # sub-traces of the costliest rank that are considered for each exchange
 
 
 def pack(
@@ -27,19 +27,21 @@ def pack(
 ) -> Grid:
     """Return grid[rank][micro_batch] -> indices into `lengths`.
 
-    Every index stands in it once; every rank has the same number m >= 1 of micro-batches; none has more than
-    `max_tokens` tokens. m is the fewest for which first-fit-decreasing finds room, or one more where that makes the
-    costliest rank more than EXTRA cheaper. Where there are too few sub-traces, micro-batches are empty: padding of
-    zero loss. Five of 900 tokens, cap 1000, four ranks: two micro-batches a rank, three of the eight empty.
+    Every index occurs exactly once. Every rank has the same number m >= 1 of micro-batches, and none has more than
+    `max_tokens` tokens. m is the smallest number for which first-fit-decreasing succeeds, plus one if that reduces the
+    load of the costliest rank by more than EXTRA. If there are too few sub-traces, some micro-batches are empty: they
+    are padding with zero loss. Example: five sub-traces of 900 tokens, at most 1000 tokens in a micro-batch and four
+    ranks give two micro-batches per rank; three of the eight are empty.
 
-    The cost of a sub-trace is linear * length + quadratic * length^2. Micro-batches are filled
-    longest-processing-time first. Ranks then get one micro-batch each of every num_ranks costliest, the lightest
-    rank the costliest, so the loads of two ranks differ by no more than two micro-batches of the same round do.
-    Then ranks exchange sub-traces until the costliest is at most TOLERANCE above the mean or nothing helps it.
-    Within a rank micro-batches go from costly to cheap, so those with the same number on different ranks cost
-    about the same. Deterministic; the order of `lengths` decides nothing but which of equal ones is meant.
+    The cost of a sub-trace is linear * length + quadratic * length^2. Micro-batches are filled in
+    longest-processing-time order. They are then dealt in rounds of num_ranks, costliest first: in each round every
+    rank gets one, and the rank with the smallest load gets the costliest. The loads of two ranks therefore differ by
+    at most the difference between two micro-batches of one round. Finally ranks exchange sub-traces until the
+    costliest rank is at most TOLERANCE above the mean or no exchange improves it. Each rank's micro-batches are sorted
+    by descending cost, so micro-batches with the same number on different ranks have similar costs. The result is
+    deterministic; the order of `lengths` only breaks ties between equal lengths.
 
-    ValueError: a sub-trace that does not fit in a micro-batch.
+    ValueError: a sub-trace does not fit in a micro-batch.
     """
     if num_ranks < 1:
         raise ValueError(f"num_ranks={num_ranks}: must be at least 1")
@@ -48,10 +50,10 @@ def pack(
         raise ValueError(f"sub-trace {int(sizes.argmin())} has {sizes.min()} tokens: must be at least 1")
     if len(sizes) and sizes.max() > max_tokens:
         raise ValueError(
-            f"sub-trace {int(sizes.argmax())} has {sizes.max()} tokens, a micro-batch at most {max_tokens}: raise "
-            f"layout.max_tokens_per_micro_batch to {sizes.max()}, or lower rollout.compaction.context_tokens"
+            f"sub-trace {int(sizes.argmax())} has {sizes.max()} tokens, but a micro-batch holds at most {max_tokens}: "
+            f"raise layout.max_tokens_per_micro_batch to {sizes.max()}, or lower rollout.compaction.context_tokens"
         )
-    order = np.argsort(-sizes, kind="stable")  # longest first, ties by index; from here on k is a place in it
+    order = np.argsort(-sizes, kind="stable")  # longest first, ties by index; from here on k indexes this order
     sizes = sizes[order]
     costs = linear * sizes + quadratic * sizes.astype(np.float64) ** 2
     first_fit = _first_fit(sizes, max_tokens)
@@ -68,11 +70,13 @@ def pack(
 
 
 def split(episode_ids: Sequence[str], num_minibatches: int, rng: np.random.Generator) -> list[list[int]]:
-    """Return indices of the sub-traces of each optimizer minibatch: a random partition of whole episodes.
+    """Return the sub-trace indices of each optimizer minibatch: a random partition of whole episodes.
 
-    `episode_ids[k]` is the episode of sub-trace k. Numbers of episodes differ by one at most, and none is 0: fewer
-    episodes than `num_minibatches` (others of the step had no turn) make a minibatch each. Indices ascend within a
-    minibatch. ValueError: fewer than 1 minibatch.
+    `episode_ids[k]` is the episode of sub-trace k. The minibatches' numbers of episodes differ by at most one, and no
+    minibatch is empty: if there are fewer episodes than `num_minibatches` (because episodes without a turn have no
+    sub-traces), each episode is a minibatch. Indices are in ascending order within a minibatch.
+
+    ValueError: `num_minibatches` is below 1.
     """
     if num_minibatches < 1:
         raise ValueError(f"num_minibatches={num_minibatches}: must be at least 1")
@@ -93,7 +97,10 @@ def split(episode_ids: Sequence[str], num_minibatches: int, rng: np.random.Gener
 
 
 def _first_fit(sizes: Int64, max_tokens: int) -> list[list[int]]:
-    """First-fit-decreasing: each into the first bin with room, at most 11/9 of the fewest bins possible, plus one."""
+    """Pack by first-fit-decreasing: each item goes into the first bin with room.
+
+    The number of bins is at most 11/9 of the optimum, plus one.
+    """
     room = np.full(len(sizes), max_tokens, np.int64)
     bins: list[list[int]] = []
     for k, size in enumerate(sizes.tolist()):
@@ -106,7 +113,7 @@ def _first_fit(sizes: Int64, max_tokens: int) -> list[list[int]]:
 
 
 def _lightest_first(sizes: Int64, costs: Float64, num_bins: int, max_tokens: int) -> list[list[int]] | None:
-    """Longest-processing-time: each into the bin of least cost among those with room; None when there is none."""
+    """Pack by longest-processing-time: each item goes into the cheapest bin with room. Return None if none has room."""
     room = np.full(num_bins, max_tokens, np.int64)
     load = np.zeros(num_bins)
     bins: list[list[int]] = [[] for _ in range(num_bins)]
@@ -123,7 +130,7 @@ def _lightest_first(sizes: Int64, costs: Float64, num_bins: int, max_tokens: int
 def _balanced(
     first_fit: list[list[int]], sizes: Int64, costs: Float64, num_ranks: int, num_rounds: int, max_tokens: int
 ) -> Grid:
-    """The grid with `num_rounds` micro-batches a rank, at least as many as `first_fit` needs."""
+    """Return the grid with `num_rounds` micro-batches per rank; `num_rounds` must be large enough for `first_fit`."""
     bins = _lightest_first(sizes, costs, num_ranks * num_rounds, max_tokens)
     if bins is None:  # too tight for balance first
         bins = first_fit + [[] for _ in range(num_ranks * num_rounds - len(first_fit))]
@@ -131,9 +138,9 @@ def _balanced(
 
 
 def _deal(bins: list[list[int]], costs: Float64, num_ranks: int) -> Grid:
-    """Round by round the num_ranks costliest bins that are left, the costliest of them to the lightest rank.
+    """Deal bins to ranks in rounds of num_ranks, costliest first; the rank with the smallest load gets the costliest.
 
-    Two ranks' loads then differ by at most the costliest less the cheapest bin of some round.
+    The loads of two ranks differ by at most the difference between the costliest and the cheapest bin of one round.
     """
     load = [_total(costs, bin_) for bin_ in bins]
     costliest = sorted(range(len(bins)), key=lambda b: (-load[b], b))
@@ -151,17 +158,17 @@ def _deal(bins: list[list[int]], costs: Float64, num_ranks: int) -> Grid:
 
 
 def _exchange(grid: Grid, sizes: Int64, costs: Float64, max_tokens: int) -> Grid:
-    """The grid after exchanges of sub-traces that make the costliest rank cheaper.
+    """Return the grid after exchanges of sub-traces that reduce the load of the costliest rank.
 
-    An exchange gives a sub-trace of the costliest rank to another rank, for a cheaper one or for none: of those that
-    fit, the one after which the costlier of the two ranks is cheapest. Preferred are those after which the
-    receiving micro-batch costs no more than the costliest of its round: there nobody waits longer even where ranks
-    meet after every micro-batch. The costliest load never rises and the cheapest never falls. It ends when the
-    costliest rank is within TOLERANCE of the mean, no exchange takes away 1% of what it has above the mean, or
-    after MAX_EXCHANGES.
+    An exchange moves a sub-trace of the costliest rank to another rank, in return for a cheaper one or for nothing.
+    Among the exchanges that fit, the one that minimizes the larger load of the two ranks is chosen. Exchanges after
+    which the receiving micro-batch costs no more than the costliest of its round are preferred: they add no waiting
+    time even if ranks synchronize after every micro-batch. The largest load never increases and the smallest never
+    decreases. The search ends when the costliest rank is within TOLERANCE of the mean, when no exchange removes 1% of
+    its excess over the mean, or after MAX_EXCHANGES.
     """
     num_ranks, num_rounds, num_bins = len(grid), len(grid[0]), len(grid) * len(grid[0])
-    # Behind the sub-traces stands one of no tokens in each micro-batch: what it gives when it only receives.
+    # Append an empty sub-trace for each micro-batch: it is exchanged when a micro-batch gives nothing in return.
     sizes, costs = np.append(sizes, np.zeros(num_bins, np.int64)), np.append(costs, np.zeros(num_bins))
     num_real = len(sizes) - num_bins
     place = np.concatenate([np.zeros(num_real, np.int64), np.arange(num_bins)])  # rank * num_rounds + round
@@ -175,11 +182,11 @@ def _exchange(grid: Grid, sizes: Int64, costs: Float64, max_tokens: int) -> Grid
         if excess <= TOLERANCE * loads.mean():
             break
         own = np.flatnonzero(place[:num_real] // num_rounds == high)
-        own = own[:: -(-len(own) // MAX_LOOKED_AT)]  # every so manieth by length, where there are many
+        own = own[:: -(-len(own) // MAX_LOOKED_AT)]  # an evenly spaced sample by length if there are many
         moved = costs[own, None] - costs
         costlier = np.maximum(loads[high] - moved, loads[place // num_rounds] + moved)
         better = costlier < loads[high] - 0.01 * excess
-        better &= sizes[own, None] <= room[place] + sizes  # what comes back is shorter: it fits
+        better &= sizes[own, None] <= room[place] + sizes  # the returned sub-trace is shorter, so it fits
         waits = np.tile(work.reshape(num_ranks, num_rounds).max(axis=0), num_ranks)
         quiet = better & (moved <= (waits - work)[place])
         if not better.any():

@@ -1,4 +1,4 @@
-"""Which prompt is tried next, and which finished episodes are trained: a state machine without clock or Ray.
+"""The state machine that issues prompts and selects finished episodes for training, without a clock and without Ray.
 
     claim -> [in flight] -> add -> [finished] -> take -> [taken] -> release
                  |  fail, expire, lost
@@ -8,26 +8,27 @@ Let G = episodes_per_prompt, E = episodes_per_step. Ticket k belongs to group k 
 the same row. A group is trained whole, in one step, so E, `slots` and `window` are multiples of G.
 
 A ticket holds one of `slots` from its first claim to the release of the step that trained it. Training takes groups
-whose episodes are all finished, in the order of their numbers, and only those whose number lies less than window / G
-above the group of the oldest ticket that is not finished. Then
+whose episodes are all finished, in the order of their numbers, and only groups whose number is less than window / G
+above the group of the oldest unfinished ticket. Then at most
 
     max_lag = (slots + window - 2 G) // E
 
-weight versions at most lie between the claim of a ticket and the step that trains it. Proof, for a ticket of group g:
-count the other groups that are trained from the claim until the step before g's own.
+weight versions lie between the claim of a ticket and the step that trains it. Proof for a ticket of group g: count
+the other groups that are trained after the claim and before the step that trains g.
 
-- Older groups: their tickets were all issued before, and all were open at the claim. With the ticket itself, which
-  has a slot, too, at most slots - 1 are open, so these are (slots - 1) // G = slots / G - 1 groups at most.
-- Younger groups: they are taken before g only while g has an unfinished ticket. The oldest unfinished one is then of
-  g or of an older group, so they lie within the window: the window / G - 1 groups that follow g at most.
+- Older groups: all their tickets were issued earlier and were open at the claim. The ticket itself holds a slot, too,
+  so at most slots - 1 others are open, which is at most (slots - 1) // G = slots / G - 1 groups.
+- Younger groups: they are taken before g only while g has an unfinished ticket. The oldest unfinished ticket then
+  belongs to g or to an older group, so the younger groups lie within the window: at most the window / G - 1 groups
+  that follow g.
 
-Every step in between uses up E / G of them: (slots / G - 1 + window / G - 1) // (E / G). With G = 1 this is
-(slots + window - 2) // E. The bound is reached whenever slots > E; with slots = E the lag is 0, since no other groups
-can fill a step. Training never waits for what can't come: when all slots hold finished episodes, all groups but
-those taken are whole and inside the window, and slots >= E.
+Every step in between consumes E / G of these groups: (slots / G - 1 + window / G - 1) // (E / G). With G = 1 this is
+(slots + window - 2) // E. The bound is attained whenever slots > E. With slots = E the lag is 0, since no other groups
+can fill a step. Training never deadlocks: when all slots hold finished episodes, all groups that are not taken are
+whole and inside the window, and slots >= E.
 
-Numbers count, not places in a queue: "the oldest `window` that are open now" would let a straggler be passed by
-any number of younger tickets, as each one that is trained makes room for the next.
+The window is defined by ticket numbers, not by positions in a queue. With "the oldest `window` open tickets", any
+number of younger tickets could overtake a straggler, since each trained ticket would make room for the next.
 """
 
 from __future__ import annotations
@@ -50,16 +51,16 @@ class Ticket:
 
     number: int  # in the order of first claims, from 0
     row: int  # line of the task file, from 0
-    attempt: int  # how often the ticket was issued before
+    attempt: int  # number of times that the ticket was issued before
 
     @property
     def episode_id(self) -> str:
-        """Return the name of the episode that this attempt plays."""
+        """Return the id of the episode that this attempt runs."""
         return f"{self.number}.{self.attempt}"
 
 
 class Counts(NamedTuple):
-    """What stands in the store, for people to read."""
+    """The numbers of tickets and episodes in the store, for status displays."""
 
     finished: int  # episodes that wait for training
     takeable: int  # of these, in whole groups inside the window
@@ -89,10 +90,10 @@ class _Open:
 
 
 class Store:
-    """Tickets and finished episodes of one run. Times are seconds of any clock that only goes forward."""
+    """Tickets and finished episodes of one run. Times are seconds of any monotonic clock."""
 
     def __init__(self, config: BufferConfig, num_rows: int, seed: int, max_failures: int = 3) -> None:
-        """`max_failures`: a ticket that fails more often ends the run."""
+        """Create an empty store. `max_failures`: number of failures of one ticket above which the run fails."""
         if num_rows < 1:
             raise ValueError(f"num_rows={num_rows}: the task file must have at least one row")
         if seed < 0:
@@ -107,14 +108,14 @@ class Store:
         self._rows_of_epoch: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))
 
     def row(self, number: int) -> int:
-        """Return the row of a ticket: every epoch of `num_rows` groups is a shuffle that only seed and epoch decide."""
+        """Return the row of a ticket. Every epoch of `num_rows` groups is a shuffle determined by seed and epoch."""
         epoch, place = divmod(number // self._config.episodes_per_prompt, self._num_rows)
         if self._rows_of_epoch[0] != epoch:
             self._rows_of_epoch = (epoch, np.random.default_rng([self._seed, epoch]).permutation(self._num_rows))
         return int(self._rows_of_epoch[1][place])
 
     def claim(self, now_s: float, worker: str) -> Ticket | None:
-        """Return the oldest ticket that waits to be issued again, else a new one; None when no slot is free."""
+        """Return the oldest ticket that waits to be reissued, or else a new ticket. Return None if no slot is free."""
         state = next((state for state in self._open.values() if state.worker is None and state.infos is None), None)
         if state is None:
             if len(self._open) >= self._config.slots:
@@ -127,10 +128,10 @@ class Store:
         return state.ticket
 
     def add(self, ticket: Ticket, infos: Sequence[SubTraceInfo], stats: EpisodeStats) -> bool:
-        """Keep a finished episode with the numbers measured on it; no `infos` when nothing was sampled.
+        """Store a finished episode with its measured numbers. `infos` is empty if nothing was sampled.
 
-        False, and nothing kept, when the ticket was issued again in the meantime or is already answered.
-        ValueError: sub-traces of another episode than the ticket's.
+        Return False and store nothing if the ticket was issued again meanwhile or is already finished.
+        ValueError: a sub-trace belongs to another episode than the ticket's.
         """
         state = self._in_flight(ticket)
         if state is None:
@@ -138,16 +139,18 @@ class Store:
         others = sorted({info.episode_id for info in infos} - {ticket.episode_id})
         if others:
             raise ValueError(
-                f"ticket {ticket.number}: sub-traces of {', '.join(others)}: must be of its episode {ticket.episode_id}"
+                f"ticket {ticket.number} got sub-traces of {', '.join(others)}: "
+                f"all must be of episode {ticket.episode_id}"
             )
         state.infos = tuple(infos)
         state.stats = stats
         return True
 
     def fail(self, ticket: Ticket, reason: str, trace: str = "") -> bool:
-        """Issue the ticket of an episode that infrastructure broke again; return False for a late answer.
+        """Reissue the ticket of an episode that an infrastructure failure ended.
 
-        RuntimeError: the ticket failed more than `max_failures` times; `trace`, that of the last time, is its note.
+        Return False if the ticket was issued again meanwhile or is already finished.
+        RuntimeError: the ticket failed more than `max_failures` times; `trace`, the last traceback, is its note.
         """
         state = self._in_flight(ticket)
         if state is None:
@@ -158,7 +161,7 @@ class Store:
         if state.failures > self._max_failures:
             error = RuntimeError(
                 f"ticket {ticket.number} (row {ticket.row}) failed {state.failures} times, "
-                f"allowed are {self._max_failures}; the last time at {worker}: {reason}"
+                f"more than the allowed {self._max_failures}; the last time at {worker}: {reason}"
             )
             if trace:
                 error.add_note(trace)
@@ -166,17 +169,18 @@ class Store:
         return True
 
     def expire(self, now_s: float) -> list[Ticket]:
-        """Take back the tickets that were claimed `claim_timeout_s` ago and not answered; return them."""
+        """Reissue the tickets that were claimed at least `claim_timeout_s` ago and not returned. Return them."""
         oldest_s = now_s - self._config.claim_timeout_s
         return self._take_back(lambda state: state.claimed_s <= oldest_s)
 
     def lost(self, worker: str) -> list[Ticket]:
-        """Take back the tickets that a dead worker holds; return them."""
+        """Reissue the tickets that a dead worker holds. Return them."""
         return self._take_back(lambda state: state.worker == worker)
 
     def take(self) -> Batch | None:
-        """Return the next step's groups in the order of their numbers; None while too few are whole inside the
-        window.
+        """Return the next step's groups in the order of their numbers.
+
+        Return None while too few groups inside the window are finished.
         """
         chosen = self._takeable()[: self._config.episodes_per_step]
         if len(chosen) < self._config.episodes_per_step:
@@ -194,14 +198,14 @@ class Store:
         return batch
 
     def release(self, step: int) -> int:
-        """Free the slots of a trained batch and forget its episodes; return how many.
+        """Free the slots of a trained batch and delete its episodes. Return the number of episodes.
 
-        ValueError: no batch of that step is out.
+        ValueError: no batch of this step is taken and unreleased.
         """
         done = [number for number, state in self._open.items() if state.step == step]
         if not done:
             out = sorted({state.step for state in self._open.values() if state.step is not None})
-            raise ValueError(f"release of step {step}: it is not out; taken and not released are {out}")
+            raise ValueError(f"can't release step {step}: it is not taken; the taken and unreleased steps are {out}")
         for number in done:
             del self._open[number]
         return len(done)
@@ -224,7 +228,7 @@ class Store:
         return any(state.worker is not None and state.infos is None for state in self._open.values())
 
     def holders(self) -> dict[str, list[int]]:
-        """Return {worker: numbers of the tickets that it holds, oldest first}."""
+        """Return the numbers of the tickets that each worker holds, oldest first, by worker."""
         held: dict[str, list[int]] = {}
         for number, state in self._open.items():
             if state.infos is None and state.worker is not None:
@@ -232,11 +236,11 @@ class Store:
         return held
 
     def state_dict(self) -> dict[str, Any]:
-        """Return plain data from which a new store goes on: no ticket is lost, none is trained twice.
+        """Return plain data from which a new store continues: no ticket is lost and none is trained twice.
 
-        Episodes that were taken count as trained, so call it after the update of the last batch that was taken
-        and before the next `take`. Open tickets, finished ones included, are issued again after a resume, and a
-        group whose claims had begun goes on with its next ticket: groups stay whole.
+        Taken episodes count as trained, so call this after the update of the last batch that was taken and before
+        the next `take`. Open tickets, including finished ones, are issued again after a resume. A partially claimed
+        group continues with its next ticket, so groups stay whole.
         """
         return {
             "seed": self._seed,
@@ -252,15 +256,16 @@ class Store:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned. ValueError: the state is of another seed, task file or size of groups,
-        whose row order is another one.
+        """Restore a state that `state_dict` returned.
+
+        ValueError: the seed, the number of rows or the group size differs, so the order of rows would differ, too.
         """
         mine = {
             "seed": self._seed,
             "num_rows": self._num_rows,
             "episodes_per_prompt": self._config.episodes_per_prompt,
         }
-        state = {"episodes_per_prompt": 1} | state  # states written before there were groups do not say
+        state = {"episodes_per_prompt": 1} | state  # states of older versions do not contain it
         for name, number in mine.items():
             if state[name] != number:
                 raise ValueError(
@@ -274,7 +279,7 @@ class Store:
         }
 
     def _in_flight(self, ticket: Ticket) -> _Open | None:
-        """The ticket's state when this very attempt is the one that is awaited."""
+        """Return the state of a ticket whose given attempt is in flight, else None."""
         state = self._open.get(ticket.number)
         if state is None or state.ticket != ticket or state.worker is None or state.infos is not None:
             return None
@@ -293,7 +298,7 @@ class Store:
         state.worker = None
 
     def _takeable(self) -> list[_Open]:
-        """Finished episodes that no step has, of whole groups inside the window, in ticket order."""
+        """Return finished episodes that no step has taken, from whole groups inside the window, in ticket order."""
         size = self._config.episodes_per_prompt
         oldest = next((number for number, state in self._open.items() if state.infos is None), self._next_number)
         end = oldest // size * size + self._config.window

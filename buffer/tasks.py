@@ -1,4 +1,4 @@
-"""Task files: JSONL, one row a prompt."""
+"""Task files in JSONL format: one row per prompt."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from buffer.text import unique_keys
 
 @dataclass(frozen=True)
 class TaskRow:
-    """One prompt with everything that its environment needs.
+    """One prompt and all data that its environment needs.
 
-    `visible_tests` are shown to the agent's tools, `hidden_tests` only to the judge.
+    The agent's tools can access `visible_tests`; only the judge can access `hidden_tests`.
     """
 
     id: str
@@ -27,8 +27,8 @@ class TaskRow:
     files: dict[str, str] = field(default_factory=dict)  # workspace path -> text
     visible_tests: tuple[Any, ...] = ()
     hidden_tests: tuple[Any, ...] = ()
-    protected_paths: tuple[str, ...] = ()  # what the agent may not touch
-    allowed_hosts: tuple[str, ...] = ()  # what its tools may reach
+    protected_paths: tuple[str, ...] = ()  # paths that the agent must not change
+    allowed_hosts: tuple[str, ...] = ()  # hosts that the agent's tools may connect to
     budgets: dict[str, int] = field(default_factory=dict)  # e.g. max_turns
 
 
@@ -46,9 +46,9 @@ _KINDS: dict[str, type] = {
 _REQUIRED = ("id", "domain", "prompt")
 _HALF_PAIR = re.compile(
     "[\ud800-\udfff]"
-)  # no character: in a file read with surrogateescape, a byte that is not UTF-8
+)  # not a character; in a file read with surrogateescape it stands for a byte that is not valid UTF-8
 _BLANK = string.whitespace + "\ufeff"  # the byte-order mark
-_MAX_PARTS, _MAX_PART_BYTES = 100, 255  # of a path, as sandboxes take it
+_MAX_PARTS, _MAX_PART_BYTES = 100, 255  # limits for paths in sandboxes
 
 
 def _check(row: Any, where: str) -> TaskRow:
@@ -81,13 +81,13 @@ def _check_text(value: Any, what: str) -> None:
     half = _HALF_PAIR.search(value)
     if half:
         raise ValueError(
-            f"{what} has half a surrogate pair, \\u{ord(half[0]):04x}, at character {half.start()}: that is no text; "
+            f"{what} has half a surrogate pair, \\u{ord(half[0]):04x}, at character {half.start()}, which is invalid; "
             "remove it, or write \\ufffd"
         )
 
 
 def _check_files(files: dict[str, Any], where: str) -> None:
-    """ValueError: files that can't all be written into one workspace."""
+    """Check that all files can be written into one workspace. ValueError names the first that can't."""
     names: dict[tuple[str, ...], str] = {}
     for path, text in files.items():
         what = f"{where}: files[{path!r}]"
@@ -99,7 +99,10 @@ def _check_files(files: dict[str, Any], where: str) -> None:
         if not parts or path.endswith("/"):
             raise ValueError(f"{what} names no file")
         if "\0" in path or len(parts) > _MAX_PARTS or max(len(part.encode()) for part in parts) > _MAX_PART_BYTES:
-            raise ValueError(f"{what} is no path: no zero byte, at most {_MAX_PARTS} parts of {_MAX_PART_BYTES} bytes")
+            raise ValueError(
+                f"{what} is not a valid path: use no zero byte and at most "
+                f"{_MAX_PARTS} parts of {_MAX_PART_BYTES} bytes"
+            )
         if parts in names:
             raise ValueError(f"{what} is the same file as files[{names[parts]!r}]")
         names[parts] = path
@@ -121,13 +124,13 @@ def _parse(line: str, where: str) -> Any:
     try:
         return json.loads(line, object_pairs_hook=unique_keys)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON, one object a line: {error}") from error
+        raise ValueError(f"{where}: not JSON (one object per line): {error}") from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: {error}") from error
 
 
 def _rows(texts: Iterable[tuple[int, str]], place: str, unit: str) -> list[TaskRow]:
-    """Rows from numbered JSON texts. ValueError names the first bad one: `place` and its number."""
+    """Parse numbered JSON texts into rows. ValueError names the first bad one by `place` and its number."""
     rows: list[TaskRow] = []
     seen: dict[str, int] = {}
     for number, text in texts:
@@ -141,9 +144,9 @@ def _rows(texts: Iterable[tuple[int, str]], place: str, unit: str) -> list[TaskR
 
 
 def read_rows(path: Path) -> list[TaskRow]:
-    """Return all rows of a task file: UTF-8, a JSON object a line; blank lines and a byte-order mark do not count.
+    """Return all rows of a UTF-8 task file with one JSON object per line. Skip blank lines and a byte-order mark.
 
-    ValueError names file and line of the first bad row.
+    ValueError names the file and the line of the first bad row.
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such task file")
@@ -159,7 +162,7 @@ def read_rows(path: Path) -> list[TaskRow]:
 
 
 def write_rows(path: Path, rows: Iterable[TaskRow]) -> None:
-    """Write rows so that `read_rows` gives them back; the file appears whole or not at all, whoever else writes it.
+    """Write rows in the format of `read_rows`. The file is replaced atomically, also with concurrent writers.
 
     ValueError names the first row that `read_rows` would refuse.
     """
@@ -169,7 +172,7 @@ def write_rows(path: Path, rows: Iterable[TaskRow]) -> None:
             raise ValueError(f"row {number} is a {type(row).__name__}: must be a TaskRow")
         try:
             lines.append(json.dumps({f.name: getattr(row, f.name) for f in fields(row)}))
-        except (TypeError, ValueError) as error:  # what JSON can't hold
+        except (TypeError, ValueError) as error:  # a value that JSON can't represent
             raise ValueError(f"row {number}, id {row.id!r}: {error}") from error
     if not _rows(enumerate(lines, start=1), "row ", "row"):
         raise ValueError("no rows")

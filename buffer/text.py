@@ -1,4 +1,4 @@
-"""Text that comes from outside: prompts, tool output, files, what a policy said."""
+"""Sanitizing of text from external sources: prompts, tool output, files and policy output."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Any
 
 
 def clean_text(text: str) -> str:
-    """Return `text` as Unicode that every tokenizer and file takes: half surrogate pairs become U+FFFD.
+    """Return `text` as valid Unicode that every tokenizer and file accepts: unpaired surrogates become U+FFFD.
 
-    They are left behind by half-decoded bytes and by strings that were cut in UTF-16. Two halves that stand side by
-    side become the character that they mean.
+    Unpaired surrogates come from partially decoded bytes and from strings that were cut in UTF-16. Two adjacent
+    surrogates that form a pair become the character that they encode.
     """
     try:
         text.encode()
@@ -19,9 +19,9 @@ def clean_text(text: str) -> str:
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make a JSON object of its pairs (`json.loads(..., object_pairs_hook=unique_keys)`).
+    """Build a JSON object from its pairs (`json.loads(..., object_pairs_hook=unique_keys)`).
 
-    ValueError: a key that is there twice, of which one value would be lost.
+    ValueError: a key occurs twice, so one of its values would be lost.
     """
     found = dict(pairs)
     if len(found) < len(pairs):

@@ -1,14 +1,14 @@
-"""Sampled tokens a second, over the time in which episodes ran."""
+"""Sampled tokens per second, over the time in which episodes ran."""
 
 from __future__ import annotations
 
 
 class Throughput:
-    """Counts the tokens of finished episodes and the seconds in which at least one episode ran.
+    """A counter of the tokens of finished episodes and of the seconds in which at least one episode ran.
 
-    Episodes of a step may run before the step begins (during an evaluation) or beside another one's training, so
-    neither a step's own time nor its waiting for episodes is the time in which its tokens were sampled. Times are
-    seconds of any clock that only goes forward.
+    Episodes of a step may run before the step begins (during an evaluation) or while another step is trained.
+    Therefore neither the step's duration nor its wait for episodes is the time in which its tokens were sampled.
+    Times are seconds of any monotonic clock.
     """
 
     def __init__(self) -> None:
@@ -27,12 +27,12 @@ class Throughput:
         self._num_tokens += num_tokens
 
     def tokens_per_s(self, now_s: float) -> float | None:
-        """Return tokens a second since the last `reset`; None while nothing has run."""
+        """Return tokens per second since the last `reset`, or None if no episode has run since."""
         spent_s = self._spent_s + (0.0 if self._since_s is None else now_s - self._since_s)
         return self._num_tokens / spent_s if spent_s > 0 else None
 
     def reset(self, now_s: float) -> None:
-        """Start to count anew; episodes that run go on."""
+        """Restart the count; running episodes continue to be counted."""
         self._num_tokens, self._spent_s = 0, 0.0
         if self._since_s is not None:
             self._since_s = now_s

@@ -1,4 +1,4 @@
-"""Cuts an episode's turns into the token sequences that are trained."""
+"""Cut an episode's turns into the token sequences that are trained."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from buffer.types import Episode, Status, SubTrace, SubTraceKind, Successor, Tur
 
 @dataclass
 class _Segment:
-    """Turns of one agent of which each prompt extends the tokens before it."""
+    """Consecutive turns of one agent in which each prompt extends the tokens before it."""
 
     agent: int
     turns: list[int] = field(default_factory=list)  # indices into Episode.turns
@@ -23,9 +23,9 @@ def cut(episode: Episode) -> tuple[SubTrace, ...]:
 
     The cut rule: a new sub-trace begins where a turn's prompt does not extend the tokens before it
     (prompt and output of the same agent's previous turn). Compaction, template drift and edited
-    history are one case. Tokens are the engine's ids, never text that was tokenised again.
+    history are one case. Tokens are the engine's ids, never retokenized text.
 
-    Worked example, `[...]` sampled, four turns of one agent with reward 1:
+    Worked example: four turns of one agent with reward 1; `[...]` is sampled:
 
         turn 0  ACT      prompt 1 2               output [3 4]
         turn 1  ACT      prompt 1 2 3 4 5         output [6]      extends turn 0; 5 is tool output
@@ -38,18 +38,17 @@ def cut(episode: Episode) -> tuple[SubTrace, ...]:
     The summary 8 9 is trained at position 0, where the policy wrote it; at position 1 it is context.
 
     - Every output token of every turn is an action token of exactly one sub-trace.
-    - Turns without output are left out: nothing was sampled. An episode of such turns alone gives ().
-    - `successor` is the next sub-trace's first action of the same agent; for an agent's last sub-trace
-      the first later action of its parent (of the nearest ancestor that acts again, when the parent
-      does not); None when nobody acts again.
-    - A turn's reward stands on the turn's last output token, whichever agent took the turn.
-    - The terminal reward is added on the last action token of the root agent's last sub-trace, and
-      nowhere else: a sub-agent to which nobody returned has no part in it.
-    - `kind` is SUB_AGENT for every agent but the root, whose last sub-trace is FINAL and whose
+    - Turns without output are skipped because nothing was sampled. The result is () if no turn has output.
+    - `successor` is the first action of the same agent's next sub-trace. For an agent's last sub-trace it is
+      the first later action of its nearest ancestor that acts again, or None if no ancestor acts again.
+    - A turn's reward is placed on the turn's last output token, for every agent.
+    - The terminal reward is added on the last action token of the root agent's last sub-trace only. A
+      sub-agent whose ancestors do not act again receives none of it.
+    - `kind` is SUB_AGENT for every agent except the root. The root's last sub-trace is FINAL and its
       earlier ones are COMPACTED.
 
-    ValueError: a failed episode (never trained), turns that contradict each other, a reward that is
-    not finite, a turn with a reward and without output, which has no token to stand on.
+    ValueError: the episode failed (it is never trained), turns contradict each other, a reward is not
+    finite, or a turn has a reward but no output token to place it on.
     """
     _check(episode)
     segments = _segments(episode)
@@ -71,9 +70,11 @@ def cut(episode: Episode) -> tuple[SubTrace, ...]:
 def _check(episode: Episode) -> None:
     name = f"episode {episode.episode_id}"
     if episode.status is Status.FAILED:
-        raise ValueError(f"{name} failed ({episode.error or 'no reason given'}): it is never trained, fail its ticket")
+        raise ValueError(
+            f"{name} failed ({episode.error or 'no reason given'}): it can't be trained; report its ticket as failed"
+        )
     if not np.isfinite(episode.reward):
-        raise ValueError(f"{name}: reward is {episode.reward}: it must be finite")
+        raise ValueError(f"{name}: reward is {episode.reward}, but it must be finite")
     for agent, parent in enumerate(episode.parents):
         if (parent != -1) if agent == 0 else not 0 <= parent < agent:
             raise ValueError(
@@ -89,18 +90,18 @@ def _check(episode: Episode) -> None:
         if not 0 <= turn.agent < len(episode.parents):
             raise ValueError(f"{name}, turn {index}: agent {turn.agent} is not among {len(episode.parents)} agents")
         if not np.isfinite(turn.reward):
-            raise ValueError(f"{name}, turn {index}: reward is {turn.reward}: it must be finite")
+            raise ValueError(f"{name}, turn {index}: reward is {turn.reward}, but it must be finite")
         if turn.reward and not sizes[0]:
             raise ValueError(
-                f"{name}, turn {index}: reward {turn.reward} for a turn without output: no sampled token can have it; "
-                "give it to an earlier turn, or as the episode's reward"
+                f"{name}, turn {index}: reward {turn.reward} for a turn without output has no sampled token; "
+                "assign it to an earlier turn or to the episode's reward"
             )
         if sizes[0] and not len(turn.prompt_ids):
             raise ValueError(f"{name}, turn {index}: prompt_ids is empty: the first sampled token needs a context")
 
 
 def _extends(turn: Turn, before: Turn) -> bool:
-    """True when the prompt begins with the prompt and the output of the turn before."""
+    """Return whether the prompt begins with the prompt and the output of the previous turn."""
     seam = len(before.prompt_ids)
     end = seam + len(before.output_ids)
     return (
@@ -111,9 +112,9 @@ def _extends(turn: Turn, before: Turn) -> bool:
 
 
 def _segments(episode: Episode) -> list[_Segment]:
-    """Segments in the time order of their first turns; a segment's index is its position."""
+    """Return segments in the time order of their first turns; a segment's index is its position."""
     segments: list[_Segment] = []
-    open_of: dict[int, _Segment] = {}  # agent -> its segment that may go on
+    open_of: dict[int, _Segment] = {}  # agent -> its segment that may continue
     for index, turn in enumerate(episode.turns):
         if not len(turn.output_ids):
             continue
@@ -126,7 +127,7 @@ def _segments(episode: Episode) -> list[_Segment]:
 
 
 def _successors(episode: Episode, segments: list[_Segment]) -> list[Successor | None]:
-    first_action: dict[int, Successor] = {}  # turn -> where its first output token stands
+    first_action: dict[int, Successor] = {}  # turn -> location of its first output token
     turns_of: dict[int, list[int]] = {}  # agent -> its turns
     for position, segment in enumerate(segments):
         action = 0
@@ -136,7 +137,7 @@ def _successors(episode: Episode, segments: list[_Segment]) -> list[Successor | 
         turns_of.setdefault(segment.agent, []).extend(segment.turns)
 
     def later(agent: int, index: int) -> Successor | None:
-        """Return the first action of the agent, else of its nearest ancestor that acts, after a turn."""
+        """Return the first action after a turn of the agent or else of its nearest ancestor that acts."""
         while agent != -1:
             turns = turns_of.get(agent, [])
             place = bisect_right(turns, index)

@@ -1,4 +1,4 @@
-"""Failures of code and of processes: each in one line, and no process left behind."""
+"""One-line descriptions of errors and exit codes, and cleanup of descendant processes."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from typing import NamedTuple
 
 import psutil
 
-END_TIMEOUT_S = 10.0  # for killed processes to be gone
-MAX_CHARACTERS = 600  # of a reason; all of it is in the traceback
+END_TIMEOUT_S = 10.0  # deadline for killed processes to disappear
+MAX_CHARACTERS = 600  # length of a reason; the traceback has the full text
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 _ROOT = Path(__file__).parent.parent
 _OURS = ("buffer", "critic", "launch", "machine", "rollout", "slime", "trainer")
-_SENTENCES = (RuntimeError, ValueError, TimeoutError)  # what this code raises to say all of it in the message
+_SENTENCES = (RuntimeError, ValueError, TimeoutError)  # raised by this project with a complete message
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
 
 
@@ -40,16 +40,18 @@ class _Frame(NamedTuple):
 
 
 def reason(error: BaseException) -> str:
-    """Return an error's message as one line. Where it says too little (KeyError: 'a'), with its type and the place in
-    code.
+    """Return an error's message as one line. Add its type and source location if the message alone is not enough.
 
-    The place is the last line of a user's own code, if any was running, else the last of this code or of a library.
-    Errors that came from another process of Ray's are told as they were raised there.
+    For example, the message of KeyError("a") is only 'a'. The source location is the innermost frame of the user's
+    own code, or the innermost frame of all if no user code was running. An error from another Ray process is described
+    as it was raised there.
     """
     cause = getattr(error, "cause", None)
     origin = cause if isinstance(cause, BaseException) else error
     text = str(origin)
-    if getattr(error, "actor_init_failed", False):  # Ray shows the trace of a constructor; its end is the error
+    if getattr(
+        error, "actor_init_failed", False
+    ):  # Ray includes the constructor's traceback; its last line is the error
         text = text.strip().rsplit("\n", 1)[-1]
     text = " ".join(text.split())
     if len(text) > MAX_CHARACTERS:
@@ -66,7 +68,7 @@ def reason(error: BaseException) -> str:
 
 
 def _frames(error: BaseException, origin: BaseException) -> Iterator[_Frame]:
-    """The code that was running, outermost first: of the process in which the error was raised."""
+    """Yield the stack frames of the process that raised the error, outermost first."""
     elsewhere = getattr(error, "traceback_str", None)
     if origin is not error and isinstance(elsewhere, str):
         for found in _FRAME.finditer(elsewhere):
@@ -77,7 +79,7 @@ def _frames(error: BaseException, origin: BaseException) -> Iterator[_Frame]:
 
 
 def ending(code: int) -> str:
-    """Return how a process ended, by its exit code: negative, or above 128 as shells have it, for a signal."""
+    """Describe how a process ended. A negative exit code, or one above 128 as in a shell, stands for a signal."""
     try:
         name = signal.Signals(-code if code < 0 else code - 128).name
     except ValueError:
@@ -86,18 +88,18 @@ def ending(code: int) -> str:
 
 
 def adopt_orphans() -> None:
-    """Make this process the parent of descendants whose own parent has died, so that `end_descendants` finds them."""
+    """Make this process a subreaper: it adopts orphaned descendants, so that `end_descendants` finds them."""
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
 
 
 def end_descendants() -> None:
-    """Kill every descendant of this process and wait until all are gone."""
+    """Kill every descendant of this process and wait up to `END_TIMEOUT_S` until all are gone."""
     deadline = time.monotonic() + END_TIMEOUT_S
     while (found := psutil.Process().children(recursive=True)) and time.monotonic() < deadline:
         for process in found:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        for process in found:  # a child of a child that has died is this process's, too
+        for process in found:  # adopted orphans are children of this process, too
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(process.pid, os.WNOHANG)
         time.sleep(0.01)

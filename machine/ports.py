@@ -1,4 +1,4 @@
-"""Ports kept for servers to come."""
+"""TCP ports reserved for servers that start later."""
 
 from __future__ import annotations
 
@@ -6,22 +6,23 @@ import socket
 
 
 class ReservedPort:
-    """A free TCP port that stays free until `close`, or the end of the `with`, for a server that is told its number.
+    """A TCP port that is reserved for a server until `close` or the end of the `with` block.
 
-    Between asking for a free port and listening on it, a server imports for seconds, while the processes beside it take
-    ports by the hundred. This socket is bound and does not listen: the kernel neither gives its port to a socket that
-    asks for any, nor lets one have it that does not say SO_REUSEADDR, as servers do (SGLang's, torch's, Ray's).
+    A server spends seconds on imports between choosing a free port and listening on it. Meanwhile other processes
+    may take hundreds of ports. This socket is bound but does not listen: the kernel does not assign its port to a
+    socket that binds to port 0, and only a socket with SO_REUSEADDR can bind to it. The servers of SGLang, torch and
+    Ray set SO_REUSEADDR.
     """
 
     def __init__(self, host: str) -> None:
-        """`host`: the address of the interface; "" for all of them."""
+        """Bind to a free port. `host`: the address of the interface; "" for all interfaces."""
         self._socket = socket.socket()
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self._socket.bind((host, 0))
         self.number: int = self._socket.getsockname()[1]
 
     def close(self) -> None:
-        """Give the port up; a server that listens on it goes on."""
+        """Release the reservation; a server that already listens on the port is not affected."""
         self._socket.close()
 
     def __enter__(self) -> ReservedPort:

@@ -1,8 +1,8 @@
-"""Fields of a config: each states its help, bounds and unit beside its default.
+"""Config fields that declare their help text, bounds and unit next to the default.
 
     lr: float = setting(1e-6, "Learning rate after the warm-up.", bounds="(0, inf)")
 
-The checks before a start, `slime train --help KEY` and docs/configuration.md are made from these
+The pre-flight checks, `slime train --help KEY` and docs/configuration.md are generated from these declarations
 (slime/config/settings.py).
 """
 
@@ -14,10 +14,10 @@ from typing import Any
 
 
 def setting(default: Any, help: str, *, bounds: str = "", unit: str = "") -> Any:
-    """Return a dataclass field with what a user may need to know of it.
+    """Return a dataclass field whose metadata holds its documentation.
 
-    `help`: one sentence. `bounds`: an interval, in which [ and ] include the end and ( and ) do not. `unit`: what one
-    of it is, e.g. "tokens". Each config gets its own copy of a default that is a list or a dict.
+    `help`: one sentence. `bounds`: an interval; [ and ] include the end point, ( and ) exclude it. `unit`: the unit of
+    the value, e.g. "tokens". A default that is a list or a dict is copied for each config.
     """
     metadata = {"help": help, "bounds": bounds, "unit": unit}
     if isinstance(default, list | dict):
@@ -26,6 +26,6 @@ def setting(default: Any, help: str, *, bounds: str = "", unit: str = "") -> Any
 
 
 def derive(config: Any, **values: Any) -> None:
-    """Give a frozen config the values that follow from its other ones. Called by its `__post_init__` alone."""
+    """Set derived fields of a frozen config. Call this only from its `__post_init__`."""
     for name, value in values.items():
         object.__setattr__(config, name, value)

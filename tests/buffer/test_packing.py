@@ -209,7 +209,7 @@ def test_spare_micro_batches_are_used_to_level_a_tight_packing() -> None:
 @pytest.mark.parametrize(
     ("lengths", "num_ranks", "message"),
     [
-        ([5, 11], 1, "sub-trace 1 has 11 tokens, a micro-batch at most 10: raise .* to 11"),
+        ([5, 11], 1, "sub-trace 1 has 11 tokens, but a micro-batch holds at most 10: raise .* to 11"),
         ([5, 0], 1, "sub-trace 1 has 0 tokens"),
         ([5], 0, "num_ranks=0"),
     ],

@@ -88,7 +88,7 @@ def test_life_of_a_ticket() -> None:
     assert store.claim(0.0, "a") is None  # taken is not released
     assert store.take() is None
     assert store.release(0) == 1
-    with pytest.raises(ValueError, match="step 0: it is not out"):
+    with pytest.raises(ValueError, match="step 0: it is not taken"):
         store.release(0)
     assert not store.add(second, [info(second)], EpisodeStats(0.0))  # long gone
     third = store.claim(0.0, "a")
@@ -112,7 +112,7 @@ def test_sub_traces_of_another_episode_are_refused() -> None:
     store = Store(config(1), 2, seed=0)
     ticket = store.claim(0.0, "a")
     assert ticket is not None
-    with pytest.raises(ValueError, match=r"ticket 0: sub-traces of 0\.1, 5\.0: must be of its episode 0\.0"):
+    with pytest.raises(ValueError, match=r"ticket 0 got sub-traces of 0\.1, 5\.0: all must be of episode 0\.0"):
         store.add(ticket, [info(ticket), info(Ticket(5, 0, 0)), info(Ticket(0, 0, 1))], EpisodeStats(0.0))
 
 
@@ -128,7 +128,7 @@ def test_failed_tickets_come_first_and_run_out() -> None:
         assert again is not None
         assert (again.number, again.row, again.attempt) == (0, ticket.row, attempt)
         ticket = again
-    with pytest.raises(RuntimeError, match=r"ticket 0 .*failed 3 times, allowed are 2.*at b: sandbox gone"):
+    with pytest.raises(RuntimeError, match=r"ticket 0 .*failed 3 times, more than the allowed 2.*at b: sandbox gone"):
         store.fail(ticket, "sandbox gone")
 
 
