@@ -103,7 +103,7 @@ def test_a_job_saves_before_its_end_and_goes_on(story: Story) -> None:
 
 def test_ray_spans_the_nodes_of_the_job(story: Story) -> None:
     folder = story.run_dir / "slurm"
-    for node, address in (("node1", "127.0.0.1"), ("node2", "127.0.0.2")):
+    for node, address in (("node1", "127.0.0.2"), ("node2", "127.0.0.3")):
         log = (folder / f"node_{node}_{story.number}.log").read_text()
         assert log.count("Ray runtime started") == 2, log
         assert f"Local node IP: {address}" in log

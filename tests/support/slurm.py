@@ -56,8 +56,8 @@ SlurmdParameters=config_overrides
 KillWait=5
 JobRequeue=1
 GresTypes=gpu
-NodeName=node1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs={cpus} RealMemory=8000 Gres=gpu:h100:4
-NodeName=node2 NodeHostname={host} NodeAddr=127.0.0.2 Port={ports[2]} CPUs={cpus} RealMemory=8000 Gres=gpu:h100:4
+NodeName=node1 NodeHostname={host} NodeAddr=127.0.0.2 Port={ports[1]} CPUs={cpus} RealMemory=8000 Gres=gpu:h100:4
+NodeName=node2 NodeHostname={host} NodeAddr=127.0.0.3 Port={ports[2]} CPUs={cpus} RealMemory=8000 Gres=gpu:h100:4
 PartitionName=ci Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 GRES = "NodeName=node[1-2] Name=gpu Type=h100 File=/dev/null,/dev/zero,/dev/full,/dev/random\n"
@@ -73,7 +73,10 @@ def unavailable() -> str:
 
 
 class SlurmCluster:
-    """Its nodes are `node1` and `node2`, each with 8 CPUs and four GPUs that are none."""
+    """Its nodes are `node1` and `node2`, each with 8 CPUs and four GPUs that are none.
+
+    Their addresses are loopbacks other than 127.0.0.1, which Ray takes for any address of the machine.
+    """
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))

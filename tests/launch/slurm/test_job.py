@@ -171,6 +171,6 @@ def test_a_job_is_cancelled_at_once(slurm: SlurmCluster, tmp_path: Path) -> None
 
 
 def test_nodes_have_addresses(slurm: SlurmCluster) -> None:
-    assert client.addresses(["node1", "node2"]) == {"node1": "127.0.0.1", "node2": "127.0.0.2"}
+    assert client.addresses(["node1", "node2"]) == {"node1": "127.0.0.2", "node2": "127.0.0.3"}
     with pytest.raises(client.SlurmError, match="node3"):
         client.addresses(["node3"])
