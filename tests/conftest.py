@@ -1,4 +1,4 @@
-"""What all tests share: one thread per process, engines last, one Ray cluster for those that need it."""
+"""Fixtures and settings of all tests: one thread per process, tests with engines last, one shared Ray cluster."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The quick tests first, so that what can fail in seconds does."""
+    """Run the fast tests first, so that they fail early."""
     items.sort(key=lambda item: item.get_closest_marker("e2e") is not None)
 
 
@@ -45,7 +45,7 @@ def ray_cluster() -> Iterator[ModuleType]:
             env.setenv("RAY_AUTH_MODE", "token")
             env.setenv("RAY_AUTH_TOKEN_PATH", str(token))
             env.setenv("RAY_USAGE_STATS_ENABLED", "0")
-            env.setenv("RAY_worker_niceness", "0")  # as this process, whatever else the machine does
+            env.setenv("RAY_worker_niceness", "0")  # the niceness of this process, even on a busy machine
             _read_environment_again()
             try:
                 _start(ray, folder)
@@ -63,7 +63,7 @@ def ray_cluster() -> Iterator[ModuleType]:
 
 @pytest.fixture(scope="module")
 def process() -> Iterator[None]:
-    """This process as the only one of a role."""
+    """Make this process the only process of a role."""
     from machine.ports import ReservedPort
     from trainer.config import LayoutConfig
     from trainer.megatron.model import leave_process, start_process
@@ -76,7 +76,7 @@ def process() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    """Where runs are made."""
+    """The folder for runs."""
     made = Place(tmp_path_factory.mktemp("whole"))
     yield made
     shutil.rmtree(made.temporary, ignore_errors=True)
@@ -84,7 +84,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
 
 @pytest.fixture(scope="session")
 def warm_start(place: Place) -> Path:
-    """Model folder of a short supervised run: it knows the moves of the coding task, and plays them badly."""
+    """The model folder of a short supervised run: it knows the actions of the coding task but solves few rows."""
     numbers = ["steps=40", "policy.optimizer.decay_steps=40", "tracking.wandb=false"]
     with Run(place, "recipe=sft_coding", "run=start", *numbers) as run:
         run.finish()

@@ -24,7 +24,7 @@ PLAIN = BufferConfig(episodes_per_step=2, slots=3, window=3)
 
 
 def sub_trace(ticket: Ticket, position: int) -> SubTrace:
-    """Tokens that say which ticket they are of."""
+    """Return tokens that identify their ticket."""
     mask = np.array([False, True, True])
     return SubTrace(
         tokens=np.array([ticket.number, ticket.row, position], np.int32),
@@ -73,7 +73,7 @@ class Stage:
         return self.ray.get(ref, timeout=LIMIT_S)
 
     def waits(self, ref: Any) -> bool:
-        """True when there is no answer for a while."""
+        """Return True if there is no answer for a while."""
         return not self.ray.wait([ref], timeout=1.0)[0]
 
 
@@ -87,7 +87,7 @@ def stage(ray_cluster: ModuleType, request: pytest.FixtureRequest) -> Iterator[S
 
 
 def test_episodes_travel_by_reference(stage: Stage) -> None:
-    """The buffer hands out references that the players made, inside records, and frees them with the step."""
+    """The buffer hands out the players' references inside records, and frees them when the step is released."""
     first, second = (stage.get(player.claim.remote()) for player in stage.players)
     taking = stage.buffer.take.remote()
     assert stage.get(stage.players[1].play.remote(second))
@@ -114,10 +114,10 @@ def test_a_claim_waits_for_a_free_slot(stage: Stage) -> None:
     tickets = [stage.get(player.claim.remote()) for _ in range(3)]
     waiting = player.claim.remote()
     assert stage.waits(waiting)
-    assert stage.get(player.claim.remote(0.2)) is None  # nothing in that time: ask again
+    assert stage.get(player.claim.remote(0.2)) is None  # no ticket within the time limit: claim again
     assert all(stage.get([player.play.remote(ticket) for ticket in tickets]))
     batch = stage.get(stage.buffer.take.remote())
-    assert stage.waits(waiting)  # trained, but the new weights are not out yet
+    assert stage.waits(waiting)  # trained, but the new weights are not published yet
     stage.get(stage.buffer.release.remote(batch.step))
     assert stage.get(waiting).number == 3
 
@@ -130,7 +130,7 @@ def test_tickets_of_a_dead_worker_are_issued_again(stage: Stage) -> None:
     assert stage.waits(its_wait)
     stage.ray.kill(dying)
     assert stage.get(stage.buffer.lost.remote("w0")) == 2
-    assert stage.get(its_wait) is None  # a claim that the dead worker left behind gets nothing
+    assert stage.get(its_wait) is None  # a pending claim of the dead worker gets no ticket
     again = [stage.get(other_wait), stage.get(living.claim.remote())]
     assert [(t.number, t.row, t.attempt) for t in again] == [(t.number, t.row, 1) for t in lost]
     assert stage.get(stage.buffer.add.remote(lost[0], [], {})) is False  # too late

@@ -1,4 +1,4 @@
-"""Micro-batches: everything once, caps held, equal counts, even loads."""
+"""Micro-batches: every sub-trace once, within the caps, equal counts, balanced loads."""
 
 from __future__ import annotations
 

@@ -28,10 +28,10 @@ def config(episodes_per_step: int, slots: int = 0, window: int = 0, group: int =
 
 @dataclass
 class Run:
-    """A training run on a store: weight versions, and which tickets were trained how late."""
+    """A simulated training run on a store: weight versions, and the lag of each trained ticket."""
 
     store: Store
-    group: int = 1  # episodes of a prompt
+    group: int = 1  # episodes per prompt
     version: int = 0
     running: dict[Ticket, int] = field(default_factory=dict)  # ticket -> weight version at its claim
     trained: list[int] = field(default_factory=list)
@@ -69,7 +69,7 @@ def test_row_order_is_a_shuffle_per_epoch_from_seed_and_epoch_alone() -> None:
     assert sorted(first) == sorted(second) == list(range(50))
     assert first != second
     assert first != [other.row(k) for k in range(50)]
-    assert second == [two.row(k) for k in range(50, 100)]  # without having seen the first epoch
+    assert second == [two.row(k) for k in range(50, 100)]  # does not depend on the first epoch
 
 
 def test_life_of_a_ticket() -> None:
@@ -81,7 +81,7 @@ def test_life_of_a_ticket() -> None:
     assert store.claim(0.0, "a") is None  # both slots are taken
     assert store.take() is None
     assert store.add(second, [info(second)], EpisodeStats(1.0))
-    assert not store.add(second, [info(second)], EpisodeStats(0.0))  # answered already
+    assert not store.add(second, [info(second)], EpisodeStats(0.0))  # already answered
     batch = store.take()
     assert batch is not None
     assert (batch.step, batch.num_tokens, batch.episodes) == (0, 10, (EpisodeStats(1.0),))
@@ -90,7 +90,7 @@ def test_life_of_a_ticket() -> None:
     assert store.release(0) == 1
     with pytest.raises(ValueError, match="step 0: it is not taken"):
         store.release(0)
-    assert not store.add(second, [info(second)], EpisodeStats(0.0))  # long gone
+    assert not store.add(second, [info(second)], EpisodeStats(0.0))  # released long ago
     third = store.claim(0.0, "a")
     assert third is not None
     assert third.number == 2
@@ -143,7 +143,7 @@ def test_expired_and_lost_tickets_are_issued_again() -> None:
     assert store.holders() == {"b": [1]}
     again = [store.claim(11.0, "c"), store.claim(11.0, "c"), store.claim(11.0, "c")]
     assert again == [Ticket(0, store.row(0), 1), Ticket(2, store.row(2), 1), None]
-    assert store.expire(13.0) == [tickets[1]]  # the clock of a ticket starts with its own claim
+    assert store.expire(13.0) == [tickets[1]]  # the time limit of a ticket starts with its own claim
 
 
 @settings(max_examples=100, deadline=None)
@@ -298,7 +298,7 @@ def test_a_resume_in_the_middle_of_a_group_keeps_it_whole() -> None:
     with pytest.raises(ValueError, match="episodes_per_prompt is 2, this run's is 1: set it back"):
         Store(config(2, slots=4), num_rows=6, seed=1).load_state_dict(store.state_dict())
     older = {name: part for name, part in store.state_dict().items() if name != "episodes_per_prompt"}
-    Store(config(2, slots=4), num_rows=6, seed=1).load_state_dict(older)  # written before there were groups
+    Store(config(2, slots=4), num_rows=6, seed=1).load_state_dict(older)  # a state from a version without groups
 
 
 def test_synchronous_training_has_no_lag() -> None:

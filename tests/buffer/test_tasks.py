@@ -1,4 +1,4 @@
-"""Task files: what is refused, where it is said, and that rows come back as they were."""
+"""Task files: refusals with file and line, and rows that are read back unchanged."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def test_rows_come_back_as_they_were(tmp_path: Path) -> None:
     path = tmp_path / "new" / "rows.jsonl"
     write_rows(path, rows)
     assert read_rows(path) == rows
-    assert [entry.name for entry in path.parent.iterdir()] == ["rows.jsonl"]  # nothing half-written is left
+    assert [entry.name for entry in path.parent.iterdir()] == ["rows.jsonl"]  # no partial file is left
     write_rows(path, rows[:1])
     assert read_rows(path) == rows[:1]
 

@@ -1,4 +1,4 @@
-"""The rate of sampling: tokens over the time in which episodes ran, whatever else a step waited for."""
+"""The sampling rate: tokens per time in which episodes ran, regardless of other waits in a step."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_seconds_in_which_nothing_ran_do_not_count() -> None:
     meter = Throughput()
     assert meter.tokens_per_s(5.0) is None
     meter.runs(True, 10.0)
-    meter.runs(True, 12.0)  # a second episode beside the first
+    meter.runs(True, 12.0)  # a second episode runs concurrently
     meter.finished(300)
     meter.runs(False, 16.0)
     assert meter.tokens_per_s(90.0) == 300 / 6
@@ -53,11 +53,11 @@ def test_a_step_whose_episodes_ran_before_it_began_has_the_rate_of_that_time() -
                 await actor.add(ticket, [SubTraceInfo(None, ticket.episode_id, 90, num_actions, 0)], EpisodeStats(0.0))
 
         await play(seconds=20.0, num_actions=50)
-        clock.now_s += 30.0  # the evaluation goes on
+        clock.now_s += 30.0  # the evaluation continues
         assert (await actor.status()).tokens_per_s == pytest.approx(100 / 20)
         batch = await actor.take()
         assert batch.tokens_per_s == pytest.approx(100 / 20)
-        clock.now_s += 60.0  # training; a synchronous run plays nothing meanwhile
+        clock.now_s += 60.0  # training; a synchronous run plays no episodes meanwhile
         await actor.release(batch.step)
         await play(seconds=10.0, num_actions=40)
         assert (await actor.take()).tokens_per_s == pytest.approx(80 / 10)

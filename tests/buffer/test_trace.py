@@ -1,4 +1,4 @@
-"""The cut rule: every sampled token is trained once, in the context that it was sampled in."""
+"""The cut rule: every sampled token is trained once, in the context in which it was sampled."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_prompt_shorter_than_the_history_cuts() -> None:
 
 
 def test_nested_and_parallel_sub_agents() -> None:
-    """The root starts 1 and 2 at once, 1 starts 3; the root goes on in the same context, twice."""
+    """The root starts 1 and 2 concurrently, 1 starts 3; the root continues in the same context, twice."""
     traces = cut(
         episode(
             turn([1], [10, 11]),
@@ -177,7 +177,7 @@ def test_random_episodes(seed: int) -> None:
     whole = replace(whole, turns=tuple(turns))
     traces = cut(whole)
     earned = {}  # serial of a sampled token -> its reward
-    contexts = {}  # serial of a sampled token -> the tokens up to and with it
+    contexts = {}  # serial of a sampled token -> the tokens up to and including it
     for position, trace in enumerate(traces):
         assert trace.position == position
         assert not trace.action_mask[0]

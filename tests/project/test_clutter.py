@@ -1,4 +1,4 @@
-"""A checkout in use holds more than the project: runs, caches, environments, a user's tasks. Nobody checks those."""
+"""A checkout in use also contains runs, caches, environments and a user's tasks; the checks must ignore them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ CLUTTER = {
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the project in a folder with a space in its name, with everything that gathers in a checkout."""
+    """A copy of the project, with the other files of a used checkout, in a folder with a space in its name."""
     made = tmp_path_factory.mktemp("a checkout")
     for name in PROJECT:
         if (ROOT / name).is_dir():

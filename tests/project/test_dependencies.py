@@ -1,4 +1,4 @@
-"""pyproject.toml declares what is imported, and nothing else: the project's packages, and what checks them."""
+"""pyproject.toml declares exactly the packages that the project and its checks import."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The shape of the code: imports point one way, files and functions stay small, the configuration keeps its budget."""
+"""The layout rules: imports point one way, files and functions stay small, the configuration keeps its budget."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ MAX_CONFIG_FIELDS = 120
 
 
 def violations(root: Path) -> list[str]:
-    """All that breaks the rules below `root`, one line each, starting with the file and the line number."""
+    """Return each violation of the rules below `root` as one line that starts with the file and the line number."""
     found = []
     own = own_modules(root)
     for top in ALLOWED:

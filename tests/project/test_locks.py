@@ -1,4 +1,4 @@
-"""The lock files: complete, minimal, hashed, for every Python of the project, and what is installed."""
+"""The lock files: complete, minimal, hashed, for every Python of the project, and equal to the installation."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ on_cpu_lock = pytest.mark.skipif(LOCK != "locks/cpu.txt", reason=f"this environm
 
 
 def locked(*paths: str) -> dict[str, str]:
-    """Name to exact version of lock files; every line that is not a comment must be of a package with its hashes."""
+    """Return {name: exact version} of lock files; every line except comments must be a package with its hashes."""
     versions: dict[str, str] = {}
     for path in paths:
         lines = [line for line in (ROOT / path).read_text().splitlines() if not line.startswith("#")]
@@ -41,7 +41,7 @@ def locked(*paths: str) -> dict[str, str]:
 
 
 def roots(path: str) -> dict[str, Requirement]:
-    """Name to requirement of a lock's input; every line has its reason."""
+    """Return {name: requirement} of a lock's input; every line must have a reason."""
     wanted: dict[str, Requirement] = {}
     for line in (ROOT / path).read_text().splitlines():
         text, _, reason = line.partition("#")
@@ -53,7 +53,7 @@ def roots(path: str) -> dict[str, Requirement]:
 
 
 def requirements(name: str, extras: frozenset[str]) -> Iterator[Requirement]:
-    """What an installed package needs on one of PYTHONS, with the given extras of it."""
+    """Yield the requirements of an installed package, with the given extras, on one of PYTHONS."""
     for text in importlib.metadata.requires(name) or []:
         requirement = Requirement(text)
         marker = requirement.marker
@@ -66,7 +66,7 @@ def requirements(name: str, extras: frozenset[str]) -> Iterator[Requirement]:
 
 
 def closure(wanted: dict[str, Requirement], lock: dict[str, str]) -> dict[str, list[tuple[str, Requirement]]]:
-    """Every package that the roots need, with who needs it and how. `TAKEN_ALONE` needs nothing."""
+    """Return every package that the roots need, with the packages that require it. `TAKEN_ALONE` requires nothing."""
     needed: dict[str, list[tuple[str, Requirement]]] = {}
     pending = [("the project", requirement) for requirement in wanted.values()]
     seen = set()
@@ -153,7 +153,7 @@ def test_the_locks_are_for_the_pythons_that_the_project_declares() -> None:
 
 
 def package(*wheels: str, sdist: bool = True) -> dict[str, Any]:
-    """A package as uv lists it; the hash of a file is its name."""
+    """Return a package in uv's format; the hash of each file is its name."""
     files = [{"url": f"https://x/{name}", "hashes": {"sha256": name}} for name in (*wheels, "a-1.tar.gz")]
     return {"name": "a", "version": "1", "wheels": files[:-1]} | ({"sdist": files[-1]} if sdist else {})
 

@@ -1,4 +1,4 @@
-"""The coding task: its rows, its judge in the real sandbox, and what it takes to fool it."""
+"""The coding task: its rows, its judge in the real sandbox, and programs that try to cheat."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ RECIPE = load(["recipe=ppo_coding"], None).config
 
 
 def constants_of(row: TaskRow) -> dict[str, int]:
-    """The four facts that a row is about, from its files."""
+    """Return a row's four constants, from its files."""
     _, names = stub_of(row.prompt)
     facts = dict(fact.split("=") for name in names for fact in row.files[name].split(";"))
     return {name: int(facts[name]) for name in VARIABLES}
@@ -48,7 +48,7 @@ def evaluated(source: str, x: int) -> int:
 
 
 def solution(row: TaskRow) -> tuple[str, str]:
-    """The right operator and the wrong one."""
+    """Return the right operator and the wrong one."""
     stub, _ = stub_of(row.prompt)
     x, wanted = row.hidden_tests[0]
     (right,) = (sign for sign in "+-" if evaluated(program(constants_of(row), stub, sign), x) == wanted)
@@ -137,7 +137,7 @@ async def _attempt(pool: SandboxPool, row: TaskRow, actions: Sequence[str]) -> t
 
 
 def attempts(*games: tuple[TaskRow, Sequence[str]]) -> list[tuple[list[Step], float]]:
-    """The answers and the reward of each list of actions."""
+    """Return the answers and the reward for each list of actions."""
 
     async def main() -> list[tuple[list[Step], float]]:
         async with opened(BubblewrapPool(CONFIG)) as pool:
@@ -229,7 +229,7 @@ def test_programs_that_cheat_earn_nothing() -> None:
 
 
 class Listening:
-    """A sandbox that notes everything that goes into it."""
+    """A sandbox that records all of its inputs."""
 
     def __init__(self, inner: Sandbox) -> None:
         self.inner = inner
@@ -265,7 +265,7 @@ def test_expected_values_never_enter_the_sandbox() -> None:
     sent, reward = asyncio.run(main())
     assert reward == 1.0
     numbers = set(re.findall(r"\d+", sent))
-    assert {str(x) for x, _ in ROW.hidden_tests} <= numbers  # what f is called with has to
+    assert {str(x) for x, _ in ROW.hidden_tests} <= numbers  # the program must receive the arguments of f
     assert numbers.isdisjoint(str(abs(wanted)) for _, wanted in (*ROW.visible_tests, *ROW.hidden_tests))
 
 

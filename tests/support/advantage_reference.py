@@ -1,4 +1,4 @@
-"""What tests of advantages share: small sub-traces, random ones, and a reference in O(n^2) of plain Python."""
+"""Helpers for tests of advantages: small and random sub-traces, and an O(n^2) reference in plain Python."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Float64 = NDArray[np.float64]
 
 
 def sub_trace(mask: list[int], rewards: dict[int, float] | None = None, **changes: Any) -> SubTrace:
-    """A finished one-segment episode with the given action mask; `rewards` by token index."""
+    """Return a finished episode of one sub-trace with the given action mask; `rewards` by token index."""
     num_tokens = len(mask)
     given_rewards = np.zeros(num_tokens, np.float32)
     for index, reward in (rewards or {}).items():
@@ -44,7 +44,7 @@ def sub_trace(mask: list[int], rewards: dict[int, float] | None = None, **change
 def core(
     traces: list[SubTrace], values: list[Float32], config: AdvantageConfig, bootstrap: list[float] | None = None
 ) -> tuple[Float64, Float64]:
-    """Advantages and returns in float64 on all action tokens."""
+    """Return advantages and returns of all action tokens in float64."""
     pairs = gae(traces, values, config, bootstrap, np.float64)
     for trace, pair in zip(traces, pairs, strict=True):
         assert not any(column[~trace.action_mask].any() for column in pair)
@@ -56,7 +56,7 @@ def core(
 def reference(
     traces: list[SubTrace], values: list[Float32], config: AdvantageConfig, bootstrap: list[float]
 ) -> tuple[list[float], list[float]]:
-    """Every advantage as an explicit sum over the tokens that follow, in O(n^2) of plain Python."""
+    """Compute each advantage as an explicit sum over the following tokens, in O(n^2) of plain Python."""
     advantage, returns = [], []
     for k, trace in enumerate(traces):
         family = {other.position: j for j, other in enumerate(traces) if other.episode_id == trace.episode_id}
@@ -64,7 +64,7 @@ def reference(
         outcome = float(final.rewards[np.flatnonzero(final.action_mask)[-1]])
 
         def decay(at: int, family: dict[int, int] = family) -> float:
-            """gamma lambda of a step of sub-trace `at`."""
+            """Return gamma * lambda for a step of sub-trace `at`."""
             counted = [at] if config.lambda_length is LambdaLength.sub_trace else list(family.values())
             length = sum(int(traces[j].action_mask.sum()) for j in counted)
             if config.lambda_alpha > 0:
@@ -72,7 +72,7 @@ def reference(
             return config.gamma * config.lambda_policy
 
         def path(start: int, follow: bool, k: int = k, family: dict[int, int] = family) -> list[tuple[int, int]]:
-            """(sub-trace, token index) of the action tokens from action `start` of sub-trace k on."""
+            """Return (sub-trace, token index) of the action tokens from action `start` of sub-trace k onward."""
             steps, at, action = [], k, start
             while True:
                 steps += [(at, int(index)) for index in np.flatnonzero(traces[at].action_mask)[action:]]
@@ -111,14 +111,14 @@ def reference(
 
 
 def random_values(traces: list[SubTrace], seed: int) -> list[Float32]:
-    """Values for whole sub-traces; NaN where nobody may read."""
+    """Return values of whole sub-traces, with NaN where they must not be read."""
     rng = np.random.default_rng(seed)
     values = [rng.normal(size=len(trace.tokens)).astype(np.float32) for trace in traces]
     return [np.where(trace.action_mask, v, np.nan).astype(np.float32) for trace, v in zip(traces, values, strict=True)]
 
 
 def random_traces(seed: int, num_episodes: int = 2) -> list[SubTrace]:
-    """Sub-traces of several episodes in any order, with rewards per turn as well."""
+    """Return sub-traces of several episodes in random order, also with rewards per turn."""
     traces = [trace for j in range(num_episodes) for trace in cut(random_episode(seed + j, max_depth=2 - j % 3))]
     rng = np.random.default_rng(seed)
     traces = [traces[k] for k in rng.permutation(len(traces))]

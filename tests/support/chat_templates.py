@@ -1,4 +1,4 @@
-"""Chat templates as models have them, and a tokenizer for them: bytes, two of them joined, and the markup."""
+"""Chat templates of real models, and a tokenizer for them: bytes, one merged pair, and the markup."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ MARKS = (
 
 
 def chat_tokenizer(template: str | None) -> Any:
-    """A tokenizer with `template`; "ab" is one token in it, and so are its marks."""
+    """Return a tokenizer with `template`, in which "ab" and each piece of markup are one token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,4 +1,4 @@
-"""Random agent episodes: tool blocks, compactions, drift, nested and parallel sub-agents."""
+"""Random agent episodes with tool output, compactions, drift, and nested and parallel sub-agents."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class _Simulator:
         self.rng = rng
         self.max_depth = max_depth
         self.parents = [-1]
-        self.serial = 0  # every sampled token has a log-probability of its own
+        self.serial = 0  # every sampled token has a unique log-probability
 
     def ids(self, low: int, high: int) -> Int32:
         return self.rng.integers(0, 9, self.rng.integers(low, high + 1)).astype(np.int32)
@@ -68,7 +68,7 @@ class _Simulator:
 
 
 def random_episode(seed: int, max_depth: int = 2, episode_id: str = "") -> Episode:
-    """One episode; it may break off anywhere after its first turn, then it is truncated."""
+    """Return one episode. It may end anywhere after its first turn; then it is truncated."""
     rng = np.random.default_rng(seed)
     simulator = _Simulator(rng, max_depth)
     turns = tuple(simulator.run(0, 0))

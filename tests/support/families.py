@@ -1,4 +1,4 @@
-"""Tiny random models of every mapped family, as Hugging Face folders in float32 or bfloat16."""
+"""Tiny random models of every supported family, as Hugging Face folders in float32 or bfloat16."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A task that a newcomer might write: half of its prompts fill the window, and what its tools say is no clean text."""
+"""A task with a beginner's mistakes: half of its prompts fill the window, and its tool output is not clean text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from slime import Environment, Sandbox, Step
 
 
 class Careless(Reader):
-    """Tool output ends in half a character; rows with an odd number have a prompt that no window holds."""
+    """Tool output ends in half a character; prompts of rows with an odd number are longer than the window."""
 
     async def start(self) -> str:
         prompt = await super().start()

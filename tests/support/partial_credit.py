@@ -1,4 +1,4 @@
-"""A user's own task, in a folder of its own: the coding task with a reward that even a beginner gets some of."""
+"""A user's task in a separate folder: the coding task with partial rewards, which even a weak policy receives."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from slime import Environment, Sandbox, Step
 
 
 class Reader(CodingEnvironment):
-    """Reward: a fifth for each file of the prompt that was read, the last fifth for the program."""
+    """Gives a reward of 1/5 for each file of the prompt that was read, and 1/5 for the program."""
 
     def __init__(self, row: TaskRow, sandbox: Sandbox) -> None:
         super().__init__(row, sandbox)

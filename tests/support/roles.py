@@ -29,7 +29,7 @@ def random_qwen3(path: Path, num_layers: int = 2, experts: int = 0) -> Path:
     more = {"num_experts": experts, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
     config = AutoConfig.for_model(
         "qwen3_moe" if experts else "qwen3",
-        vocab_size=97,  # odd: tensor parallelism has to pad it
+        vocab_size=97,  # odd, so that tensor parallelism must pad it
         hidden_size=32,
         num_hidden_layers=num_layers,
         num_attention_heads=4,
@@ -45,7 +45,7 @@ def random_qwen3(path: Path, num_layers: int = 2, experts: int = 0) -> Path:
 
 
 def sub_trace(rng: np.random.Generator, length: int, episode: int) -> SubTrace:
-    """Random tokens of `random_qwen3`, four in ten of them sampled; a whole episode."""
+    """Return a whole episode of random tokens of `random_qwen3`; 40% of them are sampled."""
     mask = rng.random(length) < 0.4
     mask[0], mask[-1] = False, True
     return SubTrace(
@@ -65,29 +65,29 @@ def sub_trace(rng: np.random.Generator, length: int, episode: int) -> SubTrace:
 
 
 def seven_sub_traces() -> list[SubTrace]:
-    """Of 2 to 60 tokens, two an episode; the same each time."""
+    """Return sub-traces of 2 to 60 tokens, two per episode; the result is deterministic."""
     rng = np.random.default_rng(1)
     return [sub_trace(rng, length, i // 2) for i, length in enumerate([50, 7, 33, 12, 60, 2, 41])]
 
 
 def random_targets(traces: Sequence[SubTrace]) -> list[Targets]:
-    """Normal advantages, returns and values of the action tokens; the same each time."""
+    """Return normally distributed advantages, returns and values of the action tokens; deterministic."""
     rng = np.random.default_rng(2)
     draw = lambda t: (rng.normal(size=len(t.tokens)) * t.action_mask).astype(np.float32)  # noqa: E731
     return [Targets(draw(t), draw(t), draw(t)) for t in traces]
 
 
 def batch_of(traces: Sequence[SubTrace]) -> Batch:
-    """A batch that holds the sub-traces themselves."""
+    """Return a batch that contains the sub-traces themselves, not references."""
     items = [SubTraceInfo(t, t.episode_id, len(t.tokens), t.num_actions, 0) for t in traces]
     return Batch(0, tuple(items), ())
 
 
 def seat() -> Any:
-    """A process in which one worker after the other runs: starting one takes longer than what is tested."""
+    """A process that runs one worker after another, because starting a process takes longer than most tests."""
     import ray
 
-    class Seat:  # in here it travels by value: Ray's processes can't import this module
+    class Seat:  # a local class is pickled by value: Ray's processes can't import this module
         def __init__(self) -> None:
             self.worker: Any = None
 
@@ -108,7 +108,7 @@ def seat() -> Any:
 
 
 class Actor:
-    """The worker in a seat, called as Ray's actors are."""
+    """A handle to the worker in a seat, with the interface of a Ray actor."""
 
     def __init__(self, place: Any) -> None:
         self._place = place
@@ -124,7 +124,7 @@ _FREE: list[Any] = []  # seats without a worker
 def running(
     group_class: type, worker: Callable[..., Any], folder: Path, config: Any, optimizer: Any = None
 ) -> Iterator[Any]:
-    """A started role in its configuration's layout; its processes are given to the next one."""
+    """Yield a started role in its configuration's layout; the next role reuses its processes."""
     import ray
 
     from trainer.config import OptimizerConfig
@@ -142,27 +142,27 @@ def running(
         yield group
         ray.get([at.leave.remote() for at in seats], timeout=LIMIT_S)
     except BaseException:
-        for at in seats:  # one may wait for another for ever
+        for at in seats:  # a worker may wait for another one forever
             ray.kill(at)
         raise
     _FREE.extend(seats)
 
 
 def on_ranks(group: Any, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """What a function of the worker and these arguments returns in each rank's process."""
+    """Call a function with the worker and these arguments in each rank's process; return the results."""
     import ray
 
     return list(ray.get([actor.__ray_call__.remote(function, *arguments) for actor in group.actors], timeout=LIMIT_S))
 
 
 def write_checkpoint(group: Any, folder: Path) -> None:
-    """Saves a role and waits until its checkpoint is complete."""
+    """Save a role and wait until its checkpoint is complete."""
     group.save(folder).result()
     finish_checkpoint(group)
 
 
 def finish_checkpoint(group: Any) -> None:
-    """Waits for the files of a save that has begun."""
+    """Wait for the files of a save that has started."""
     deadline = time.monotonic() + LIMIT_S
     while None in (of_ranks := group.saved().result()):
         assert time.monotonic() < deadline, "not written"

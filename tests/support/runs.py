@@ -1,4 +1,4 @@
-"""Helpers for tests of whole runs: the real command in a process of its own, watched through what it writes."""
+"""Helpers for tests of whole runs: the real command in a separate process, observed through its files and output."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 
-START_S = 900.0  # generous: engines, workers and sandboxes start within a minute on two quiet cores
+START_S = 900.0  # generous: engines, workers and sandboxes start within a minute on two idle cores
 GONE_S = 120.0
 SLIME = str(Path(sys.executable).with_name("slime"))
 MARK = "SLIME_TEST_MARK"
@@ -26,7 +26,7 @@ MARK = "SLIME_TEST_MARK"
 
 @dataclass
 class Place:
-    """A folder for runs and one for temporary files, whose path is short enough for Ray's sockets."""
+    """A folder for runs, and one for temporary files with a path short enough for Ray's sockets."""
 
     folder: Path
     temporary: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="sl-", dir="/tmp")))
@@ -50,7 +50,7 @@ class Run:
         own = {MARK: self.mark, "TMPDIR": str(place.temporary), "WANDB_MODE": "offline"}
         self.process = subprocess.Popen(
             place.command(*overrides),
-            cwd=Path(__file__).parent,  # where the task's module is
+            cwd=Path(__file__).parent,  # contains the task's module
             env={**inherited, **own, **(environment or {})},
             stdin=subprocess.DEVNULL,
             stdout=self.log.open("wb"),
@@ -61,7 +61,7 @@ class Run:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Nothing outlives a test, whatever became of it."""
+        """Kill every process of the run, so that none outlives the test."""
         for process in self.processes():
             process.kill()
         self.process.kill()
@@ -85,7 +85,10 @@ class Run:
         return [process for process in self._known if alive(process)]
 
     def wait_until(self, condition: Callable[[], bool], what: str, limit_s: float) -> None:
-        """AssertionError with the end of the output when the run ends before the condition holds, or at the limit."""
+        """Wait until the condition holds.
+
+        AssertionError with the end of the output: the run has ended before, or the time limit is over.
+        """
         deadline = time.monotonic() + limit_s
         while not condition():
             assert self.process.poll() is None, f"ended with {self.process.returncode} before {what}: {self.tail()}"
@@ -94,7 +97,7 @@ class Run:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Keep the run where it is while its engines are looked at: its own process stands still in the block."""
+        """Suspend the run's own process within the block, so that its engines can be inspected."""
         self.process.send_signal(signal.SIGSTOP)
         try:
             yield
@@ -102,7 +105,7 @@ class Run:
             self.process.send_signal(signal.SIGCONT)
 
     def finish(self, limit_s: float = START_S) -> Run:
-        """Waits for the end. AssertionError unless it is a good one."""
+        """Wait for the end of the run. AssertionError: it failed."""
         try:
             code = self.process.wait(timeout=limit_s)
         except subprocess.TimeoutExpired:
@@ -111,7 +114,7 @@ class Run:
         return self
 
     def left_over(self, but: Sequence[str] = ()) -> list[str]:
-        """Processes that are still there `GONE_S` after the run's own has ended, except those of the given names."""
+        """Return the processes, except those with the given names, that still run `GONE_S` after the run has ended."""
         deadline = time.monotonic() + GONE_S
         while (found := [p for p in self.processes() if name_of(p) not in but]) and time.monotonic() < deadline:
             time.sleep(0.2)
@@ -136,7 +139,7 @@ def alive(process: psutil.Process) -> bool:
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a JSONL file; [] when it is not there."""
+    """Return the complete lines of a JSONL file; [] if it does not exist."""
     if not path.is_file():
         return []
     return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]

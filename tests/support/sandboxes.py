@@ -30,7 +30,7 @@ async def opened(pool: SandboxPool) -> AsyncIterator[SandboxPool]:
 
 
 def use(body: Body, kind: type[SandboxPool] = BubblewrapPool, config: SandboxConfig = CONFIG) -> None:
-    """Runs a test's body with one sandbox."""
+    """Run a test's body with one sandbox."""
 
     async def main() -> None:
         async with opened(kind(config)) as pool:  # type: ignore[call-arg]
@@ -40,7 +40,7 @@ def use(body: Body, kind: type[SandboxPool] = BubblewrapPool, config: SandboxCon
 
 
 def run_program(source: str, stdin: str = "", config: SandboxConfig = CONFIG) -> RunResult:
-    """Result of one program in a sandbox of its own."""
+    """Return the result of one program in a new sandbox."""
     results: list[RunResult] = []
 
     async def body(box: Sandbox) -> None:

@@ -1,4 +1,4 @@
-"""The project's own files: a checkout in use holds others' files, too."""
+"""The project's own files: a checkout in use also contains other files."""
 
 from __future__ import annotations
 
