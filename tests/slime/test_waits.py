@@ -77,7 +77,7 @@ def test_an_evaluation_is_as_long_as_something_happens_in_it() -> None:
 
 def test_an_evaluation_in_which_nothing_happens_names_its_workers() -> None:
     workers = [Worker(length=3, active=5), Worker(length=1000, active=5)]
-    with pytest.raises(TimeoutError, match=r"evaluation: nothing happened.* workers \[1\] for 3 s"):
+    with pytest.raises(TimeoutError, match=r"evaluation: no episode of rollout workers \[1\] made progress for 3 s"):
         RolloutGroup(workers, QUIET_S).evaluate(range(8), keep=0)
 
 
