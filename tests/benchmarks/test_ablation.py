@@ -1,4 +1,4 @@
-"""The ablation's arithmetic: curves over generated tokens, who has reached a budget, what the table says."""
+"""The ablation's arithmetic: curves over generated tokens, which runs reached a budget, and the table."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ GPU = sorted(
 
 
 def run(*arguments: str, limit_s: float = 120.0) -> str:
-    """What a benchmark prints. AssertionError unless its exit code is 0."""
+    """Return a benchmark's output. AssertionError: its exit code is not 0."""
     command = [sys.executable, f"benchmarks/{arguments[0]}", *arguments[1:]]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit_s, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -26,7 +26,7 @@ def run(*arguments: str, limit_s: float = 120.0) -> str:
 
 
 def rows(printed: str) -> list[list[str]]:
-    """Cells of a table, without its head."""
+    """Return the cells of a table, without its header."""
     lines = [line for line in printed.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
@@ -60,5 +60,5 @@ def test_a_step_beside_a_bare_one() -> None:
 
 @pytest.mark.parametrize("name", GPU)
 def test_what_needs_a_gpu_can_be_imported(name: str) -> None:
-    """They run on a machine with one: docs/gpu.md."""
+    """They run on a machine with a GPU: see docs/gpu.md."""
     assert callable(importlib.import_module(f"benchmarks.gpu.{name}").main)

@@ -1,4 +1,4 @@
-"""What is promised of the demo, as arithmetic on a run's metrics."""
+"""The demo's targets, computed from a run's metrics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What README.md, docs/ and examples/ show is true: the example works, commands compose, links lead somewhere."""
+"""README.md, docs/ and examples/ are correct: the example works, commands compose, links have targets."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ ROOMY = Machine(num_cpus=2, free_memory_gb=16, free_disk_gb=50, free_temporary_g
 
 
 def blocks(text: str, language: str) -> list[str]:
-    """Code blocks of a language, in order."""
+    """Return the code blocks of a language, in order."""
     return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
@@ -64,7 +64,7 @@ def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def play(task: Task, row: TaskRow, config: RolloutConfig, seed: int) -> Episode:
-    """A demonstration in the loop that the policy plays in."""
+    """A demonstration in the policy's loop."""
     renderer = BuiltinRenderer(build_tokenizer(), "tiny")
 
     async def run() -> Episode:
@@ -160,14 +160,14 @@ def test_table_cells_are_short_enough_to_read(page: Path) -> None:
 
 
 def anchors(page: Path) -> set[str]:
-    """Names of the headings of a page, as GitHub and the site make them."""
+    """Return the anchors of a page's headings, as GitHub and the site generate them."""
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
     headings = re.findall(r"^#+ +(.+)$", text, re.MULTILINE)
     return {re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", heading.lower())) for heading in headings}
 
 
 def dead_links(page: Path) -> list[str]:
-    """Links and pictures of a page that lead to no file of this checkout, or to no heading in one."""
+    """Return the links and pictures of a page whose file or heading does not exist in this checkout."""
     dead = []
     for link in re.findall(r"\[[^]]*\]\(([^)\s]+)\)", page.read_text()):
         name, _, anchor = link.partition("#")
@@ -191,7 +191,7 @@ def test_dead_links_are_found(tmp_path: Path) -> None:
 
 
 def test_the_examples_task_imports_nothing_heavy() -> None:
-    """What a rollout worker pays for it."""
+    """Every rollout worker imports the task's module."""
     check = "import sys, lookup\nassert not {'torch', 'transformers', 'ray'} & set(sys.modules)"
     path = os.pathsep.join([str(EXAMPLE), str(ROOT)])
     subprocess.run([sys.executable, "-c", check], env={**os.environ, "PYTHONPATH": path}, check=True, timeout=60)

@@ -52,7 +52,7 @@ def test_a_linked_source_file_is_shown_whole(staged: Path) -> None:
 
 
 def small(root: Path, text: str) -> None:
-    """A project of one page that says `text`."""
+    """Make a project with one page that contains `text`."""
     for name in ("README.md", "examples/README.md", "docs/look.css", *BUILD["BENCHMARKS"], *BUILD["PROJECT"]):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text("# Title\n")

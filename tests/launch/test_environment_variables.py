@@ -1,4 +1,4 @@
-"""Variables of the user's environment: proxies, another Ray's, folders for temporary files, paths with `~`."""
+"""The user's environment variables: proxies, another Ray cluster, temporary folders, paths with `~`."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Answer(BaseHTTPRequestHandler):
-    """An engine that has all it is asked for."""
+    """A fake engine that answers every request with the same JSON."""
 
     def do_GET(self) -> None:
         body = b'{"weight_version": "7"}'
@@ -176,7 +176,7 @@ def test_auto_is_the_cluster_that_ray_address_names(monkeypatch: pytest.MonkeyPa
 
 
 def folder_of(size: int, parent: Path = Path("/tmp")) -> Path:
-    """A path of `size` characters."""
+    """Return a path of `size` characters."""
     return parent / ("x" * (size - len(str(parent)) - 1))
 
 

@@ -1,4 +1,4 @@
-"""One writer a folder: who is refused, who waits, and what a dead holder leaves."""
+"""One writer per folder: refusals, waits, and the lock of a dead holder."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_a_holder_on_another_machine_that_is_silent_blocks_nobody(
 def test_a_holder_that_was_given_up_leaves_the_lock_to_the_next(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, elsewhere: Holder
 ) -> None:
-    """This machine stood still, and another one took over."""
+    """This machine was suspended, and another one took the lock over."""
     monkeypatch.setattr(lock, "SILENT_S", 0.0)
     monkeypatch.setattr(lock, "BEAT_S", 0.01)
     taken = json.dumps(asdict(elsewhere))

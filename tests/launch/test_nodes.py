@@ -1,4 +1,4 @@
-"""Several machines: who lies where, what nodes must see, and a run over two nodes of a Ray cluster on this one."""
+"""Several machines: placement, shared files, and a run on two nodes of a Ray cluster on this machine."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_places(wanted: list[Bundles], num_nodes: int, gpus: int, expected: dict
 
 
 def fits(sizes: Sequence[int], free: tuple[int, ...]) -> bool:
-    """Whether blocks have room on the nodes, by trying everything."""
+    """Return whether the blocks fit on the nodes, by brute force."""
     if not sizes:
         return True
     chances = {room for room in free if room >= sizes[0]}
@@ -76,7 +76,7 @@ def fits(sizes: Sequence[int], free: tuple[int, ...]) -> bool:
 
 
 def test_what_has_a_place_is_placed() -> None:
-    """For sizes that divide each other; ranks stay in order and no node is overbooked."""
+    """For sizes that divide each other, ranks stay in order and no node is overcommitted."""
     refused = 0
     counts = itertools.product(range(4), repeat=3)
     for (fours, twos, ones), num_nodes, gpus in itertools.product(counts, (1, 2, 3), (4, 5, 6)):
@@ -355,7 +355,7 @@ def cluster(place: Place) -> Iterator[Cluster]:
 
 @dataclass
 class Seen:
-    """What was found of the run's engine while it ran."""
+    """Observations of the run's engine."""
 
     url: str
     key: str
@@ -466,7 +466,7 @@ def test_a_proxy_of_the_nodes_is_for_the_world_outside(story: Story) -> None:
 
 @pytest.mark.e2e
 def test_processes_lie_where_they_were_placed(story: Story) -> None:
-    """Three ranks and one engine on two nodes: the third rank has gone on to the second node."""
+    """There are three ranks and one engine on two nodes; the third rank is on the second node."""
     where = sorted((name, node) for name, node, _ in story.actors)
     first, second = NODES
     assert where == [

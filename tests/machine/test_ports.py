@@ -1,4 +1,4 @@
-"""Ports that are kept for servers to come."""
+"""Ports that are reserved for later servers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HOST = "127.0.0.1"
 
 
 class Server(socketserver.TCPServer):
-    """Listens as most servers do."""
+    """Listen on a port like most servers do."""
 
     allow_reuse_address = True
 

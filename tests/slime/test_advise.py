@@ -41,7 +41,7 @@ def row(
 
 
 def rows(steps: int = 10, **numbers: Any) -> list[dict[str, float]]:
-    """Steps 1.. with an evaluation before them; a list gives each step its own number."""
+    """Return metrics of steps 1, 2, ... after an evaluation; a list has one number per step."""
     made = []
     for step in range(1, steps + 1):
         own = {name: n[step - 1] if isinstance(n, list) else n for name, n in numbers.items()}

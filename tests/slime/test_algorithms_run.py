@@ -60,7 +60,7 @@ pytestmark = pytest.mark.e2e
 
 
 def played(place: Place, warm_start: Path, overrides: list[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Metrics by step, and the episodes that were trained."""
+    """Return metrics by step, and the trained episodes."""
     with Run(place, *RUN, *overrides, f"model.path={warm_start}") as run:
         run.finish()
     run_dir = place.run_dir(overrides[0].removeprefix("run="))
@@ -91,7 +91,7 @@ def test_a_group_baseline_needs_no_critic(place: Place, warm_start: Path) -> Non
 
 
 def check_group(group: list[dict[str, Any]]) -> None:
-    """All tokens of an episode have one advantage, on the side of the group's mean where its reward lies."""
+    """All tokens of an episode have the same advantage; its sign is that of the reward minus the group's mean."""
     mean = sum(record["reward"] for record in group) / len(group)
     for record in group:
         tokens = [token for sub_trace in record["sub_traces"] for token in sub_trace["tokens"] if token["action"]]

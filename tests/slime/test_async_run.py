@@ -1,4 +1,4 @@
-"""An asynchronous run of the real command: the engines go on while two-process roles train."""
+"""An asynchronous run of the real command: engines keep sampling while roles of two processes train."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def run_dir(place: Place, warm_start: Path) -> Path:
 
 
 def versions_of(record: dict[str, Any]) -> list[int]:
-    """Weight versions of the sampled tokens of an episode, in time order."""
+    """Return the weight versions of an episode's sampled tokens, in time order."""
     tokens = [token for sub_trace in record["sub_traces"] for token in sub_trace["tokens"]]
     return [token["version"] for token in tokens if token["action"]]
 

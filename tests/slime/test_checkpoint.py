@@ -1,4 +1,4 @@
-"""Checkpoints of a run: whole or not there, written beside the training, kept, and exported without any process."""
+"""Checkpoints of a run: atomic, written during training, retained, and exported without a trainer process."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FULL = OSError(28, "No space left on device", "policy/__1_0.distcp")
 
 @dataclass
 class Role:
-    """Two ranks that write when they are allowed to; both note what they are asked."""
+    """Two ranks that write when the test allows it; both record their calls."""
 
     name: str
     events: list[str]
@@ -68,7 +68,7 @@ class Role:
 
 @dataclass
 class Story:
-    """Roles, the run's folder, and what happened in which order."""
+    """Roles, the run's folder, and the events in order."""
 
     run_dir: Path
     events: list[str] = field(default_factory=list)
@@ -278,7 +278,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_policy(source: Path, folder: Path, change: Callable[[dict[str, Any]], None] = lambda tensors: None) -> None:
-    """A checkpoint of `source` as one rank writes it, by torch alone."""
+    """Write a checkpoint of `source` as one rank would, with torch only."""
     from safetensors.torch import load_file
     from torch.distributed import checkpoint as torch_checkpoint
 
@@ -303,7 +303,7 @@ def run_dir(model: Path, tmp_path: Path) -> Path:
 
 
 def exported(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """What a refused export says, in one line; "" when it was not refused."""
+    """Return the one-line message of a refused export; "" if it was not refused."""
     code = cli.main(["export", *map(str, arguments)])
     out, err = capsys.readouterr()
     assert (code, err.count("\n")) == ((2, 1) if err else (0, 0))

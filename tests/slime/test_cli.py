@@ -1,4 +1,4 @@
-"""The command line through its real `main`: exit codes and what people read."""
+"""The command line through its real `main`: exit codes and printed text."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _roomy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The one line on stderr with which the command is refused."""
+    """Return the one line on stderr with which the command is refused."""
     code = cli.main([*arguments])
     out, err = capsys.readouterr()
     assert (code, out) == (2, "")
@@ -230,7 +230,7 @@ HEAVY = {"torch", "hydra", "omegaconf", "ray", "rich", "megatron", "sglang", "nu
 
 
 def in_a_process(*arguments: str) -> str:
-    """What a command prints, in a process of its own that imports nothing heavy for it."""
+    """Return a command's output, from a separate process that must not import large packages for it."""
     program = (
         f"import sys, slime.cli; code = slime.cli.main({[*arguments]!r})\n"
         f"heavy = {HEAVY!r} & set(sys.modules)\n"

@@ -1,4 +1,4 @@
-"""Runs of the real command that do not end well: what they say, and that nothing is left of them."""
+"""Runs of the real command that fail: their messages, and that no process or file remains."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ pytestmark = pytest.mark.e2e
 
 
 def last_words(run: Run) -> list[str]:
-    """What it says to the user at its end."""
+    """Return the run's last message to the user."""
     return [line for line in run.output.splitlines() if line.startswith("slime: ")]
 
 
 def tokens(place: Place) -> set[str]:
-    """Folders of runs' secrets in the folder for temporary files."""
+    """Return the folders of runs' secrets in the folder for temporary files."""
     return {path.name for path in place.temporary.iterdir() if path.name.startswith("slime-ray-")}
 
 
 def test_a_killed_engine_is_named_and_takes_the_run_with_it(place: Place) -> None:
-    """Its scheduler is killed, as the out-of-memory killer does, while episodes are in flight."""
+    """The engine's scheduler is killed while episodes are in flight, as by the out-of-memory killer."""
     before = tokens(place)
     with Run(place, *RUN, "run=killed") as run:
         run.wait_until(lambda: "... eval" in run.output, "first evaluation", START_S)
@@ -53,7 +53,7 @@ def test_a_killed_engine_is_named_and_takes_the_run_with_it(place: Place) -> Non
 
 
 def test_a_run_that_is_told_to_end_ends_in_order_and_goes_on(place: Place) -> None:
-    """While its engine starts, then in the middle of a step; the second signal goes to every process of it."""
+    """The signal comes while the engine starts, then in the middle of a step; the second one goes to every process."""
     before = tokens(place)
     folder = place.run_dir("stopped")
     with Run(place, *RUN, "run=stopped") as run:

@@ -1,4 +1,4 @@
-"""The order of a training step: what has processes of its own is asked before anything is waited for."""
+"""The order of a training step: every group of processes is called before the loop waits for any result."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from slime.run import Run
 
 
 class Role:
-    """Stands where a group of processes would, and notes when it is asked and when it is waited for."""
+    """A fake group of processes that records when it is called and when its result is awaited."""
 
     def __init__(self, name: str, events: list[str], says: dict[str, Any]) -> None:
         self._name, self._events, self._says = name, events, says

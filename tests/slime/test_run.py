@@ -1,4 +1,4 @@
-"""A synchronous run of the real command: trained, killed, resumed, finished; and what it refuses."""
+"""A synchronous run of the real command: trained, killed, resumed, finished; and its refusals."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ EVALUATION = {"eval/pass_rate", "eval/num_tasks"}
 
 @dataclass
 class Diary:
-    """Stands where a run's parts and its watch are, and notes what happens."""
+    """A fake for a run's components and its watch that records the calls."""
 
     events: list[str] = field(default_factory=list)
 
@@ -130,7 +130,7 @@ def whole_run(diary: Diary, monkeypatch: pytest.MonkeyPatch, folder: Path, begin
     ],
 )
 def test_order_of_a_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, begin: int, expected: list[str]) -> None:
-    """A step is logged before its checkpoint: what is resumed after the checkpoint has all metrics up to it."""
+    """A step is logged before its checkpoint, so that a run resumed from the checkpoint has all metrics up to it."""
     diary = Diary()
     assert whole_run(diary, monkeypatch, tmp_path, begin) == 5
     assert diary.events == expected
@@ -262,7 +262,7 @@ def test_a_warm_start_has_its_folder_alone_and_is_cached_whole(tmp_path: Path, m
 
 @dataclass
 class Story:
-    """What was seen of the run."""
+    """Observations of the run."""
 
     run_dir: Path
     outputs: list[str]  # of the killed process, of the resumed one, of the one that found nothing to do
@@ -276,7 +276,7 @@ class Story:
 
 
 def hostile(place: Place) -> dict[str, str]:
-    """Proxies that refuse everything, another Ray that is not there, and the longest folder that Ray can use."""
+    """Proxies that refuse everything, the address of a missing Ray cluster, and the longest folder for Ray."""
     proxies = dict.fromkeys(("http_proxy", "https_proxy", "all_proxy"), "http://127.0.0.1:9") | {"no_proxy": ""}
     ray = {"RAY_ADDRESS": "127.0.0.1:1", "RAY_AUTH_TOKEN": "of another Ray", "RAY_grpc_enable_http_proxy": "1"}
     longest = SOCKET_PATH_BYTES - len(RAY_SOCKET % Path("/proc/sys/kernel/pid_max").read_text().strip())

@@ -1,4 +1,4 @@
-"""A limit of one request, or of a start, ends nothing larger: what goes on may take as long as it does."""
+"""The time limit of one request or one start does not limit longer operations that make progress."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ FAKE_RAY = SimpleNamespace(
 
 
 class Worker:
-    """Plays one evaluation, which ends at poll `length`; something happens in it until poll `active`."""
+    """Plays one evaluation, which ends at poll `length` and makes progress until poll `active`."""
 
     def __init__(self, length: int, active: int) -> None:
         self.polls, self.answer = itertools.count(1), Future[Any]()
@@ -63,7 +63,7 @@ class Worker:
 
 @pytest.fixture(autouse=True)
 def _clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second passes whenever somebody looks at the clock."""
+    """Each read of the clock advances it by one second."""
     clock = SimpleNamespace(monotonic=map(float, itertools.count()).__next__)
     for module in (rollout.group, trainer.group):
         monkeypatch.setattr(module, "ray", FAKE_RAY)

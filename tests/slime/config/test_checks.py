@@ -1,4 +1,4 @@
-"""What is refused before any process starts: numbers, combinations, the model's shape, the machine."""
+"""Refusals before any process starts: numbers, combinations, the model's shape, the machine."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_the_nearest_number_named_does_work() -> None:
 
 
 def test_ranges_name_every_number_of_the_schema() -> None:
-    """A new number needs bounds beside its field."""
+    """Every number must have bounds in its field."""
     numbers = {
         key
         for key, value in leaves(yaml.safe_load(dump(Config()))).items()

@@ -1,4 +1,4 @@
-"""A setting is used or refused: what the command line sets and nothing reads, and what of it reaches the warm start."""
+"""A setting is used or refused: unused settings on the command line, and those that apply to the warm start."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_the_value_that_it_has_anyway_is_not_refused() -> None:
 
 
 def read_by(*arguments: str) -> set[str]:
-    """Keys that a run of this kind reads."""
+    """Return the keys that a run of this kind reads."""
     config = load([*arguments]).config
     return {key for key in KEYS if not list(without_effect(config, [key]))}
 
@@ -223,7 +223,7 @@ def test_loaded_configurations_know_their_start() -> None:
 
 
 def test_the_warm_start_is_a_copy_with_other_values_and_no_text_is_read_again() -> None:
-    """Every text reaches it as it is: none is written as an argument in between."""
+    """Every text reaches the warm start unchanged, because none is formatted as a command-line argument."""
     for text in ("it's \\' [mine], x=1", "${oc.env:HOME} \\\\", "'quoted'"):
         run = load([PPO])
         named = replace(run, config=replace(run.config, model=replace(run.config.model, path=text)))
@@ -233,7 +233,7 @@ def test_the_warm_start_is_a_copy_with_other_values_and_no_text_is_read_again() 
 
 
 def test_the_warm_start_is_checked_with_the_values_that_it_is_given(tmp_path: Path) -> None:
-    """Its own files alone may ask for more GPUs than the run's command line gives it."""
+    """The recipe of the warm start sets 0 GPUs; the value of the run's command line applies."""
     (tmp_path / "recipe").mkdir()
     wide = "# @package _global_\n# Ours\ndefaults: [sft_coding, _self_]\n"
     wide += "sft: {batch_sub_traces: 8}\ncluster: {gpus_per_node: 0}\n"

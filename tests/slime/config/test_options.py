@@ -1,4 +1,4 @@
-"""Any option of SGLang and Megatron is within reach: checked against their own types, refused where a run sets it."""
+"""Options of SGLang and Megatron: checked against the libraries' own types, refused if a run sets them."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_every_argument_that_a_run_sets_is_among_those_refused(cpu: bool) -> Non
 
 
 def test_sglang_says_what_it_takes() -> None:
-    """One process for all: importing SGLang takes seconds."""
+    """One process checks all options, because importing SGLang takes seconds."""
     wrong: dict[str, tuple[Any, str]] = {
         "chunked_prefil_size": (512, "has no such argument; did you mean 'chunked_prefill_size'?"),
         "zzzz": (1, "has no such argument; its server_args.py lists them"),

@@ -1,4 +1,4 @@
-"""Rows from the door to the step: few of them, ones that do not fit the window, ones that can't be read."""
+"""Rows of a run: too few, too long for the window, or unreadable."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def long(num_tokens: int) -> str:
-    """A prompt that takes as many tokens in its context, markup included."""
+    """Return a prompt that takes this many tokens in its context, including markup."""
     return "a" * (num_tokens - 2)
 
 
@@ -79,7 +79,7 @@ def test_training_and_evaluation_share_no_row(tmp_path: Path) -> None:
 
 
 class Maker(Task):
-    """Makes the rows that it is told to make."""
+    """A task that makes the given rows."""
 
     def __init__(self, rows: Any) -> None:
         self.rows = rows
@@ -217,7 +217,7 @@ SILENT = stats(tokens=0, prompt=301)
 
 
 class Notes(SimpleNamespace):
-    """A watch that keeps the lines that stay."""
+    """A watch that records the permanent lines."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -252,7 +252,7 @@ def test_an_evaluation_in_which_nothing_was_sampled_has_no_pass_rate() -> None:
 
 
 class Taking:
-    """Stands where the buffer would: hands out the given batches, notes what is released."""
+    """A fake buffer that hands out the given batches and records the released steps."""
 
     def __init__(self, batches: Sequence[Batch]) -> None:
         left, self.released = list(batches), list[int]()
@@ -286,7 +286,7 @@ def test_a_step_without_a_turn_is_passed_over_and_the_third_ends_the_run(
 
 
 class Stage:
-    """Plays demonstrations: those of rows whose prompt is long have no turn."""
+    """Plays demonstrations; those of rows with a long prompt have no turn."""
 
     def __init__(self, rows: Sequence[TaskRow]) -> None:
         self.rows = rows
@@ -309,7 +309,7 @@ class Stage:
 
 
 def rehearse(prompts: Sequence[str], num_batches: int = 9) -> tuple[Stage, list[int]]:
-    """What was played, and the numbers of demonstrations without a turn, a batch each."""
+    """Return the played demonstrations, and for each batch the number of those without a turn."""
     rows = [TaskRow(f"r{k}", "d", prompt) for k, prompt in enumerate(prompts)]
     config, stage = load([SFT, *WINDOW, "sft.batch_sub_traces=8"]).config, Stage(rows)
     batches = demonstrations(config, Prepared(Maker(()), rows, [], Path()), stage)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Every setting states its help, bounds and unit; configs are frozen; docs/configuration.md is made from the same."""
+"""Every setting has help, bounds and unit; configs are frozen; docs/configuration.md is made from them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run says when it does not end well: one line, an exit code, the rest in a file."""
+"""The end of a failed run: one line, an exit code, and the details in a file."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class FromAnotherProcess(RuntimeError):
 
 
 def of_a_user(source: str, folder: Path) -> BaseException:
-    """What `step` in a user's file raises."""
+    """Return the error that `step` in a user's file raises."""
     path = folder / "my_task.py"
     space: dict[str, Any] = {}
     exec(compile(source, str(path), "exec"), space)
@@ -186,7 +186,7 @@ def test_a_signal_ends_a_run_in_order(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Also when it comes twice, as from a terminal, which sends it to a shell and its script."""
+    """This also holds if the signal comes twice, as from a terminal, which sends it to a shell and its script."""
     monkeypatch.setattr(supervisor, "TOGETHER_S", LIMIT_S)
     before = [signal.getsignal(one) for one in supervisor.SIGNALS]
     stopped = []
@@ -312,7 +312,7 @@ def test_a_second_signal_ends_a_run_at_once(tmp_path: Path) -> None:
 
 
 def test_an_ignored_hangup_stays_ignored_and_an_ignored_interrupt_does_not(tmp_path: Path) -> None:
-    """nohup means it; SIGINT is ignored in whatever a script starts with `&`."""
+    """nohup ignores SIGHUP, and a shell script ignores SIGINT in commands that it starts with `&`."""
     handlers = {one: signal.signal(one, signal.SIG_IGN) for one in (signal.SIGHUP, signal.SIGINT)}
     passed = []
     try:

@@ -1,4 +1,4 @@
-"""A step's metrics against numbers worked out by hand, and their page in docs/."""
+"""A step's metrics against numbers computed by hand, and their page in docs/."""
 
 from __future__ import annotations
 
@@ -290,7 +290,7 @@ def told_by_workers(path: Path) -> Iterator[str]:
 
 
 def logged() -> set[str]:
-    """Every name that a run can log."""
+    """Return every name that a run can log."""
     one = trace([0, *[1, 0] * 9], [-1.0] * 9, [0] * 9)  # nine turns
     zeros = np.zeros(len(one.tokens), np.float32)
     targets = [Targets(advantages=zeros, returns=zeros, values=zeros)]
@@ -313,7 +313,7 @@ def logged() -> set[str]:
 
 
 def documented() -> list[str]:
-    """What stands in the first column of the page's tables."""
+    """Return the first column of the page's tables."""
     page = (ROOT / "docs" / "metrics.md").read_text()
     cells = re.findall(r"^\| (`[^|]+`) \|", page, re.MULTILINE)
     return [name for cell in cells for name in re.findall(r"`([^`]+)`", cell)]

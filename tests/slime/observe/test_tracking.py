@@ -1,4 +1,4 @@
-"""Tracking: one object a step whatever happened before, nothing non-finite, and W&B offline below the run."""
+"""Tracking: one object per step after any interruption, only finite numbers, and offline W&B in the run's folder."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_wandb_is_not_imported_when_switched_off(tmp_path: Path) -> None:
 
 
 def wandb_records(path: Path) -> list[Any]:
-    """The records of a .wandb file: LevelDB log blocks of 32 KiB behind a header of 7 bytes."""
+    """Yield the records of a .wandb file: LevelDB log blocks of 32 KiB after a header of 7 bytes."""
     from wandb.proto import wandb_internal_pb2
 
     data, at, whole, records = path.read_bytes(), 7, b"", []

@@ -1,4 +1,4 @@
-"""The report of a made-up run: complete, escaped, self-contained, bounded, and sensible where metrics are missing."""
+"""The report of a made-up run: complete, escaped, self-contained, bounded in size, and robust to missing metrics."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ VOID = {"meta", "br", "img", "line", "hr", "input", "link"}
 
 
 def tokens(text: str, rng: random.Random, reward: float, summary: bool = False) -> list[dict[str, Any]]:
-    """One token a character; what stands in [ ] was sampled."""
+    """Make one token per character; characters in [ ] are sampled."""
     out: list[dict[str, Any]] = []
     action = False
     for char in text:
@@ -130,7 +130,7 @@ def write_run(run_dir: Path, steps: int = 45, episodes_per_sample: int = 4, seed
 
 
 class Page(HTMLParser):
-    """Checks that tags nest, and keeps text, attributes and scripts."""
+    """Checks that tags are nested correctly, and collects text, attributes and scripts."""
 
     def __init__(self, page: str) -> None:
         super().__init__()

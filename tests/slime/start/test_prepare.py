@@ -35,7 +35,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(source: Path, tmp_path: Path) -> Path:
-    """A whole model folder, to be spoilt."""
+    """A complete model folder, which a test may damage."""
     return Path(shutil.copytree(source, tmp_path / "model"))
 
 
@@ -49,7 +49,7 @@ def _nothing_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def told(capsys: pytest.CaptureFixture[str], cache: Path, *arguments: str) -> str:
-    """What both commands say against a run: one line each, the same."""
+    """Return the lines with which both commands refuse a run; they must be equal."""
     said = []
     for command in ("config", "train"):
         code = cli.main([command, f"cache_dir={cache}", *arguments])
