@@ -19,12 +19,12 @@ from typing import Any
 
 import psutil
 import ray
-from ray._raylet import AuthenticationTokenLoader, Config
+from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]  # compiled, without stubs
 
 from launch.config import ClusterConfig
 from launch.environment import direct, forget_other_ray
 from launch.nodes import NodeError
-from launch.supervisor import not_by_children
+from launch.supervisor import not_by_children, own_node
 from machine.failures import END_TIMEOUT_S
 
 ATTEMPTS = 3
@@ -172,9 +172,9 @@ def stop_ray() -> None:
     token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", ""))
     mine = token.parent.name.startswith(TOKEN_FOLDER)
     left = _of_ray | _processes_of_ray() if mine else set()
-    node = ray._private.worker._global_node
+    node = own_node()
     if node is not None:  # it takes seconds to end its processes, after the library has gone
-        node.kill_all_processes = _with_sigterm_retaken(node.kill_all_processes)
+        node.kill_all_processes = _with_sigterm_retaken(node.kill_all_processes)  # type: ignore[method-assign]
     try:
         ray.shutdown()
     finally:
@@ -207,7 +207,7 @@ def _make_token() -> Path:
 
 def _processes_of_ray() -> set[psutil.Process]:
     """Those that this process has started Ray with, and all that came of them."""
-    node = ray._private.worker._global_node
+    node = own_node()
     found: set[psutil.Process] = set()
     for _, started in node.live_processes() if node is not None else ():
         with contextlib.suppress(psutil.NoSuchProcess):

@@ -164,9 +164,7 @@ def look_around(nodes: Sequence[Node], run_dir: Path, model_folder: Path, wait_s
         marker.unlink(missing_ok=True)
 
 
-def look(
-    address: str, marker: str, config: str, digest: str, addresses: Sequence[str] = ()
-) -> tuple[str, dict[str, str]]:
+def look(address: str, marker: str, config: str, digest: str, addresses: Sequence[str]) -> tuple[str, dict[str, str]]:
     """Run on a node and return (what is wrong, "" for nothing; the environment that processes need here).
 
     `addresses`: of all nodes, between which nothing goes through a proxy.

@@ -21,9 +21,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from machine.actors import handle
 from machine.failures import end_descendants, ending
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
+    from ray._private.node import Node
+    from ray.actor import ActorHandle
+
+W = TypeVar("W")
 
 INTERVAL_S = 0.5
 REPEAT_S = 10.0  # an interrupt can be lost where Python ignores exceptions, in a finalizer for instance
@@ -52,24 +60,27 @@ class ProcessDied(RuntimeError):
 @dataclass(frozen=True)
 class _Watched:
     name: str
-    ended: Any  # reference: how the process that the actor keeps has ended, "" when it was stopped; None: it keeps none
+    ended: ObjectRef[str] | None  # how the process that the actor keeps has ended, "" when stopped; None: it keeps none
     log: str  # of that process
 
 
 _watched: dict[str, _Watched] = {}  # by actor id
 
 
-def watch(name: str, actor: Any, ended: Any = None, log: str = "") -> Any:
+def watch(
+    name: str, actor: ActorHandle[W] | type[W], ended: ObjectRef[str] | None = None, log: str = ""
+) -> ActorHandle[W]:
     """Count an actor among those without which the run can't go on; return it.
 
     An actor that keeps a process, like an engine, says by the reference `ended` that and how it has ended; `log` is
     that process's log.
     """
-    _watched[actor._actor_id.hex()] = _Watched(name, ended, log)
-    return actor
+    found = handle(actor)
+    _watched[found._actor_id.hex()] = _Watched(name, ended, log)
+    return found
 
 
-def forget(actors: Sequence[Any]) -> None:
+def forget(actors: Sequence[ActorHandle[Any]]) -> None:
     """Stop watching actors that are about to be ended."""
     for actor in actors:
         _watched.pop(actor._actor_id.hex(), None)
@@ -248,14 +259,14 @@ class Supervisor:
         return self.asked if time.monotonic() > self._asked_until_s else None
 
     def _dead_head(self) -> ProcessDied | None:
-        import ray
-
-        node = ray._private.worker._global_node
-        for kind, process in node.dead_processes() if node is not None else ():
+        node = own_node()
+        if node is None:
+            return None
+        for kind, process in node.dead_processes():
             if kind in HEAD:
                 log = Path(node.get_logs_dir_path()) / f"{kind}.out"
                 return ProcessDied(f"{HEAD[kind]} (pid {process.pid}) {ending(process.returncode)}", log)
-        if node is None or node.head:
+        if node.head:
             return None
         self._refused = self._refused + 1 if _refuses(node.gcs_address) else 0
         if self._refused < MAX_REFUSED:
@@ -289,6 +300,13 @@ class Supervisor:
         os._exit(exit_code_of(self.asked or self._cause))
 
 
+def own_node() -> Node | None:
+    """Return what this process has started of Ray, or has joined; None before and after."""
+    import ray
+
+    return ray._private.worker._global_node
+
+
 def _refuses(address: str) -> bool:
     """Whether nobody listens at HOST:PORT. No answer is none: the network may be slow."""
     host, _, port = address.rpartition(":")
@@ -303,9 +321,7 @@ def _refuses(address: str) -> bool:
 
 def _log_of(pid: int, address: str) -> Path | None:
     """What a worker of Ray's has written to stderr; None when it was on another machine."""
-    import ray
-
-    node = ray._private.worker._global_node
+    node = own_node()
     if node is None or node.node_ip_address != address:
         return None
     return next(Path(node.get_logs_dir_path()).glob(f"worker-*-{pid}.err"), None)

@@ -18,6 +18,7 @@ from critic.worker import CriticWorker
 from launch.config import Sharing
 from launch.nodes import ProcessOptions
 from launch.supervisor import watch
+from machine.actors import call, handle
 from rollout.engines.group import EngineGroup
 from rollout.engines.server import EngineServer, ServerSettings
 from rollout.group import RolloutGroup
@@ -105,7 +106,7 @@ def build_servers(config: Config, folder: Path, run_dir: Path, where: Placement,
         for number, options in enumerate(where.engines)
     ]
     return [
-        watch(f"engine {number}", server, server.watch.remote(), str(engine_log(run_dir, number)))
+        watch(f"engine {number}", server, call(handle(server), EngineServer.watch), str(engine_log(run_dir, number)))
         for number, server in enumerate(servers)
     ]
 

@@ -94,7 +94,7 @@ def warm_start(place: Place) -> Path:
 
 def _read_environment_again() -> None:
     """Ray reads its RAY_* settings once, when it is imported, and some other test may have imported it before."""
-    from ray._raylet import AuthenticationTokenLoader, Config
+    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
     Config.initialize("")
     AuthenticationTokenLoader.instance().reset_cache()

@@ -39,7 +39,9 @@ def kernels(lengths: list[int]) -> dict[str, Attention]:
     longest = max(lengths)
 
     def flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return varlen.varlen_attn(q, k, v, borders, borders, longest, longest, window_size=(-1, 0))
+        out = varlen.varlen_attn(q, k, v, borders, borders, longest, longest, window_size=(-1, 0))
+        assert isinstance(out, torch.Tensor)
+        return out
 
     def fa4(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         from flash_attn.cute import flash_attn_varlen_func

@@ -74,8 +74,10 @@ def check_attention(heads: int = 16, kv_heads: int = 8, d: int = 128) -> list[li
     exact = [x.double().requires_grad_() for x in (q, k, v)]
     exact_out = []
     for a, b, c in zip(*(x.split(lengths) for x in exact), strict=True):
-        shaped = [x.transpose(0, 1)[None] for x in (a, b, c)]
-        exact_out.append(F.scaled_dot_product_attention(*shaped, is_causal=True, enable_gqa=True)[0].transpose(0, 1))
+        query, key, value = (x.transpose(0, 1)[None] for x in (a, b, c))
+        exact_out.append(
+            F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
+        )
     reference = torch.cat(exact_out)
     reference.backward(g.double())
     rows = [["packed attention, forward", f"{distance(out, reference.flatten(1)):.1e}"]]

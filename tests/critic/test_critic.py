@@ -52,7 +52,7 @@ def test_freezing_everything_is_refused() -> None:
 
 def test_freeze_takes_the_gradient_from_what_matches() -> None:
     """Also where another pipeline stage has it: a pattern must match a name of the whole model."""
-    model = torch.nn.Module()
+    model: Any = torch.nn.Module()
     model.pre_process, model.embedding, model.head = True, torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
     own = dict(model.named_parameters())
     names = [*own, "elsewhere.weight"]

@@ -154,7 +154,7 @@ def test_a_node_must_see_folder_and_model(tmp_path: Path) -> None:
     model.parent.mkdir()
     model.write_text("{}")
     marker = run_dir / "marker"
-    ask = partial(look, "203.0.113.9", str(marker), str(model))
+    ask = partial(look, "203.0.113.9", str(marker), str(model), addresses=())
     digest = nodes._digest(model)
     assert "does not see the run's folder" in ask(digest)[0]
     marker.write_text("of another run")
@@ -175,9 +175,9 @@ def test_gloo_is_told_the_interface_of_the_nodes_address(monkeypatch: pytest.Mon
     (tmp_path / "config.json").write_text("{}")
     files = str(tmp_path / "marker"), str(tmp_path / "config.json"), nodes._digest(tmp_path / "config.json")
     monkeypatch.delenv(nodes.GLOO_INTERFACE, raising=False)
-    assert look(LOOPBACK, *files) == ("", {nodes.GLOO_INTERFACE: loopback})
+    assert look(LOOPBACK, *files, []) == ("", {nodes.GLOO_INTERFACE: loopback})
     monkeypatch.setenv(nodes.GLOO_INTERFACE, "eth7")  # the user's own choice stands
-    assert look(LOOPBACK, *files) == ("", {})
+    assert look(LOOPBACK, *files, []) == ("", {})
 
 
 def test_options_of_processes() -> None:

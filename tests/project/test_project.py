@@ -29,6 +29,20 @@ def test_every_package_carries_its_types() -> None:
     assert "py.typed" in setuptools["package-data"]["*"]
 
 
+def test_tensors_and_ray_handles_are_checked() -> None:
+    """`Any` begins where Megatron, SGLang and transformers do."""
+    mypy = PYPROJECT["tool"]["mypy"]
+    assert mypy["warn_unused_ignores"]
+    followed = {name: one["follow_imports"] for one in mypy["overrides"] for name in one["module"]}
+    assert {name for name, how in followed.items() if how == "skip"} == {
+        "deepspeed.*",
+        "megatron.*",
+        "sglang.*",
+        "transformers.*",
+    }
+    assert not any(one.get("ignore_errors") for one in mypy["overrides"])
+
+
 def test_hooks_run_what_make_lint_runs() -> None:
     (repo,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
     assert repo["repo"] == "local"  # a hook from elsewhere would bring a second set of versions

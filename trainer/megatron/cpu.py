@@ -186,8 +186,9 @@ def enable() -> None:
     warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"megatron\.")
     if torch.cuda.is_available():
         return
-    torch.Tensor.type = _type
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    tensor: Any = torch.Tensor  # its own methods are replaced
+    tensor.type = _type
+    tensor.cuda = lambda self, *args, **kwargs: self
     sys.meta_path.insert(0, _PatchAfterImport())
     for name, module in list(sys.modules.items()):
         if name.startswith(_PREFIX) and module is not None:

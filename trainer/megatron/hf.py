@@ -74,7 +74,8 @@ def load(models: Sequence[Any], shape: ModelShape, folder: Path, value_head: boo
             with torch.no_grad():
                 target.copy_(part)
             # Megatron sets this during the initialization that we skip; the gradient norm uses it to count shards.
-            target.tensor_model_parallel = entry.expert is not None or entry.split is not Split.NONE
+            marked: Any = target
+            marked.tensor_model_parallel = entry.expert is not None or entry.split is not Split.NONE
     left = [name for name in own if not (value_head and name.startswith("output_layer."))]
     assert not left, f"parameters without a mapping: {left}"
 

@@ -52,7 +52,7 @@ class GroupStepAdam(torch.optim.Optimizer):
         self._rule: Callable[..., None] = adamw if adam_w_mode else adam
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # Megatron has no closure
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             done = group.get("step", 0)

@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
+from typing import cast
 
 import torch
 from torch import distributed
@@ -61,7 +62,7 @@ def join_update_group(
             [],
             distributed.Backend(backend),
             distributed.PrefixStore(group_name, tcp_store),
-            group_name=group_name,
+            group_name=cast("c10d.GroupName", group_name),
             timeout=timeout,
         )
     except (distributed.DistStoreError, distributed.DistNetworkError) as error:

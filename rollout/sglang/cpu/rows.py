@@ -72,6 +72,7 @@ BLOCKED = {UnquantizedLinearMethod: BlockedLinear, UnquantizedEmbeddingMethod: B
 def install(model: torch.nn.Module) -> None:
     """Let all products of a loaded model go through `linear`: layers, head, and experts."""
     blocks: dict[torch.Size, int] = {}
+    module: Any  # SGLang's layers have a quant_method
     for module in model.modules():
         if blocked := BLOCKED.get(type(getattr(module, "quant_method", None))):
             shape = module.weight.shape

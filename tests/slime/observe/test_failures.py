@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
-from ray.core.generated.common_pb2 import ActorDeathCause
+from ray.core.generated.common_pb2 import ActorDeathCause  # type: ignore[attr-defined]  # made at run time
 from tree import ROOT
 
 from buffer.config import BufferConfig

@@ -144,7 +144,7 @@ def test_wandb_is_not_imported_when_switched_off(tmp_path: Path) -> None:
 
 def wandb_records(path: Path) -> list[Any]:
     """Yield the records of a .wandb file: LevelDB log blocks of 32 KiB after a header of 7 bytes."""
-    from wandb.proto import wandb_internal_pb2
+    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]  # made at run time
 
     data, at, whole, records = path.read_bytes(), 7, b"", []
     while at + 7 <= len(data):
@@ -155,7 +155,7 @@ def wandb_records(path: Path) -> list[Any]:
         whole += data[at + 7 : at + 7 + size]
         at += 7 + size
         if kind in (1, 4):  # a full record, or its last part
-            records.append(wandb_internal_pb2.Record.FromString(whole))
+            records.append(Record.FromString(whole))
             whole = b""
     return records
 

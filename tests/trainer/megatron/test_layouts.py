@@ -231,7 +231,7 @@ def test_attention_of_pieces_is_attention(size: int) -> None:
     wanted = torch.cat(
         [
             F.scaled_dot_product_attention(
-                *(x[a:b].transpose(0, 1) for x in (q, k, v)), is_causal=True, enable_gqa=True
+                q[a:b].transpose(0, 1), k[a:b].transpose(0, 1), v[a:b].transpose(0, 1), is_causal=True, enable_gqa=True
             ).transpose(0, 1)
             for a, b in itertools.pairwise(starts)
         ]

@@ -143,7 +143,7 @@ def spoilt(source: Path, folder: Path, name: str, change: Any) -> None:
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(source, folder)
-    tensors = load_file(folder / "model.safetensors")
+    tensors: dict[str, torch.Tensor | None] = {**load_file(folder / "model.safetensors")}
     tensors[name] = None if change is None else change(tensors.get(name))
     save_file({n: t.contiguous() for n, t in tensors.items() if t is not None}, folder / "model.safetensors")
 

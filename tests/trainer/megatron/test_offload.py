@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -99,7 +100,7 @@ def role(dtype: torch.dtype) -> tuple[Chunk, Any, dict[Memory, list[torch.Tensor
     )
 
 
-def there(tensors: list[torch.Tensor]) -> set[bool]:
+def there(tensors: Sequence[torch.Tensor]) -> set[bool]:
     return {tensor.untyped_storage().nbytes() > 0 for tensor in tensors}
 
 

@@ -213,7 +213,7 @@ def test_a_rank_that_fails_ends_the_wait_for_the_others_at_once(ray_cluster: Non
                 raise OSError(errno.ENOSPC, "No space left on device", folder)
             time.sleep(LIMIT_S)  # in a collective with the other
 
-    ranks = [ray.remote(Rank).remote() for _ in range(2)]
+    ranks: list[Any] = [ray.remote(Rank).remote() for _ in range(2)]
     group = PolicyGroup(ranks, PolicyConfig(DENSE[2]), LIMIT_S)
     calls = [rank.save.remote("folder", i == 1) for i, rank in enumerate(ranks)]
     began = time.monotonic()

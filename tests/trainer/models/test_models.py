@@ -132,7 +132,7 @@ def test_gradients_are_those_of_transformers(made: Made) -> None:
     assert found.keys() == wanted.keys()
     for name, gradient in wanted.items():
         bound = 2e-5 * max(1.0, float(gradient.abs().max()))
-        torch.testing.assert_close(found[name], gradient, atol=bound, rtol=0, msg=lambda text, name=name: name + text)
+        torch.testing.assert_close(found[name], gradient, atol=bound, rtol=0, msg=name.__add__)
     still = [name for name, gradient in wanted.items() if not gradient.any() and ".experts." not in name]
     assert not still, "a gradient that is zero anyway proves nothing"
 

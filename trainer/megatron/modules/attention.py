@@ -20,6 +20,11 @@ from trainer.batching import Packing, held_pieces, pieces
 from trainer.megatron.modules.flash import causal_attention
 
 
+def mark_sequence_parallel(parameter: Any, config: TransformerConfig) -> None:
+    """Tell Megatron whether a parameter's gradient is summed over TP, since each rank has a slice of the sequence."""
+    parameter.sequence_parallel = bool(config.sequence_parallel)
+
+
 class RMSNorm(torch.nn.Module):
     """Root mean square norm; its gradient is summed over TP if each rank has a slice of the sequence."""
 
@@ -27,7 +32,7 @@ class RMSNorm(torch.nn.Module):
         super().__init__()
         self.eps = eps
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        self.weight.sequence_parallel = bool(config.sequence_parallel)
+        mark_sequence_parallel(self.weight, config)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
@@ -88,7 +93,9 @@ class Call:
             self.slot_q, self.slot_k = _slots(queries_N), _slots(keys_N)
             self.mask = None if keys is None else _bottom_right(queries_N, keys_N)
 
-    def __call__(self, q_THD: torch.Tensor, k_SGD: torch.Tensor, v_SGD: torch.Tensor, scale: float | None) -> Any:
+    def __call__(
+        self, q_THD: torch.Tensor, k_SGD: torch.Tensor, v_SGD: torch.Tensor, scale: float | None
+    ) -> torch.Tensor:
         """Attend causally: [T, H, D]; the last query of a sequence attends to all its keys."""
         if q_THD.is_cuda:
             borders = self.borders_q, self.borders_k, self.longest_q, self.longest_k
@@ -137,8 +144,11 @@ class PackedAttention(MegatronModule):
         if len(calls) == 1:
             return calls[0](query, key, value, self.scale).flatten(1)
         pairs_A2GD = _Gather.apply(torch.stack([key, value], 1), parallel_state.get_context_parallel_group())
+        assert packed_seq_params.back_T is not None, "several calls have an order"
         out = []
         for call in calls:
+            assert call.keys is not None
+            assert call.queries is not None
             k_SGD, v_SGD = pairs_A2GD.index_select(0, call.keys).unbind(1)
             out.append(call(query.index_select(0, call.queries), k_SGD, v_SGD, self.scale))
         return torch.cat(out).index_select(0, packed_seq_params.back_T).flatten(1)

@@ -62,7 +62,9 @@ def causal_attention(
             causal=True,
         )[0]
         return out
-    grouped = {"enable_gqa": query.shape[1] != key.shape[1]} if _VARLEN_ASKS_FOR_GQA else {}
-    return varlen_attn(
+    grouped: dict[str, Any] = {"enable_gqa": query.shape[1] != key.shape[1]} if _VARLEN_ASKS_FOR_GQA else {}
+    attended = varlen_attn(
         query, key, value, borders_q, borders_k, longest_q, longest_k, scale=scale, window_size=(-1, 0), **grouped
     )
+    assert isinstance(attended, torch.Tensor), "nothing else was asked for"
+    return attended

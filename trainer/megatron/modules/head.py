@@ -17,6 +17,8 @@ from megatron.core.transformer.module import MegatronModule  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint  # noqa: E402
 
+from trainer.megatron.modules.attention import mark_sequence_parallel  # noqa: E402
+
 
 class ValueHead(MegatronModule):
     """A head that replaces GPTModel's vocabulary projection and has the same call signature.
@@ -34,7 +36,7 @@ class ValueHead(MegatronModule):
         self.weight = torch.nn.Parameter(torch.randn(1, config.hidden_size, generator=generator) * head.init_std)
         self.bias = torch.nn.Parameter(torch.zeros(1))
         for parameter in (self.weight, self.bias):
-            parameter.sequence_parallel = bool(config.sequence_parallel)
+            mark_sequence_parallel(parameter, config)
 
     def forward(
         self, hidden: torch.Tensor, weight: torch.Tensor | None = None, runtime_gather_output: bool | None = None

@@ -17,7 +17,7 @@ from megatron.core.transformer import multi_latent_attention  # noqa: E402
 from megatron.core.transformer.moe import moe_utils, token_dispatcher  # noqa: E402
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig  # noqa: E402
 
-from trainer.megatron.modules.attention import PackedAttention, RMSNorm  # noqa: E402
+from trainer.megatron.modules.attention import PackedAttention, RMSNorm, mark_sequence_parallel  # noqa: E402
 
 if not hasattr(moe_utils, "te_general_gemm"):  # the router reads it even without Transformer Engine
     moe_utils.te_general_gemm = None
@@ -70,7 +70,7 @@ class LatentDown(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.empty(output_size, input_size, dtype=config.params_dtype))
-        self.weight.sequence_parallel = bool(config.sequence_parallel)
+        mark_sequence_parallel(self.weight, config)
         keys = tp_comm_buffer_name == "kv_down_proj" and not config.sequence_parallel
         self.shared_dims = config.qk_pos_emb_head_dim if keys else 0
 
