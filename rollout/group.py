@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import ray
 
-from rollout.worker import Played
+from machine.actors import call
+from rollout.worker import Played, RolloutWorker, Tickets
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
+    from ray.actor import ActorHandle
 
 POLL_S = 1.0
 
@@ -16,15 +21,19 @@ POLL_S = 1.0
 class RolloutGroup:
     """All rollout workers of a run."""
 
-    def __init__(self, workers: Sequence[Any], quiet_s: float) -> None:
+    def __init__(self, workers: Sequence[ActorHandle[RolloutWorker]], quiet_s: float) -> None:
         """`quiet_s`: a wait fails when no episode makes progress for this long. Single episodes have no time limit."""
         self.workers = list(workers)
         self.quiet_s = quiet_s
-        self._running: list[Any] = []
+        self._running: list[ObjectRef[None]] = []
 
-    def run(self, buffer: Any) -> None:
+    def start(self) -> list[ObjectRef[None]]:
+        """Start every worker; return references that are ready when the workers have loaded what they need."""
+        return [call(worker, RolloutWorker.start) for worker in self.workers]
+
+    def run(self, buffer: Tickets) -> None:
         """Start playing the buffer's tickets on every worker."""
-        self._running = [worker.run.remote(buffer) for worker in self.workers]
+        self._running = [call(worker, RolloutWorker.run, buffer) for worker in self.workers]
 
     def check(self) -> None:
         """Raise the error of a worker whose loop has ended; a loop should end only when stopped."""
@@ -38,21 +47,21 @@ class RolloutGroup:
         """Return held-out episodes, played with training's settings; about `keep` of them include their sub-traces."""
         each = -(-keep // len(self.workers))
         shares = zip(self.workers, self._share(indices), strict=True)
-        refs = [worker.evaluate.remote(share, each) for worker, share in shares]
+        refs = [call(worker, RolloutWorker.evaluate, share, each) for worker, share in shares]
         return self.played(refs, "evaluation")
 
-    def played(self, refs: Sequence[Any], what: str) -> list[Played]:
+    def played(self, refs: Sequence[ObjectRef[list[Played]]], what: str) -> list[Played]:
         """Return the requested episodes; `refs` has one reference per worker. A worker's error is raised at once.
 
         TimeoutError: for `quiet_s`, no worker received an engine's answer or ended an episode.
         """
         late, before = list(refs), -1
-        asked: list[Any] = []
+        asked: list[ObjectRef[int]] = []
         deadline = time.monotonic() + self.quiet_s
         while late:
             done, late = ray.wait(late, num_returns=len(late), timeout=POLL_S)
             ray.get(done, timeout=60)  # raises a worker's error
-            asked = asked or [worker.progress.remote() for worker in self.workers]
+            asked = asked or [call(worker, RolloutWorker.progress) for worker in self.workers]
             if len(ray.wait(asked, num_returns=len(asked), timeout=0)[0]) == len(asked):
                 now, asked = sum(ray.get(asked, timeout=60)), []
                 if now != before:
@@ -64,11 +73,11 @@ class RolloutGroup:
                 )
         return [played for part in ray.get(list(refs), timeout=60) for played in part]
 
-    def demonstrate(self, indices: Sequence[int], progress: float) -> list[Any]:
+    def demonstrate(self, indices: Sequence[int], progress: float) -> list[ObjectRef[list[Played]]]:
         """Return references for `played`, one per worker."""
         shares = zip(self.workers, self._share(indices), strict=True)
-        return [worker.demonstrate.remote(share, progress) for worker, share in shares]
+        return [call(worker, RolloutWorker.demonstrate, share, progress) for worker, share in shares]
 
     def stop(self, timeout_s: float = 60.0) -> None:
         """Stop all workers: end their episodes, sandboxes and clients."""
-        ray.get([worker.stop.remote() for worker in self.workers], timeout=timeout_s)
+        ray.get([call(worker, RolloutWorker.stop) for worker in self.workers], timeout=timeout_s)

@@ -18,10 +18,11 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import ray
 
+from buffer.store import Ticket
 from buffer.tasks import TaskRow
 from buffer.trace import cut
 from buffer.types import Episode, EpisodeStats, Status, SubTrace, SubTraceInfo, SubTraceKind, TurnKind
@@ -62,6 +63,19 @@ class Played:
     row: int
     stats: EpisodeStats
     sub_traces: tuple[SubTrace, ...] = field(repr=False, default=())
+
+
+class Tickets(Protocol):
+    """What a worker plays, and where it tells how that ended: `buffer.handle.BufferHandle`."""
+
+    async def claim(self, worker: str) -> Ticket | None:
+        """Return a ticket; None: ask again."""
+
+    async def add(self, ticket: Ticket, infos: Sequence[SubTraceInfo], stats: EpisodeStats) -> bool:
+        """Hand in a finished episode."""
+
+    async def fail(self, ticket: Ticket, reason: str, trace: str) -> bool:
+        """Hand back the ticket of an episode that infrastructure broke."""
 
 
 class EngineSampler:
@@ -157,7 +171,7 @@ class RolloutWorker:
         """Return a counter that grows with each engine answer and each ended episode."""
         return self._ended + (self._engines.answered if self._engines else 0)
 
-    async def run(self, buffer: Any) -> None:
+    async def run(self, buffer: Tickets) -> None:
         """Play tickets of the buffer, `episodes_in_flight` at a time, until `stop`."""
         self._lanes = [asyncio.create_task(self._lane(buffer)) for _ in range(self.settings.config.episodes_in_flight)]
         try:
@@ -166,10 +180,10 @@ class RolloutWorker:
             if not self._stopping:
                 raise
 
-    async def _lane(self, buffer: Any) -> None:
+    async def _lane(self, buffer: Tickets) -> None:
         s = self.settings
         while not self._stopping:
-            ticket = await buffer.claim.remote(s.name)
+            ticket = await buffer.claim(s.name)
             if ticket is None:
                 continue
             name = ticket.episode_id
@@ -177,13 +191,13 @@ class RolloutWorker:
                 with self._sampler(Domain.train, ticket.number, ticket.attempt) as sampler:
                     played = await self._play(self._train_rows[ticket.row], ticket.row, sampler, name)
             except Exception as error:  # noqa: BLE001 (an episode's failure is data)
-                await buffer.fail.remote(ticket, reason(error), traceback.format_exc())
+                await buffer.fail(ticket, reason(error), traceback.format_exc())
                 continue
             infos = [
                 SubTraceInfo(ray.put(s), s.episode_id, len(s.tokens), s.num_actions, s.oldest_version)
                 for s in played.sub_traces
             ]
-            await buffer.add.remote(ticket, infos, played.stats)
+            await buffer.add(ticket, infos, played.stats)
 
     async def evaluate(self, indices: Sequence[int], keep: int) -> list[Played]:
         """Play held-out rows with training's settings; the first `keep` results include their sub-traces."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.actor import ActorHandle
 
 from buffer.actor import BufferActor
 from buffer.handle import BufferHandle
@@ -40,7 +41,7 @@ ASYNC_CALLS = 1024  # calls an asynchronous actor serves at once: every lane of 
 
 def _ranks(
     config: Config, name: str, role: PolicyConfig | CriticConfig, folder: Path, where: Sequence[ProcessOptions]
-) -> list[Any]:
+) -> list[ActorHandle[Any]]:
     """One actor for each process of a training role, not started."""
     cls = ray.remote(CriticWorker if isinstance(role, CriticConfig) else PolicyWorker)
     threads, timeout_s = config.cluster.threads_per_process, config.cluster.start_timeout_s
@@ -85,7 +86,9 @@ def build_estimator(config: Config, folder: Path, where: Placement) -> Estimator
     return CriticEstimator(CriticGroup(ranks, config.critic, config.cluster.start_timeout_s), config.advantage)
 
 
-def build_servers(config: Config, folder: Path, run_dir: Path, where: Placement, key: str = "") -> list[Any]:
+def build_servers(
+    config: Config, folder: Path, run_dir: Path, where: Placement, key: str = ""
+) -> list[ActorHandle[EngineServer]]:
     """Return engine servers; each starts its SGLang process when it is made. `key`: see `ServerSettings`."""
     engine, cls = config.rollout.engine, ray.remote(EngineServer)
     servers = [
@@ -141,8 +144,8 @@ def build_rollout(config: Config, inputs: Prepared, engines: EngineGroup, where:
         )
         for number, options in enumerate(where.rollout)
     ]
-    workers = [watch(f"rollout worker {number}", worker) for number, worker in enumerate(workers)]
-    return RolloutGroup(workers, max(config.rollout.engine.request_timeout_s, config.buffer.take_timeout_s))
+    watched = [watch(f"rollout worker {number}", worker) for number, worker in enumerate(workers)]
+    return RolloutGroup(watched, max(config.rollout.engine.request_timeout_s, config.buffer.take_timeout_s))
 
 
 def build_weights(
@@ -178,10 +181,10 @@ def build(config: Config, inputs: Prepared, run_dir: Path, where: Placement) -> 
     buffer_class = ray.remote(BufferActor).options(max_concurrency=ASYNC_CALLS, **where.buffer.ray())
     buffer = watch("the data buffer", buffer_class.remote(config.buffer, len(inputs.train_rows), config.seed))
     # Each has a deadline of its own, told with its log; this one is for the processes around them.
-    urls = ray.get([server.start.remote() for server in servers], timeout=limit_s + engine.start_timeout_s)
+    urls = ray.get([call(server, EngineServer.start) for server in servers], timeout=limit_s + engine.start_timeout_s)
     engines = list_engines(config, inputs, urls, key)
     rollout = build_rollout(config, inputs, engines, where)
-    ready = [worker.start.remote() for worker in rollout.workers]
+    ready = rollout.start()
     for pending in starting:
         pending.result(limit_s)
     ray.get(ready, timeout=limit_s)

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import ray
+from ray.actor import ActorHandle
 
 from buffer.handle import BufferHandle
 from buffer.types import Batch, Float32, Scores, SubTrace, Targets
 from critic.estimators import Estimator
+from machine.actors import call
 from rollout.engines.group import EngineGroup
+from rollout.engines.server import EngineServer
 from rollout.group import RolloutGroup
 from slime.observe.clock import Clock
 from slime.observe.failures import Failures
@@ -39,7 +41,7 @@ class Run:
     reference: PolicyGroup | NoReference
     estimator: Estimator
     weights: Weights
-    servers: list[Any]
+    servers: list[ActorHandle[EngineServer]]
     trainers: list[WorkerGroup]  # all groups of processes that hold a model, a frozen one among them
     model_folder: Path  # what the run started from
     clock: Clock = field(default_factory=Clock)  # of the present step
@@ -97,4 +99,4 @@ class Run:
         with failures.aside("stopping the rollout workers"):
             self.rollout.stop(STOP_TIMEOUT_S)
         with failures.aside("stopping the engines"):
-            ray.get([server.stop.remote() for server in self.servers], timeout=STOP_TIMEOUT_S)
+            ray.get([call(server, EngineServer.stop) for server in self.servers], timeout=STOP_TIMEOUT_S)

@@ -13,6 +13,7 @@ import ray
 from buffer.types import Batch, EpisodeStats, SubTraceInfo
 from launch.supervisor import forget
 from rollout.group import RolloutGroup
+from rollout.worker import Played
 from slime.build import build_policy, build_rollout, list_engines
 from slime.config.rows import no_turn
 from slime.observe.tracking import Tracker
@@ -43,7 +44,7 @@ def demonstrations(config: Config, inputs: Prepared, rollout: RolloutGroup) -> I
     num_batches = 0
     found_some = False
 
-    def ask() -> list[ray.ObjectRef]:
+    def ask() -> list[ray.ObjectRef[list[Played]]]:
         while len(order) < EPISODES_PER_CALL:
             order[:0] = rng.sample(range(len(inputs.train_rows)), len(inputs.train_rows))  # behind those that are left
         indices = [order.pop() for _ in range(EPISODES_PER_CALL)]
@@ -78,7 +79,7 @@ def run(config: Config, inputs: Prepared, run_dir: Path, view: View, tracker: Tr
     policy = build_policy(config, inputs.model_folder, where)
     starting = policy.start(limit_s)
     rollout = build_rollout(config, inputs, list_engines(config, inputs, []), where)
-    ray.get([worker.start.remote() for worker in rollout.workers], timeout=limit_s)
+    ray.get(rollout.start(), timeout=limit_s)
     starting.result(limit_s)
     view.phase("imitating demonstrations")
     batches = demonstrations(config, inputs, rollout)

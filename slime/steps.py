@@ -39,7 +39,7 @@ def train(config: Config, run: Run, watch: Watch, run_dir: Path, step: int, fail
         watch.view.note(f"resumed at step {step}")
     run.weights.publish(step)
     run.weights.verify()
-    run.rollout.run(run.buffer.actor)
+    run.rollout.run(run.buffer)
     if step == 0:
         first: dict[str, float] = {"weights/version": 0.0}
         if run.estimator.roles and config.critic.warmup_episodes:

@@ -13,8 +13,10 @@ import pytest
 
 from buffer.actor import BufferActor
 from buffer.config import BufferConfig
+from buffer.handle import BufferHandle
 from buffer.store import Ticket
 from buffer.types import EpisodeStats, Status, SubTrace, SubTraceInfo, SubTraceKind, Successor
+from machine.actors import call
 from machine.failures import reason
 
 pytestmark = pytest.mark.e2e
@@ -45,19 +47,19 @@ def sub_trace(ticket: Ticket, position: int) -> SubTrace:
 class Player:
     """A rollout worker without engines."""
 
-    def __init__(self, name: str, buffer: Any) -> None:
+    def __init__(self, name: str, buffer: BufferHandle) -> None:
         self.name = name
         self.buffer = buffer
 
     async def claim(self, wait_s: float = 30.0) -> Ticket | None:
-        return await self.buffer.claim.remote(self.name, wait_s)
+        return await call(self.buffer.actor, BufferActor.claim, self.name, wait_s)
 
     async def play(self, ticket: Ticket) -> bool:
         import ray
 
         traces = [sub_trace(ticket, position) for position in (0, 1)]
         infos = [SubTraceInfo(ray.put(t), t.episode_id, len(t.tokens), t.num_actions, t.oldest_version) for t in traces]
-        return await self.buffer.add.remote(ticket, infos, EpisodeStats(float(ticket.number)))
+        return await self.buffer.add(ticket, infos, EpisodeStats(float(ticket.number)))
 
 
 class Stage:
@@ -67,7 +69,7 @@ class Stage:
         self.ray = ray
         self.buffer = ray.remote(BufferActor).options(num_cpus=0, max_concurrency=64).remote(config, 100, 0)
         remote = ray.remote(Player).options(num_cpus=0, max_concurrency=8)
-        self.players = [remote.remote(f"w{number}", self.buffer) for number in range(2)]
+        self.players = [remote.remote(f"w{number}", BufferHandle(self.buffer)) for number in range(2)]
 
     def get(self, ref: Any) -> Any:
         return self.ray.get(ref, timeout=LIMIT_S)

@@ -71,18 +71,18 @@ def _clock(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_evaluation_is_as_long_as_something_happens_in_it() -> None:
-    workers = [Worker(length=50, active=50), Worker(length=10, active=10)]
+    workers: list[Any] = [Worker(length=50, active=50), Worker(length=10, active=10)]
     assert len(RolloutGroup(workers, QUIET_S).evaluate(range(8), keep=0)) == 2
 
 
 def test_an_evaluation_in_which_nothing_happens_names_its_workers() -> None:
-    workers = [Worker(length=3, active=5), Worker(length=1000, active=5)]
+    workers: list[Any] = [Worker(length=3, active=5), Worker(length=1000, active=5)]
     with pytest.raises(TimeoutError, match=r"evaluation: no episode of rollout workers \[1\] made progress for 3 s"):
         RolloutGroup(workers, QUIET_S).evaluate(range(8), keep=0)
 
 
 def test_a_worker_that_dies_is_told_while_the_others_play_on() -> None:
-    workers = [Worker(length=1000, active=1000), Worker(length=1000, active=1000)]
+    workers: list[Any] = [Worker(length=1000, active=1000), Worker(length=1000, active=1000)]
     workers[1].answer.set_exception(RuntimeError("the worker died"))
     with pytest.raises(RuntimeError, match="the worker died"):
         RolloutGroup(workers, QUIET_S).evaluate(range(8), keep=0)
