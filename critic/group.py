@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,11 +12,14 @@ from critic.config import CriticConfig
 from critic.worker import CriticWorker
 from trainer.group import Pending, WorkerGroup
 
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+
 
 class CriticGroup(WorkerGroup):
     """The critic's ranks."""
 
-    def __init__(self, actors: Sequence[Any], config: CriticConfig, timeout_s: float) -> None:
+    def __init__(self, actors: Sequence[ActorHandle[CriticWorker]], config: CriticConfig, timeout_s: float) -> None:
         super().__init__("critic", actors, config.layout, timeout_s)
         self.config = config
 

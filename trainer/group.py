@@ -10,13 +10,14 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar
 
 import numpy as np
 import ray
 
 from buffer.packing import QUADRATIC, pack, split
 from buffer.types import Batch, Float32, Grid, Scores, SubTrace, Targets, TokenColumn
+from machine.actors import call
 from trainer.columns import policy_columns
 from trainer.config import LayoutConfig, PolicyConfig
 from trainer.engine import needed
@@ -24,8 +25,13 @@ from trainer.policy import PolicyWorker
 from trainer.publish.broadcast import Weight
 from trainer.worker import Columns, UpdateResult, Worker
 
+if TYPE_CHECKING:
+    from ray import ObjectRef
+    from ray.actor import ActorHandle
+
 P = ParamSpec("P")
 T = TypeVar("T")
+A = TypeVar("A")  # of one rank
 T_co = TypeVar("T_co", covariant=True)
 Update = Callable[[Any, Sequence[Any], Sequence[Any], Sequence[Grid]], UpdateResult]  # a worker's method
 
@@ -51,13 +57,18 @@ class Pending(Generic[T]):
     """A future resolved when every rank that was called has answered."""
 
     def __init__(
-        self, group: WorkerGroup, call: str, refs: Sequence[Any], finish: Callable[[list[Any]], T], units: int = 1
+        self,
+        group: WorkerGroup,
+        call: str,
+        refs: Sequence[ObjectRef[A]],
+        finish: Callable[[list[A]], T],
+        units: int = 1,
     ) -> None:
         """Wrap references. `call`: name in messages. `units`: sequential units of work, up to `timeout_s` each."""
         self._group = group
         self._call = call
-        self._refs = list(refs)
-        self._finish = finish
+        self._refs: list[ObjectRef[Any]] = list(refs)
+        self._finish: Callable[[list[Any]], T] = finish
         self._units = max(1, units)
 
     def result(self, timeout_s: float | None = None) -> T:
@@ -102,7 +113,7 @@ class SharedDevice:
 class WorkerGroup:
     """All ranks of one role."""
 
-    def __init__(self, name: str, actors: Sequence[Any], layout: LayoutConfig, timeout_s: float) -> None:
+    def __init__(self, name: str, actors: Sequence[ActorHandle[Any]], layout: LayoutConfig, timeout_s: float) -> None:
         self.name = name
         self.actors = list(actors)
         self.layout = layout
@@ -110,14 +121,14 @@ class WorkerGroup:
         self.shared_device: SharedDevice | None = None  # shared with the other roles on its GPU
         self._quadratic = QUADRATIC
 
-    def _send(self, method: Callable[Concatenate[Any, P], Any], *args: P.args, **kwargs: P.kwargs) -> list[Any]:
+    def _send(self, method: Callable[Concatenate[Any, P], A], *args: P.args, **kwargs: P.kwargs) -> list[ObjectRef[A]]:
         """Call a worker's method on every rank and return the references in rank order."""
         if self.shared_device is not None and needed(method):
             self.shared_device.wait_for_others(self)
-        return [getattr(actor, method.__name__).remote(*args, **kwargs) for actor in self.actors]
+        return [call(actor, method, *args, **kwargs) for actor in self.actors]
 
     def _pending(
-        self, method: Callable[..., Any], refs: Sequence[Any], finish: Callable[[list[Any]], T], units: int = 1
+        self, method: Callable[..., A], refs: Sequence[ObjectRef[A]], finish: Callable[[list[A]], T], units: int = 1
     ) -> Pending[T]:
         """Return the future of the references that `_send` returned. `units`: see `Pending`."""
         asked = Pending(self, method.__name__, refs, finish, units)
@@ -132,7 +143,7 @@ class WorkerGroup:
     def _ask_first(self, method: Callable[Concatenate[Any, P], T], *args: P.args, **kwargs: P.kwargs) -> Pending[T]:
         """Call rank 0 alone, with a method that needs no device memory."""
         assert not needed(method), method
-        ref = getattr(self.actors[0], method.__name__).remote(*args, **kwargs)
+        ref = call(self.actors[0], method, *args, **kwargs)
         return Pending(self, method.__name__, [ref], lambda answers: answers[0])
 
     def start(self, timeout_s: float) -> Pending[list[int]]:
@@ -198,9 +209,9 @@ class WorkerGroup:
             units += depth(grids)
         return self._pending(method, asked, reduced, units)
 
-    def _rows(self, columns: Columns, grids: Sequence[Grid]) -> list[Any]:
+    def _rows(self, columns: Columns, grids: Sequence[Grid]) -> list[ObjectRef[Columns]]:
         """Return a reference for each data-parallel row to the columns of its own sub-traces: no rank fetches all."""
-        rows = []
+        rows: list[ObjectRef[Columns]] = []
         for number in range(self.layout.data_parallel):
             indices = sorted({index for grid in grids for micro in grid[number] for index in micro})
             rows.append(ray.put({name: column.part(indices) for name, column in columns.items()}))
@@ -210,7 +221,9 @@ class WorkerGroup:
 class PolicyGroup(WorkerGroup):
     """The policy's ranks."""
 
-    def __init__(self, actors: Sequence[Any], config: PolicyConfig, timeout_s: float, name: str = "policy") -> None:
+    def __init__(
+        self, actors: Sequence[ActorHandle[Any]], config: PolicyConfig, timeout_s: float, name: str = "policy"
+    ) -> None:
         super().__init__(name, actors, config.layout, timeout_s)
         self.config = config
 

@@ -112,7 +112,7 @@ def test_what_moves_a_model_is_not_limited_like_a_turn() -> None:
 def test_a_role_has_its_limit_for_every_micro_batch() -> None:
     rng = np.random.default_rng(0)
     batch = batch_of([sub_trace(rng, 30, episode) for episode in range(6)])
-    rank = SimpleNamespace(values=SimpleNamespace(remote=lambda refs, grid: Future()))
+    rank: Any = SimpleNamespace(values=SimpleNamespace(remote=lambda refs, grid: Future()))
     config = CriticConfig(LayoutConfig(max_tokens_per_micro_batch=32), num_minibatches=2, num_epochs=2)
     group = CriticGroup([rank], config, timeout_s=10.0)
     asked = group.values(batch)

@@ -28,7 +28,8 @@ def test_a_row_of_ranks_gets_the_columns_of_its_own_sub_traces(monkeypatch: pyte
     traces = seven_sub_traces()
     layout = LayoutConfig(num_processes=4, tensor_parallel=2, max_tokens_per_micro_batch=64)
     config = PolicyConfig(layout, num_minibatches=2, num_epochs=2)
-    group = PolicyGroup([SimpleNamespace(update=SimpleNamespace(remote=update))] * 4, config, 10.0)
+    rank: Any = SimpleNamespace(update=SimpleNamespace(remote=update))
+    group = PolicyGroup([rank] * 4, config, 10.0)
     old = TokenColumn((i, trace.logprobs) for i, trace in enumerate(traces))
     ones = [np.ones(len(trace.tokens), np.float32) for trace in traces]
     rng = np.random.default_rng(0)

@@ -188,7 +188,9 @@ def test_serialized_roles_wait_for_each_other_and_not_for_themselves(monkeypatch
     monkeypatch.setattr("ray.wait", wait)
     monkeypatch.setattr("ray.get", lambda refs, timeout: refs)
     calls = ("load", "save", "saved")
-    actors = {name: SimpleNamespace(**{c: method(f"{name} {c}") for c in calls}) for name in ("policy", "critic")}
+    actors: dict[str, Any] = {
+        name: SimpleNamespace(**{c: method(f"{name} {c}") for c in calls}) for name in ("policy", "critic")
+    }
     policy, critic = (PolicyGroup([actor], PolicyConfig(), 60.0, name) for name, actor in actors.items())
     policy.shared_device = critic.shared_device = SharedDevice()
     asked: list[Any] = [policy.load(Path()), policy.save(Path()), critic.saved(), critic.load(Path())]
