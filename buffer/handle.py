@@ -30,7 +30,7 @@ class BufferHandle:
         return await call(self.actor, BufferActor.claim, worker)
 
     async def add(self, ticket: Ticket, infos: Sequence[SubTraceInfo], stats: EpisodeStats) -> bool:
-        """Store a finished episode. Return False if its ticket was issued again meanwhile and the episode is dropped."""
+        """Store a finished episode. Return False if its ticket was issued again: the episode is dropped."""
         return await call(self.actor, BufferActor.add, ticket, infos, stats)
 
     async def fail(self, ticket: Ticket, reason: str, trace: str) -> bool:

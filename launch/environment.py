@@ -1,11 +1,11 @@
-"""Environment variables that decide where the processes of a run find each other.
+"""Environment variables that affect how the processes of a run connect to each other.
 
-Proxies: a variable like `http_proxy` is meant for what lies outside (Weights & Biases, a user's judge). Nothing that
-one process of a run asks of another may follow it, so the run's own addresses are added to `no_proxy`.
+Proxies: variables like `http_proxy` are for external services (Weights & Biases, a user's judge). Requests between
+the processes of a run must not use a proxy, so the run's own addresses are added to `no_proxy`.
 
-Ray: variables of another cluster would make a Ray that is started here a part of it.
+Ray: variables of another Ray cluster would make a Ray instance that is started here join that cluster.
 
-Temporary folders: sockets lie in them, and the kernel limits the length of a socket's path.
+Temporary folders: they contain sockets, and the kernel limits the length of a socket's path.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from pathlib import Path
 LOOPBACKS = ("localhost", "127.0.0.1", "::1")
 NO_PROXIES = ("no_proxy", "no_grpc_proxy")
 
-# Which Ray a process belongs to, as whom, and what is done before its jobs start.
+# Variables that select a Ray cluster, the credentials for it and the setup of its jobs.
 OTHER_RAY = (
     "RAY_ADDRESS",
-    "RAY_AUTH_TOKEN",  # goes before RAY_AUTH_TOKEN_PATH
+    "RAY_AUTH_TOKEN",  # takes precedence over RAY_AUTH_TOKEN_PATH
     "RAY_CLIENT_MODE",
     "RAY_GCS_SERVER_PORT",
-    "RAY_JOB_CONFIG_JSON_ENV_VAR",  # of `ray job submit`
+    "RAY_JOB_CONFIG_JSON_ENV_VAR",  # set by `ray job submit`
     "RAY_JOB_ID",
     "RAY_NAMESPACE",
     "RAY_NODE_ID",
@@ -35,22 +35,21 @@ OTHER_RAY = (
     "RAY_REDIS_ADDRESS",
     "RAY_RUNTIME_ENV",
     "RAY_RUNTIME_ENV_HOOK",
-    "RAY_USE_TLS",  # with certificates for that Ray's hosts
+    "RAY_USE_TLS",  # with certificates for that cluster's hosts
     "RAY_gcs_storage",
 )
 
-SOCKET_PATH_BYTES = 107  # Linux's sun_path, less its end
-# Below Ray's temporary folder; %s: a process id. The longest path of a socket there.
+SOCKET_PATH_BYTES = 107  # size of Linux's sun_path without the final zero byte
+# The longest socket path below Ray's temporary folder; %s: a process id.
 RAY_SOCKET = "/ray/session_2026-01-31_23-59-59_999999_%s/sockets/plasma_store"
-# multiprocessing's, below Python's temporary folder. SGLang's and W&B's are shorter.
+# The longest socket path below Python's temporary folder: multiprocessing's. SGLang's and W&B's are shorter.
 PYTHON_SOCKET = "/pymp-12345678/listener-12345678"
 
 
 def direct(addresses: Sequence[str], environment: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Return the variables that keep requests to these hosts, and to this machine, from every proxy; none without a
-    proxy.
+    """Return the variables that exclude these hosts and this machine from proxying. Return {} if no proxy is set.
 
-    Both spellings are set: some programs read one, some the other. What the user excepts stays excepted.
+    Both spellings are set because some programs read only one of them. The user's own exceptions are kept.
     """
     known = os.environ if environment is None else environment
     named = {name.lower() for name, value in known.items() if value and name.lower().endswith("_proxy")}
@@ -64,15 +63,16 @@ def direct(addresses: Sequence[str], environment: Mapping[str, str] | None = Non
             continue  # gRPC then reads no_proxy
         for spelling, listed in ((name, lower or upper), (name.upper(), upper or lower)):
             entries = [entry.strip() for entry in listed.split(",") if entry.strip()]
-            # Python takes "*" for every host only where it stands alone.
+            # Python treats "*" as every host only if it is the only entry.
             variables[spelling] = "*" if "*" in entries else ",".join(dict.fromkeys((*entries, *hosts)))
     return variables
 
 
 def forget_other_ray() -> None:
-    """Take what belongs to another Ray out of this process's environment, for one that is started here.
+    """Remove the variables of another Ray cluster from the environment before Ray is started here.
 
-    Ray reads some variables when it is imported, so this comes before. Empty folders go, too: Ray believes them.
+    Ray reads some variables when it is imported, so call this before the import. Variables that name an empty folder
+    are removed, too, because Ray would use the empty name.
     """
     for name in OTHER_RAY:
         os.environ.pop(name, None)
@@ -83,25 +83,25 @@ def forget_other_ray() -> None:
 
 
 def expand(path: str) -> str:
-    """Return a path with `~` and `$VARIABLE`s put in, which shells leave alone after "=" or in quotes.
+    """Return a path with `~` and `$VARIABLE` expanded; shells do not expand them after "=" or in quotes.
 
-    ValueError: there is no such user or variable.
+    ValueError: the user or the variable does not exist.
     """
     found = os.path.expanduser(os.path.expandvars(path))
     if found.startswith("~"):
-        raise ValueError(f"{path} begins with the home of a user that this machine does not know")
+        raise ValueError(f"{path} starts with the home folder of a user that does not exist on this machine")
     if unknown := re.search(r"\$(\w+|\{\w+\})", found):
         raise ValueError(f"{path}: no environment variable {unknown[0]}")
     return found
 
 
 def ray_folder() -> Path:
-    """Return the folder in which Ray makes its own, as it chooses it."""
+    """Return the folder in which Ray creates its session folder, by Ray's own rule."""
     return Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp")
 
 
 def temporary_problems() -> list[str]:
-    """Return why Ray, the engines or a worker can't use the folders for temporary files, one line each."""
+    """Return the reasons why Ray, the engines or a worker can't use the temporary folders, one line each."""
     digits = Path("/proc/sys/kernel/pid_max").read_text().strip()
     python = "TMPDIR", os.environ.get("TMPDIR", ""), PYTHON_SOCKET
     ray = "RAY_TMPDIR", os.environ.get("RAY_TMPDIR", ""), RAY_SOCKET % digits
@@ -115,14 +115,14 @@ def _problem(name: str, value: str, socket: str) -> str:
     if not folder.is_absolute():
         return f"{name}={value} is not an absolute path: set it to one, or unset it to use /tmp"
     if not value.isascii():
-        return f"{name}={value} holds characters other than ASCII, which Ray refuses: choose another folder"
+        return f"{name}={value} has non-ASCII characters, which Ray refuses: choose another folder"
     if not folder.is_dir():
         return f"{name}={value}: no such folder; make it, or unset {name} to use /tmp"
     if not os.access(folder, os.W_OK | os.X_OK):
         return f"{name}={value}: this user may not write there; choose another folder, or unset {name} to use /tmp"
     if size > room:
         return (
-            f"{name}={value} has {size} characters, and sockets lie below it, whose paths may have "
-            f"{SOCKET_PATH_BYTES}: the longest that works has {room}, e.g. {name}=/tmp"
+            f"{name}={value} has {size} characters, but paths of the sockets below it are limited to "
+            f"{SOCKET_PATH_BYTES}: use at most {room}, e.g. {name}=/tmp"
         )
     return ""

@@ -1,8 +1,9 @@
-"""Locks on folders, so that two commands never write to the same one.
+"""Folder locks that prevent two commands from writing to the same folder.
 
-A lock is a file beside or in the folder, held with flock and telling who holds it. The kernel gives it back when its
-holder dies, however. That is proof on one machine. Over a shared disk flock may mean nothing, so the holder also writes
-a count into the file every `BEAT_S` seconds: a lock of another machine is held as long as its count goes on.
+A lock is a file next to or in the folder. Its holder locks it with flock and writes its identity into it. The kernel
+releases the lock when the holder dies for any reason, which is sufficient on one machine. On a shared disk flock may
+have no effect, so the holder also increments a counter in the file every `BEAT_S` seconds. A lock of another machine
+counts as held while its counter changes.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ from pathlib import Path
 from types import TracebackType
 
 BEAT_S = 5.0
-SILENT_S = 30.0  # a lock of another machine is given up when its count stands still as long
+SILENT_S = 30.0  # a lock of another machine counts as free if its counter has not changed for this time
 POLL_S = 0.5
 LOCK_FILE = "run.lock"  # of a run
-ATTEMPTS = 10  # at a folder that others make and remove
+ATTEMPTS = 10  # to create a folder that other processes create and remove
 _UNSUPPORTED = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 
 
 class LockError(RuntimeError):
-    """Another process has the folder, or it can't be written to: one line with who, and the cure."""
+    """The folder is locked by another process or not writable. The message is one line with the cure."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Holder:
     host: str
     pid: int
     started: str
-    kernel: str  # of one boot of one machine
+    kernel: str  # identifies one boot of one machine
     beats: int = 0
 
     @staticmethod
@@ -55,7 +56,7 @@ class Holder:
 
 
 def _holder(path: Path) -> Holder | None:
-    """Who a lock file names; None where it names nobody."""
+    """Return the holder that a lock file names, or None."""
     try:
         return Holder(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):
@@ -63,13 +64,14 @@ def _holder(path: Path) -> Holder | None:
 
 
 class FolderLock:
-    """Held within `with`. Makes the folders that are missing, and remove those that are empty at the end.
+    """A lock that is held within a `with` block. It creates missing folders and removes them at the end if empty.
 
-    LockError: another process holds it, unless `wait`: then until it does not, saying once for whom.
+    With `wait`, print the holder once and wait until the lock is free. LockError: another process holds the lock and
+    `wait` is False, or the folder is not writable.
     """
 
     def __init__(self, path: Path, cure: str = "", wait: bool = False) -> None:
-        """`path`: the lock's file. `cure`: what to do when it is held, beside waiting."""
+        """Prepare the lock. `path`: the lock file. `cure`: alternatives to waiting, appended to the error message."""
         self._path = path
         self._cure = cure
         self._wait = wait
@@ -83,7 +85,7 @@ class FolderLock:
                 held_by = self._try()
             except OSError as error:
                 vanished += isinstance(error, FileNotFoundError)
-                if 0 < vanished < ATTEMPTS:  # whoever made the folder has removed it just now
+                if 0 < vanished < ATTEMPTS:  # another process has just removed the folder
                     continue
                 self._remove_folders()
                 raise LockError(f"{self._path.parent} can't be written to: {error.strerror or error}") from error
@@ -92,9 +94,9 @@ class FolderLock:
                 self._beating.start()
                 return self
             if not self._wait:
-                raise LockError(f"{self._path.parent} is in use by {held_by}: wait for its end{self._cure}")
+                raise LockError(f"{self._path.parent} is in use by {held_by}: wait until it ends{self._cure}")
             if not told:
-                print(f"waiting for {held_by}, which has {self._path}", file=sys.stderr, flush=True)
+                print(f"waiting for {held_by}, which holds {self._path}", file=sys.stderr, flush=True)
                 told = True
             time.sleep(POLL_S)
 
@@ -104,12 +106,14 @@ class FolderLock:
         self._end.set()
         self._beating.join()
         if self._is_mine():
-            self._path.unlink(missing_ok=True)  # before it is let go: nobody may take a file that is about to vanish
+            self._path.unlink(
+                missing_ok=True
+            )  # before the release: no process may lock a file that is about to be deleted
         os.close(self._file)
         self._remove_folders()
 
     def _try(self) -> Holder | str | None:
-        """Takes the lock; else who holds it."""
+        """Acquire the lock and return None, or return its holder."""
         self._make_folders()
         file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -120,7 +124,7 @@ class FolderLock:
                 if isinstance(error, BlockingIOError):
                     return _holder(self._path) or "another process"
                 raise
-        if not self._is_at_path(file):  # its holder has removed it just now
+        if not self._is_at_path(file):  # its holder has just removed it
             os.close(file)
             return self._try()
         alive = self._alive_elsewhere()
@@ -137,7 +141,7 @@ class FolderLock:
         return False
 
     def _alive_elsewhere(self) -> Holder | None:
-        """The holder on another machine, when it still counts."""
+        """Return the holder on another machine if its counter still changes, else None."""
         first = _holder(self._path)
         if first is None or first.kernel == Holder.here().kernel:
             return None
@@ -149,7 +153,7 @@ class FolderLock:
         return None
 
     def _is_mine(self) -> bool:
-        """Whether nobody on another machine has taken over, because this one stood still."""
+        """Return whether this process still holds the lock: another machine may take it over if this one stalls."""
         found = _holder(self._path)
         return found is not None and replace(found, beats=0) == replace(self._me, beats=0)
 
@@ -162,7 +166,7 @@ class FolderLock:
     def _beat(self) -> None:
         while not self._end.wait(BEAT_S) and self._is_mine():
             self._me = replace(self._me, beats=self._me.beats + 1)
-            with suppress(OSError):  # a full disk is told by those who write what matters
+            with suppress(OSError):  # a full disk is reported by the code that writes the run's data
                 self._write()
 
     def _make_folders(self) -> None:
@@ -173,7 +177,7 @@ class FolderLock:
 
     def _remove_folders(self) -> None:
         for folder in reversed(self._made):
-            with suppress(OSError):  # it holds something by now
+            with suppress(OSError):  # it is no longer empty
                 folder.rmdir()
 
 
@@ -203,9 +207,9 @@ def run_holder(run_dir: Path) -> Holder | None:
 
 
 def made_once(folder: Path, make: Callable[[Path], None]) -> None:
-    """Make a cached folder unless it is there; it appears whole or not at all. `make` fills the one it is given.
+    """Create a cached folder atomically unless it exists. `make` fills the folder that it receives.
 
-    Whoever wants the same one meanwhile waits. LockError: it can't be written to.
+    Other processes that need the same folder wait. LockError: the folder is not writable.
     """
     if folder.exists():
         return
@@ -213,6 +217,6 @@ def made_once(folder: Path, make: Callable[[Path], None]) -> None:
         if folder.exists():
             return
         part = folder.with_name(f"{folder.name}.part")
-        shutil.rmtree(part, ignore_errors=True)  # of one that was killed
+        shutil.rmtree(part, ignore_errors=True)  # left by a process that was killed
         make(part)
         part.rename(folder)

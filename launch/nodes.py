@@ -1,9 +1,9 @@
-"""Several machines: which node of a Ray cluster each process of a run lies on, and whether the nodes can serve it.
+"""Multi-node runs: assignment of processes to the nodes of a Ray cluster, and checks of these nodes.
 
-    place (arithmetic) -> find_nodes (which they are) -> look_around (what they see) -> ProcessOptions (Ray's options)
+    place (arithmetic) -> find_nodes (selection) -> look_around (checks on each node) -> ProcessOptions (Ray's options)
 
-Ray is told the node of every process, so nothing depends on how it spreads actors. A node counts only while it has
-`cluster.gpus_per_node` GPUs free, so a run does not begin on those of another one.
+Every process is pinned to a node, so placement does not depend on Ray's scheduler. Only nodes with
+`cluster.gpus_per_node` free GPUs are selected, so a run does not start on the GPUs of another run.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from launch.config import ClusterConfig
 from launch.environment import direct
 
 LOOPBACK = "127.0.0.1"
-NODES_WAIT_S = 60.0  # nodes of a job do not start in the same second, and GPUs of a run before are freed late
-LOOK_WAIT_S = 120.0  # a node's first Python process reads its packages from a shared disk
+NODES_WAIT_S = 60.0  # nodes of a job start at different times, and GPUs of a previous run are freed late
+LOOK_WAIT_S = 120.0  # a node's first Python process may read its packages from a slow shared disk
 POLL_S = 0.5
 GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 
 
 class NodeError(RuntimeError):
-    """The cluster is not what the run needs: one line with the node, what is wrong and the cure."""
+    """The cluster does not meet the run's requirements. The message is one line with the node and the cure."""
 
 
 @dataclass(frozen=True)
 class Bundles:
-    """Processes that are placed together: `count` bundles in rank order, each of `num_gpus` GPUs of one node."""
+    """Processes that are placed together: `count` bundles in rank order, each with `num_gpus` GPUs of one node."""
 
     name: str
     count: int
@@ -44,14 +44,15 @@ class Bundles:
 
 
 def place(wanted: Sequence[Bundles], num_nodes: int, gpus_per_node: int) -> dict[str, list[int]]:
-    """Return the node (0 ... num_nodes - 1) of every bundle, by name; within a name it never falls.
+    """Return the node (0 ... num_nodes - 1) of every bundle, by name. Within a name the node numbers never decrease.
 
-    Largest bundles first. Those of one name go whole to the first node with room for them, else they fill the nodes
-    one after the other. Where the sizes divide each other (1, 2, 4, 8) that succeeds whenever anything does: the GPUs
-    taken on a node are then a multiple of the present size, so the room that is left does not depend on their order.
-    With `gpus_per_node` 0 nothing is counted, and nodes get about equally many processes.
+    The largest bundles are placed first. All bundles of one name go to the first node with room for all of them;
+    if there is none, they fill the nodes one after the other. If the sizes divide each other (1, 2, 4, 8), this
+    succeeds whenever a placement exists: the number of used GPUs on a node is then a multiple of the current size, so
+    the remaining room does not depend on the order. With `gpus_per_node` 0, GPUs are not counted and all nodes get
+    about the same number of processes.
 
-    ValueError: a bundle finds no node with enough GPUs left.
+    ValueError: no node has enough free GPUs for a bundle.
     """
     total = sum(one.count * one.num_gpus for one in wanted)
     least = gpus_per_node or -(-total // num_nodes)
@@ -75,8 +76,8 @@ def _fill(wanted: Sequence[Bundles], free: list[int]) -> dict[str, list[int]]:
             nodes += [node] * here
         if len(nodes) < one.count:
             raise ValueError(
-                f"{one.count - len(nodes)} of {one.name}'s {one.count} blocks of {one.num_gpus} GPUs find no node "
-                f"with as many left: {', '.join(map(str, free))} are"
+                f"{one.count - len(nodes)} of {one.name}'s {one.count} blocks of {one.num_gpus} GPUs fit on no node; "
+                f"free GPUs per node: {', '.join(map(str, free))}"
             )
         found[one.name] = nodes
     return found
@@ -92,13 +93,12 @@ class Node:
 
 
 def find_nodes(cluster: ClusterConfig, wait_s: float = NODES_WAIT_S) -> list[Node]:
-    """Return `num_nodes` nodes of the joined cluster with `gpus_per_node` free GPUs, this one first, the others by
-    address.
+    """Return `num_nodes` nodes of the joined cluster with `gpus_per_node` free GPUs: this one, then others by address.
 
-    NodeError after `wait_s`: there are fewer.
+    NodeError after `wait_s`: there are too few such nodes.
     """
     import ray
-    from ray._private import state  # what is free on each node, without Ray's dashboard
+    from ray._private import state  # free resources of each node, available without Ray's dashboard
 
     here = ray.get_runtime_context().get_node_id()
     deadline = time.monotonic() + wait_s
@@ -113,7 +113,7 @@ def find_nodes(cluster: ClusterConfig, wait_s: float = NODES_WAIT_S) -> list[Nod
             seen = ", ".join(f"{address} with {free.get(node, 0.0):g} free GPUs" for node, address in alive)
             raise NodeError(
                 f"cluster.num_nodes={cluster.num_nodes} with gpus_per_node={cluster.gpus_per_node}: after {wait_s:g} s "
-                f"the Ray cluster has {seen}; start ray on more machines, or wait for the run that has the GPUs"
+                f"the Ray cluster has {seen}; start Ray on more machines, or wait for the run that uses the GPUs"
             )
         time.sleep(POLL_S)
 
@@ -126,10 +126,10 @@ def _order(address: str) -> tuple[int, str]:
 
 
 def look_around(nodes: Sequence[Node], run_dir: Path, model_folder: Path, wait_s: float = LOOK_WAIT_S) -> list[Node]:
-    """Return the nodes with the environment that processes need there.
+    """Check the nodes and return them with the environment variables that processes need there.
 
-    NodeError names a node that does not see the run's folder, may not write there, has no or another model, or can't
-    run this package.
+    NodeError names a node that does not see the run's folder, can't write to it, has no model or a different one, or
+    can't run this package.
     """
     import ray
     from ray.exceptions import GetTimeoutError, RayError
@@ -165,9 +165,9 @@ def look_around(nodes: Sequence[Node], run_dir: Path, model_folder: Path, wait_s
 
 
 def look(address: str, marker: str, config: str, digest: str, addresses: Sequence[str]) -> tuple[str, dict[str, str]]:
-    """Run on a node and return (what is wrong, "" for nothing; the environment that processes need here).
+    """Check the node that this function runs on. Return (problem or "", environment variables for processes here).
 
-    `addresses`: of all nodes, between which nothing goes through a proxy.
+    `addresses`: the addresses of all nodes; requests between them bypass proxies.
     """
     folder = Path(marker).parent
     if not Path(marker).is_file() or Path(marker).read_text() != Path(marker).name:
@@ -179,12 +179,12 @@ def look(address: str, marker: str, config: str, digest: str, addresses: Sequenc
         return f"does not see the model in {Path(config).parent}, or another one: {cure}", {}
     interface = interface_of(address)
     known = GLOO_INTERFACE in os.environ or not interface
-    # Gloo would take the interface of whatever the host's own name means, often the loopback.
+    # Gloo would use the interface that the host name resolves to, which is often the loopback.
     return "", direct(addresses) | ({} if known else {GLOO_INTERFACE: interface})
 
 
 def interface_of(address: str) -> str:
-    """Return the network interface that has an address; "" when none has it by itself."""
+    """Return the network interface with exactly this address, or "" if there is none."""
     for name, addresses in psutil.net_if_addrs().items():
         if any(one.address == address for one in addresses):
             return str(name)
@@ -203,10 +203,10 @@ def _on(node: Node) -> Any:
 
 @dataclass(frozen=True)
 class ProcessOptions:
-    """Where one process goes, as Ray's options for its actor."""
+    """The placement of one process, convertible to Ray's options for its actor."""
 
     num_gpus: float = 0.0
-    node: Node | None = None  # None: on this machine, as Ray likes
+    node: Node | None = None  # None: this machine, scheduled by Ray
 
     def ray(self) -> dict[str, Any]:
         """Return the keyword arguments of `actor_class.options`."""

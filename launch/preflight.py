@@ -1,4 +1,4 @@
-"""Whether this machine has what a run asks for, looked up before any process starts."""
+"""Pre-flight checks of this machine's resources."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from launch.config import ClusterConfig
 from launch.environment import ray_folder, temporary_problems
 
 GB = 1e9
-MIN_SHM_GB = 0.25  # Ray keeps its objects there; a container's default of 64 MB is too little
-MIN_SHM_GPU_GB = 4.0  # with GPUs, NCCL's buffers and longer episodes come on top
+MIN_SHM_GB = 0.25  # Ray stores its objects there; a container's default of 64 MB is too small
+MIN_SHM_GPU_GB = 4.0  # with GPUs, NCCL's buffers and longer episodes need more
 MIN_TEMPORARY_GB = 1.0  # Ray's session folder
-_CGROUP_MEMORY = (  # (limit, use) of this container: cgroup v2, then v1
+_CGROUP_MEMORY = (  # (limit, usage) of this container: cgroup v2, then v1
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
 )
@@ -27,18 +27,18 @@ _CGROUP_MEMORY = (  # (limit, use) of this container: cgroup v2, then v1
 
 @dataclass(frozen=True)
 class Machine:
-    """What there is to use now; sizes in GB (1e9 bytes)."""
+    """The resources that are free on a machine; sizes in GB (1e9 bytes)."""
 
     num_cpus: int
     free_memory_gb: float
-    free_disk_gb: float  # where the current folder lies
-    free_temporary_gb: float  # where Ray's session folder goes
+    free_disk_gb: float  # on the disk of the current folder
+    free_temporary_gb: float  # on the disk of Ray's session folder
     free_shm_gb: float  # /dev/shm
     num_gpus: int
 
     @staticmethod
     def read(count_gpus: bool) -> Machine:
-        """Measure this machine. `count_gpus` False: leave GPUs alone and say 0."""
+        """Measure this machine. With `count_gpus` False, do not access GPUs and report 0."""
         return Machine(
             num_cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
             free_memory_gb=_free_memory_bytes() / GB,
@@ -50,10 +50,10 @@ class Machine:
 
 
 def problems(cluster: ClusterConfig, machine: Machine | None = None) -> list[str]:
-    """Return why a run with these settings can not start from here, one line each with number and cure; empty: it can.
+    """Return the reasons why a run can't start on this machine, one line each with the number and the cure.
 
-    `machine` is this one by default. With `ray_address` the processes run elsewhere and only the disk, which
-    holds the run's folder, is looked at.
+    `machine` defaults to this machine. With `ray_address` the processes run elsewhere, so only the disk of the run's
+    folder is checked.
     """
     joins = bool(cluster.ray_address)
     machine = machine or Machine.read(count_gpus=cluster.gpus_per_node > 0 and not joins)
@@ -98,12 +98,12 @@ def problems(cluster: ClusterConfig, machine: Machine | None = None) -> list[str
 
 
 def _free_bytes(folder: Path) -> int:
-    """What may be written to a folder; 0 when it is not there."""
+    """Return the free bytes on a folder's disk, or 0 if the folder does not exist."""
     return shutil.disk_usage(folder).free if folder.is_dir() else 0
 
 
 def _free_memory_bytes() -> int:
-    """Memory that may still be taken: of the machine, or of the container's limit when that is less."""
+    """Return the memory that is free on the machine or below the container's limit, whichever is smaller."""
     free = psutil.virtual_memory().available
     for limit_file, use_file in _CGROUP_MEMORY:
         if Path(limit_file).is_file() and Path(use_file).is_file():
@@ -115,9 +115,9 @@ def _free_memory_bytes() -> int:
 
 
 def _num_gpus() -> int:
-    """GPUs that processes started here would see: CUDA's own count, else nvidia-smi's."""
+    """Return the number of GPUs that processes started here would see: CUDA's count, or else nvidia-smi's."""
     if not any(Path(driver).exists() for driver in ("/proc/driver/nvidia", "/dev/nvidiactl", "/dev/dxg", "/dev/kfd")):
-        return 0  # no driver: spares the import of torch
+        return 0  # no driver: skip the slow import of torch
     if find_spec("torch") is not None:
         import torch
 

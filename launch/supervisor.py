@@ -1,10 +1,10 @@
-"""Ends a run at once when a process of it has died or a signal has come, whatever the run is waiting for.
+"""Supervision of a run: interrupt it as soon as one of its processes dies or a signal arrives.
 
     with Supervisor(tell) as supervisor:      in the main thread of the driver
         watch("policy rank 0", actor)         where processes are made
 
-A thread looks at Ray's own processes, at every watched actor and at what those say about processes of their own. What
-it finds interrupts the main thread like Ctrl-C, so every wait ends by it: of Ray, of asyncio, of the operating system.
+A thread monitors Ray's own processes, every watched actor and the processes that these actors own. A failure interrupts
+the main thread like Ctrl-C, so it ends every wait: in Ray, in asyncio and in the operating system.
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ if TYPE_CHECKING:
 W = TypeVar("W")
 
 INTERVAL_S = 0.5
-REPEAT_S = 10.0  # an interrupt can be lost where Python ignores exceptions, in a finalizer for instance
-CLEANUP_S = 180.0  # for a run that ends to finish a checkpoint and stop its processes
-TOGETHER_S = 1.0  # a terminal sends Ctrl-C to a shell and its script alike: such signals count once
+REPEAT_S = 10.0  # an interrupt can be lost where Python ignores exceptions, e.g. in a finalizer
+CLEANUP_S = 180.0  # deadline for an ending run to finish a checkpoint and stop its processes
+TOGETHER_S = 1.0  # a terminal sends Ctrl-C to a shell and to its script: such signals count once
 KNOCK_TIMEOUT_S = 5.0
-MAX_REFUSED = 3  # connections to the head of a joined cluster, one after the other
+MAX_REFUSED = 3  # consecutive refused connections to the head of a joined cluster
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-FROM_LAUNCHERS = (signal.SIGTERM, signal.SIGUSR1)  # the time is over, the machine is wanted: the run is started again
-TO_BE_CONTINUED = os.EX_TEMPFAIL  # 75: exit code by which a launcher knows that it is to start the same command again
-WAKE = signal.SIGURG  # of the thread to the main one: ignored by default, so it never harms
+FROM_LAUNCHERS = (signal.SIGTERM, signal.SIGUSR1)  # time limit or preemption: the run is started again
+TO_BE_CONTINUED = os.EX_TEMPFAIL  # 75: this exit code tells a launcher to start the same command again
+WAKE = signal.SIGURG  # sent by the thread to the main thread; ignored by default, so it is harmless
 HEAD = {"raylet": "Ray's raylet", "gcs_server": "Ray's head (gcs_server)"}
-# Ray knows the exit code of a worker that has asked for its end itself, and writes into its log what made it crash.
+# Ray reports the exit code of a worker that exits by itself, and writes the signal of a crash to the worker's log.
 EXIT_CODE = re.compile(r"exit code (\d+)")
 CRASHED = re.compile(r"^\*\*\* (SIG[A-Z]+) received", re.MULTILINE)
 
 
 class ProcessDied(RuntimeError):
-    """A process of the run has ended: which, how, and where its log is."""
+    """A process of the run has ended. The message names the process, how it ended and its log."""
 
     def __init__(self, ending: str, log: Path | str | None) -> None:
         super().__init__(f"{ending}; log: {log}" if log else ending)
@@ -60,8 +60,8 @@ class ProcessDied(RuntimeError):
 @dataclass(frozen=True)
 class _Watched:
     name: str
-    ended: ObjectRef[str] | None  # how the process that the actor keeps has ended, "" when stopped; None: it keeps none
-    log: str  # of that process
+    ended: ObjectRef[str] | None  # how the actor's own process ended, "" if it was stopped; None: it has no process
+    log: str  # log of the actor's own process
 
 
 _watched: dict[str, _Watched] = {}  # by actor id
@@ -70,10 +70,10 @@ _watched: dict[str, _Watched] = {}  # by actor id
 def watch(
     name: str, actor: ActorHandle[W] | type[W], ended: ObjectRef[str] | None = None, log: str = ""
 ) -> ActorHandle[W]:
-    """Count an actor among those without which the run can't go on; return it.
+    """Register an actor whose death ends the run, and return it.
 
-    An actor that keeps a process, like an engine, says by the reference `ended` that and how it has ended; `log` is
-    that process's log.
+    If the actor owns a process, e.g. an engine, the reference `ended` resolves to how that process ended, and `log` is
+    its log.
     """
     found = handle(actor)
     _watched[found._actor_id.hex()] = _Watched(name, ended, log)
@@ -81,13 +81,13 @@ def watch(
 
 
 def forget(actors: Sequence[ActorHandle[Any]]) -> None:
-    """Stop watching actors that are about to be ended."""
+    """Stop watching actors that are about to be stopped."""
     for actor in actors:
         _watched.pop(actor._actor_id.hex(), None)
 
 
 def exit_code_of(cause: ProcessDied | signal.Signals | None) -> int:
-    """Return the exit code of a run that ends by a signal or a death."""
+    """Return the exit code of a run that ends because of a signal or a dead process."""
     if cause in FROM_LAUNCHERS:
         return TO_BE_CONTINUED
     return 128 + cause if isinstance(cause, signal.Signals) else 1
@@ -95,10 +95,10 @@ def exit_code_of(cause: ProcessDied | signal.Signals | None) -> int:
 
 @contextlib.contextmanager
 def not_by_children(number: signal.Signals = signal.SIGUSR1) -> Iterator[None]:
-    """Let processes that are started in the block, and all that they start, never receive a signal.
+    """Block a signal for processes that are started within the block, and for their descendants.
 
-    Launchers send SIGUSR1 to all processes of a job, and it would end each one that does not handle it. This process
-    receives what came meanwhile when the block ends.
+    Launchers send SIGUSR1 to all processes of a job, and it would end each process that does not handle it. This
+    process receives a signal that arrived meanwhile when the block ends.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
     try:
@@ -108,8 +108,9 @@ def not_by_children(number: signal.Signals = signal.SIGUSR1) -> Iterator[None]:
 
 
 def ignore_signals() -> None:
-    """Ignore signals, in a process with nothing left to do: Python takes a second to end, and a signal would change the
-    exit code.
+    """Ignore signals in a process that is about to exit.
+
+    Python takes a second to exit, and a signal in that time would change the exit code.
     """
     if threading.current_thread() is threading.main_thread():
         for number in SIGNALS:
@@ -117,15 +118,15 @@ def ignore_signals() -> None:
 
 
 class Supervisor:
-    """Watches as long as the block lasts; in another thread than the main one it does nothing.
+    """A context manager that supervises the run within its block. It has no effect outside the main thread.
 
-    A signal interrupts, so that the run ends in order, for `CLEANUP_S` at most. In a `graceful` block one of
-    `FROM_LAUNCHERS` is a question: the run ends by itself when it has saved its state. Another signal, `TOGETHER_S`
-    later or more, ends the process and all that it has started at once.
+    A signal interrupts the main thread, and the run's cleanup then has `CLEANUP_S`. In a `graceful` block a signal
+    in `FROM_LAUNCHERS` is a request instead: the run saves its state and ends by itself. Another signal, at least
+    `TOGETHER_S` later, ends the process and all its descendants at once.
     """
 
     def __init__(self, tell: Callable[[ProcessDied | signal.Signals], None]) -> None:
-        """`tell` is called in the main thread before it is interrupted."""
+        """Prepare the supervisor. `tell` is called in the main thread before the interrupt."""
         self._tell = tell
         self._main = threading.get_ident()
         self._active = threading.current_thread() is threading.main_thread()
@@ -137,17 +138,17 @@ class Supervisor:
         self._interrupted_s = 0.0
         self._heed: Callable[[signal.Signals], None] | None = None
         self._grace_s, self._asked_until_s = 0.0, math.inf
-        self.asked: signal.Signals | None = None  # by which the run has been told to save its state and end
+        self.asked: signal.Signals | None = None  # signal that requested the run to save its state and end
         self._cause: ProcessDied | signal.Signals | None = None
         self._timer = threading.Timer(CLEANUP_S, self._give_up)
         self._looking = threading.Lock()
-        self._dead: dict[str, Any] = {}  # actors, as Ray's head knows them
+        self._dead: dict[str, Any] = {}  # dead actors, as reported by Ray's head
 
     def __enter__(self) -> Supervisor:
         if self._active:
             self._handlers = {number: signal.getsignal(number) for number in (*SIGNALS, WAKE)}
             self._take_signals()
-            # Two: where Ray's head does not answer, all else is still looked at.
+            # Two threads: if Ray's head does not answer, the other checks continue.
             for look in (self._look, self._ask):
                 threading.Thread(target=self._repeat, args=(look,), name="supervisor", daemon=True).start()
         return self
@@ -164,14 +165,15 @@ class Supervisor:
 
     def _take_signals(self) -> None:
         for number in SIGNALS:
-            # Ignored SIGHUP is nohup: the run is to outlive its terminal. A script's `command &` ignores SIGINT.
+            # An ignored SIGHUP means nohup: the run must outlive its terminal. A script's `command &` ignores SIGINT.
             if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._signalled)
         signal.signal(WAKE, self._woken)
 
     def cause(self, settle_s: float) -> ProcessDied | signal.Signals | None:
-        """Return the signal or the death that ends the run, awaited for `settle_s`: its consequence may be seen
-        first.
+        """Return the signal or the dead process that ends the run. Wait for it up to `settle_s`.
+
+        The wait is needed because an error that the cause leads to may be raised before the cause is detected.
         """
         deadline = time.monotonic() + settle_s
         while _watched and self._active and self._cause is None and time.monotonic() < deadline:
@@ -179,13 +181,13 @@ class Supervisor:
         return self._cause
 
     def stop_looking(self) -> None:
-        """Stop looking, before Ray is left: none of its calls may be running then."""
+        """Stop the checks before Ray shuts down, when no call of Ray may be running."""
         self._over.set()
         if self._looking.acquire(timeout=KNOCK_TIMEOUT_S):
             self._looking.release()
 
     def end(self) -> None:
-        """Let nothing be interrupted from now on: the run ends, in `CLEANUP_S` or without the rest of its cleanup."""
+        """Allow no more interrupts because the run is ending. Exit after `CLEANUP_S` if the cleanup is not done."""
         if self._active and not self._ending:
             self._ending = True
             self._timer.daemon = True
@@ -193,8 +195,9 @@ class Supervisor:
 
     @contextlib.contextmanager
     def graceful(self, grace_s: float, heed: Callable[[signal.Signals], None]) -> Iterator[None]:
-        """Give the block `grace_s` from a launcher's signal on to end by itself; it asks `asked`. `heed`: called once,
-        when the signal comes. After that time the signal interrupts.
+        """Let the block end by itself within `grace_s` after a launcher's signal; interrupt it after that time.
+
+        The block polls `asked`. `heed` is called once, when the signal arrives.
         """
         self._grace_s, self._heed = grace_s, heed
         try:
@@ -224,7 +227,7 @@ class Supervisor:
         first, self._interrupted_s = not self._interrupted_s, time.monotonic()
         if first:
             self._tell(self._cause)
-        raise KeyboardInterrupt(str(self._cause))  # which everything lets pass
+        raise KeyboardInterrupt(str(self._cause))  # not caught by `except Exception`
 
     def _repeat(self, look: Callable[[], None]) -> None:
         while not self._over.wait(INTERVAL_S):
@@ -247,7 +250,7 @@ class Supervisor:
                 self._dead = state.state.actor_table(None, job, "DEAD")
 
     def _death(self) -> ProcessDied | None:
-        """The one to be told: when Ray's own processes die, all others do."""
+        """Return the death to report. Ray's own processes come first: if they die, all others die, too."""
         import ray
 
         if not ray.is_initialized():
@@ -255,7 +258,7 @@ class Supervisor:
         return self._dead_head() or self._dead_process() or self._dead_actor()
 
     def _overdue(self) -> signal.Signals | None:
-        """The signal that the run has not heeded in time."""
+        """Return the signal that the run did not obey in time."""
         return self.asked if time.monotonic() > self._asked_until_s else None
 
     def _dead_head(self) -> ProcessDied | None:
@@ -271,7 +274,7 @@ class Supervisor:
         self._refused = self._refused + 1 if _refuses(node.gcs_address) else 0
         if self._refused < MAX_REFUSED:
             return None
-        return ProcessDied(f"Ray's head (gcs_server) at {node.gcs_address} has ended: nobody listens there", None)
+        return ProcessDied(f"Ray's head (gcs_server) at {node.gcs_address} has ended: it refuses connections", None)
 
     def _dead_process(self) -> ProcessDied | None:
         import ray
@@ -288,8 +291,8 @@ class Supervisor:
         for key, actor in self._dead.items():
             one = _watched.get(key)
             if one is None or actor["DeathCause"].HasField("creation_task_failure_context"):
-                continue  # a constructor's error is told by whoever waits for its actor
-            name = one.name if one.ended is None else f"the process that keeps {one.name}"
+                continue  # a constructor's error is reported by the code that waits for the actor
+            name = one.name if one.ended is None else f"the process that owns {one.name}"
             address = actor["Address"]["IPAddress"]
             log = _log_of(actor["Pid"], address)
             return ProcessDied(f"{name} (pid {actor['Pid']} on {address}) {_how(actor['DeathCause'], log)}", log)
@@ -308,7 +311,7 @@ def own_node() -> Node | None:
 
 
 def _refuses(address: str) -> bool:
-    """Whether nobody listens at HOST:PORT. No answer is none: the network may be slow."""
+    """Return whether HOST:PORT refuses a connection. No answer counts as False: the network may be slow."""
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), KNOCK_TIMEOUT_S).close()
@@ -320,7 +323,7 @@ def _refuses(address: str) -> bool:
 
 
 def _log_of(pid: int, address: str) -> Path | None:
-    """What a worker of Ray's has written to stderr; None when it was on another machine."""
+    """Return the stderr log of a Ray worker, or None if it ran on another machine."""
     node = own_node()
     if node is None or node.node_ip_address != address:
         return None
@@ -328,7 +331,7 @@ def _log_of(pid: int, address: str) -> Path | None:
 
 
 def _how(cause: Any, log: Path | None) -> str:
-    """How a worker of Ray's has ended."""
+    """Describe how a Ray worker ended."""
     if cause.HasField("oom_context"):
         return f"was killed: {' '.join(cause.oom_context.error_message.split())}"
     if log is not None and (crashed := CRASHED.search(log.read_text(errors="replace"))):

@@ -126,7 +126,11 @@ def test_bundles_of_a_run() -> None:
                 *("policy.layout.num_processes=4", "policy.layout.tensor_parallel=4"),
                 *("advantage.baseline=reinforce_pp", "critic.layout.num_processes=2"),
             ],
-            ["1 of policy's 1 blocks of 4 GPUs", "2, 2 are", "the nearest that works is cluster.num_nodes=3"],
+            [
+                "1 of policy's 1 blocks of 4 GPUs",
+                "free GPUs per node: 2, 2; ",
+                "the nearest that works is cluster.num_nodes=3",
+            ],
         ),
         (  # 8 + 8 + 6: counted
             [
