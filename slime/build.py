@@ -1,4 +1,4 @@
-"""Construct the objects of a run: here, and only here, is chosen which class stands behind each name of the loop."""
+"""Construction of a run's objects. Only this file chooses the class of each object that the loop uses."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ from trainer.engine import EngineSettings
 from trainer.group import NoReference, PolicyGroup, SharedDevice, WorkerGroup
 from trainer.policy import PolicyWorker
 
-SERVER_CALLS = 4  # an engine's actor is asked to stop while it watches or still starts
-ASYNC_CALLS = 1024  # calls an asynchronous actor serves at once: every lane of a rollout worker may wait in one
+SERVER_CALLS = 4  # an engine's actor must accept `stop` while it watches or starts
+ASYNC_CALLS = 1024  # concurrent calls of an asynchronous actor: each episode of a rollout worker may wait in one
 
 
 def _ranks(
     config: Config, name: str, role: PolicyConfig | CriticConfig, folder: Path, where: Sequence[ProcessOptions]
 ) -> list[ActorHandle[Any]]:
-    """One actor for each process of a training role, not started."""
+    """Return one actor for each process of a training role, not started."""
     cls = ray.remote(CriticWorker if isinstance(role, CriticConfig) else PolicyWorker)
     threads, timeout_s = config.cluster.threads_per_process, config.cluster.start_timeout_s
 
@@ -71,7 +71,7 @@ def build_policy(config: Config, folder: Path, where: Placement) -> PolicyGroup:
 
 
 def build_reference(config: Config, folder: Path, where: Placement) -> PolicyGroup | NoReference:
-    """Return the starting model, frozen, in the policy's layout, not started; nothing where no KL is asked for."""
+    """Return the frozen starting model in the policy's layout, not started, or `NoReference` if policy.kl_coef is 0."""
     if not config.policy.kl_coef:
         return NoReference()
     ranks = _ranks(config, REFERENCE, config.policy, folder, where.reference)
@@ -89,7 +89,7 @@ def build_estimator(config: Config, folder: Path, where: Placement) -> Estimator
 def build_servers(
     config: Config, folder: Path, run_dir: Path, where: Placement, key: str = ""
 ) -> list[ActorHandle[EngineServer]]:
-    """Return engine servers; each starts its SGLang process when it is made. `key`: see `ServerSettings`."""
+    """Return engine servers; each starts its SGLang process when constructed. `key`: see `ServerSettings`."""
     engine, cls = config.rollout.engine, ray.remote(EngineServer)
     servers = [
         cls.options(max_concurrency=SERVER_CALLS, **options.ray()).remote(
@@ -120,7 +120,7 @@ def engine_log(run_dir: Path, number: int) -> Path:
 
 
 def list_engines(config: Config, inputs: Prepared, urls: Sequence[str], key: str = "") -> EngineGroup:
-    """Return the engines that serve at `urls`. `key`: what they were started with."""
+    """Return the engines that serve at `urls`. `key`: the API key that they were started with."""
     window = config.rollout.compaction.context_tokens
     return EngineGroup(tuple(urls), inputs.vocab_size, window, config.rollout.engine, key)
 
@@ -151,7 +151,7 @@ def build_rollout(config: Config, inputs: Prepared, engines: EngineGroup, where:
 def build_weights(
     config: Config, policy: PolicyGroup, engines: EngineGroup, trainers: Sequence[WorkerGroup]
 ) -> Weights:
-    """Return the path from the policy to the engines, not connected."""
+    """Return the publisher of weights from the policy to the engines, not connected."""
     limit_s = config.cluster.start_timeout_s
     if config.cluster.sharing is Sharing.all:
         return SharedGpuWeights(policy, engines, limit_s, trainers)
@@ -159,7 +159,7 @@ def build_weights(
 
 
 def share_devices(config: Config, trainers: Sequence[WorkerGroup]) -> None:
-    """Let roles that share a GPU work side by side, unless one of them leaves it to the others."""
+    """Serialize the roles that share a GPU if one of them offloads its memory while it does not work."""
     if config.cluster.sharing is not Sharing.none and any(one.layout.offload is Offload.role for one in trainers):
         device = SharedDevice()
         for one in trainers:
@@ -167,9 +167,9 @@ def share_devices(config: Config, trainers: Sequence[WorkerGroup]) -> None:
 
 
 def build(config: Config, inputs: Prepared, run_dir: Path, where: Placement) -> Run:
-    """Start everything side by side and wait until all of it answers."""
+    """Start all processes in parallel and wait until all of them answer."""
     limit_s, engine = config.cluster.start_timeout_s, config.rollout.engine
-    key = secrets.token_hex(32) if where.spans_nodes else ""  # engines that others can reach serve this run alone
+    key = secrets.token_hex(32) if where.spans_nodes else ""  # engines that other machines can reach require a key
     servers = build_servers(config, inputs.model_folder, run_dir, where, key)
     policy = build_policy(config, inputs.model_folder, where)
     reference = build_reference(config, inputs.model_folder, where)
@@ -180,7 +180,7 @@ def build(config: Config, inputs: Prepared, run_dir: Path, where: Placement) -> 
     starting = [role.start(limit_s) for role in trainers]
     buffer_class = ray.remote(BufferActor).options(max_concurrency=ASYNC_CALLS, **where.buffer.ray())
     buffer = watch("the data buffer", buffer_class.remote(config.buffer, len(inputs.train_rows), config.seed))
-    # Each has a deadline of its own, told with its log; this one is for the processes around them.
+    # Each server enforces its own deadline and reports its log; this deadline covers the actors around them.
     urls = ray.get([call(server, EngineServer.start) for server in servers], timeout=limit_s + engine.start_timeout_s)
     engines = list_engines(config, inputs, urls, key)
     rollout = build_rollout(config, inputs, engines, where)

@@ -1,11 +1,11 @@
-"""The loop: one training step is one page, `train_step`.
+"""The training loop. `train_step` is one training step.
 
     take      whole episodes, packed for the data-parallel ranks          buffer
-    score     forward only, side by side: values, log-probabilities       critic, policy, reference
+    score     forward passes in parallel: values, log-probabilities       critic, policy, reference
     targets   advantages and returns, once, where episodes are whole      here
-    update    critic and policy side by side                              critic, policy
+    update    critic and policy in parallel                               critic, policy
     publish   new weights, device to device, into the running engines     policy -> engines
-    release   frees slots: prompts may be claimed again                   buffer
+    release   frees slots, so that prompts can be claimed again           buffer
 
 Synchronous training is this loop with slots = episodes_per_step; with more slots the engines continue
 while it trains.
@@ -31,9 +31,9 @@ from trainer.config import KLPlace, PolicyConfig
 from trainer.losses.correction import correction_weights
 from trainer.losses.kl import kl_reward
 
-VALUE_BATCHES_SEED = 7919  # keeps the critic's shuffles apart from the policy's
-FETCH_TIMEOUT_S = 600.0  # for a step's episodes, which are finished
-MAX_EMPTY_BATCHES = 3  # in a row, after which the run ends
+VALUE_BATCHES_SEED = 7919  # makes the critic's shuffles differ from the policy's
+FETCH_TIMEOUT_S = 600.0  # for the finished episodes of a step
+MAX_EMPTY_BATCHES = 3  # consecutive empty batches after which the run fails
 EXPLAINED = "critic/explained_variance"
 
 
@@ -53,7 +53,7 @@ class StepRecord:
 
 
 def train_step(config: Config, run: Run, watch: Watch, step: int, evaluating: bool) -> dict[str, float]:
-    """Train on one batch and publish the new weights; return the metrics, those of an evaluation of them included."""
+    """Train on one batch, publish the new weights and return the metrics, including those of an evaluation."""
     run.clock.restart()
     version = run.weights.version
     batch, sub_traces = take(config, run, watch)
@@ -66,17 +66,16 @@ def train_step(config: Config, run: Run, watch: Watch, step: int, evaluating: bo
     run.publish(step)
     done = StepRecord(step, version, batch, sub_traces, scores, agreement, corrections, targets, updates)
     metrics = observe(done, run, watch)
-    if evaluating:  # before the release: synchronous engines then serve the evaluation alone
+    if evaluating:  # before the release, so that synchronous engines serve only the evaluation
         metrics |= evaluate(config, run, watch, step)
     run.buffer.release(batch.step)
     return metrics | run.clock.metrics()
 
 
 def take(config: Config, run: Run, watch: Watch, phase: str = "rollout") -> tuple[Batch, list[SubTrace]]:
-    """Wait for a step's episodes and return them; meanwhile the view follows them.
+    """Wait for a step's episodes and return them. The view shows their progress meanwhile.
 
-    Episodes of which none has a turn are nothing to train on: the next ones are taken in their place. RuntimeError:
-    the MAX_EMPTY_BATCHES-th such batch in a row.
+    A batch in which no episode has a turn is skipped. RuntimeError: MAX_EMPTY_BATCHES such batches in a row.
     """
 
     def waiting(counts: Counts) -> None:
@@ -105,9 +104,9 @@ def generators(config: Config, step: int) -> tuple[np.random.Generator, np.rando
 def refuse_other_weights(
     config: Config, step: int, sub_traces: Sequence[SubTrace], scores: Scores, version: int
 ) -> dict[str, float]:
-    """Return how far engine and trainer agree on the tokens (`engine_metrics`).
+    """Compare the log-probabilities of engine and trainer and return the metrics of `engine_metrics`.
 
-    RuntimeError: on tokens of the present weights, `version`, they differ by more than policy.max_logprob_diff.
+    RuntimeError: for tokens of the current weights, `version`, they differ by more than policy.max_logprob_diff.
     """
     agreement = observed.engine_metrics(sub_traces, scores.old_logprobs, version)
     difference = agreement["policy/engine_logprob_diff_max"]
@@ -120,16 +119,16 @@ def refuse_other_weights(
 
 
 def correct(config: PolicyConfig, sub_traces: Sequence[SubTrace], scores: Scores) -> list[Float32]:
-    """Return the weight of every token's policy loss that makes up for the engine's probabilities."""
+    """Return a weight for every token's policy loss that corrects for the engine's probabilities."""
     trainers = [scores.old_logprobs[i] for i in range(len(sub_traces))]
     return correction_weights(sub_traces, trainers, config.correction, *config.correction_window)
 
 
 def penalized(config: PolicyConfig, sub_traces: Sequence[SubTrace], scores: Scores) -> Sequence[SubTrace]:
-    """Return the sub-traces with rewards less the KL to the reference, token by token, where the reward contains it.
+    """Return the sub-traces with the KL penalty subtracted from the reward of every action token, with kl_in=reward.
 
-    r_i - kl_coef k(i), k the estimator of KL(pi_old || reference) at action token i: advantages and the critic's
-    returns contain the same penalty.
+    The reward becomes r_i - kl_coef k(i), where k(i) estimates KL(pi_old || reference) at action token i. Advantages
+    and the critic's returns contain the same penalty.
     """
     old, reference = scores.old_logprobs, scores.reference_logprobs
     if not reference or config.kl_in is not KLPlace.reward:
@@ -143,7 +142,7 @@ def penalized(config: PolicyConfig, sub_traces: Sequence[SubTrace], scores: Scor
 
 
 def observe(done: StepRecord, run: Run, watch: Watch) -> dict[str, float]:
-    """Return the metrics of a step, and keep some of its episodes."""
+    """Return the metrics of a step and save some of its episodes as samples."""
     sub_traces, scores, targets = done.sub_traces, done.scores, done.targets
     watch.sample(done.step, "train", done.batch, sub_traces, targets.targets)
     return {
@@ -161,7 +160,7 @@ def observe(done: StepRecord, run: Run, watch: Watch) -> dict[str, float]:
 
 
 def evaluate(config: Config, run: Run, watch: Watch, step: int) -> dict[str, float]:
-    """Return the held-out pass rate over the episodes with a turn, sampled as in training; none without any."""
+    """Return the held-out pass rate over the episodes with a turn, sampled as in training. Omit it if none has one."""
     with run.clock.phase("eval"):
         played = run.rollout.evaluate(range(config.eval.num_tasks), config.tracking.sample_episodes)
     rewards = np.array([one.stats.reward for one in played if one.stats.num_sampled])
@@ -177,12 +176,12 @@ def evaluate(config: Config, run: Run, watch: Watch, step: int) -> dict[str, flo
 
 
 def warm_up_critic(config: Config, run: Run, watch: Watch) -> dict[str, float]:
-    """Pre-train the critic on returns of the unmoved policy, before the first policy update.
+    """Pre-train the critic on returns of the initial policy, before the first policy update.
 
-    Each new batch first says how well the critic explains episodes that it has not seen. If well enough, training
-    stops there; else it trains on the batch, until `warmup_episodes` have been used. Then it goes over them again.
-    The last batch is never trained on: what the metrics say is measured on it. The policy is still its own
-    reference here, so that no KL is missing in the rewards.
+    Each new batch first measures the critic's explained variance on unseen episodes. Training stops if it reaches
+    the goal; otherwise the critic trains on the batch, until `warmup_episodes` have been used. Then it trains on them
+    again for the remaining epochs. The last batch is never trained on: the metrics are measured on it. The policy
+    still equals its reference here, so the KL penalty in the rewards would be zero.
     """
     size, goal = config.buffer.episodes_per_step, config.critic.warmup_explained_variance
     rng = np.random.default_rng([config.seed, VALUE_BATCHES_SEED])
@@ -210,5 +209,5 @@ def warm_up_critic(config: Config, run: Run, watch: Watch) -> dict[str, float]:
 
 
 def judge(run: Run, batch: Batch, sub_traces: Sequence[SubTrace]) -> StepTargets:
-    """Return a batch's targets under the estimator as it is now."""
+    """Return a batch's targets under the current estimator."""
     return run.estimator.targets(batch, sub_traces, run.estimator.ask(batch).result())

@@ -1,4 +1,4 @@
-"""The running objects of a run, by the names that the loop calls them."""
+"""The objects of a run, under the names that the loop uses."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from trainer.group import NoReference, PolicyGroup, WorkerGroup
 
 
 class Abandoned(Exception):
-    """A step was given up before it changed anything, because the run has been told to end."""
+    """A step was abandoned before it changed anything, because the run was told to end."""
 
 
-STOP_TIMEOUT_S = 30.0  # for engines and sandboxes; what has not ended then ends with its actor
+STOP_TIMEOUT_S = 30.0  # for engines and sandboxes; processes that are left then end with their actor
 
 
 @dataclass
 class Run:
-    """What slime/build.py has constructed. Which class stands behind a name is decided there."""
+    """The objects that slime/build.py constructs. It also chooses their classes."""
 
     buffer: BufferHandle
     rollout: RolloutGroup
@@ -42,18 +42,18 @@ class Run:
     estimator: Estimator
     weights: Weights
     servers: list[ActorHandle[EngineServer]]
-    trainers: list[WorkerGroup]  # all groups of processes that hold a model, a frozen one among them
-    model_folder: Path  # what the run started from
-    clock: Clock = field(default_factory=Clock)  # of the present step
+    trainers: list[WorkerGroup]  # all groups of processes that hold a model, including frozen ones
+    model_folder: Path  # model that the run starts from
+    clock: Clock = field(default_factory=Clock)  # of the current step
     told_to_end: Callable[[], bool] = lambda: False
 
     @property
     def roles(self) -> list[WorkerGroup]:
-        """Return the groups of processes that train: what a checkpoint holds."""
+        """Return the groups of processes that train. A checkpoint stores their state."""
         return [self.policy, *self.estimator.roles]
 
     def score(self, batch: Batch) -> Scores:
-        """Return values and log-probabilities of a batch under the present weights; the roles work side by side."""
+        """Return values and log-probabilities of a batch under the current weights; the roles work in parallel."""
         with self.clock.phase("values"):
             self.weights.lend_memory()
             asked = self.estimator.ask(batch), self.policy.logprobs(batch), self.reference.logprobs(batch)
@@ -68,9 +68,10 @@ class Run:
         corrections: Sequence[Float32],
         rngs: tuple[np.random.Generator, np.random.Generator],
     ) -> dict[str, float]:
-        """Update policy and estimator side by side and return the metrics `policy/...` and `critic/...`.
+        """Update policy and estimator in parallel and return the metrics `policy/...` and `critic/...`.
 
-        `corrections`: weight of every token's policy loss. `rngs`: for the minibatches of policy and estimator.
+        `corrections`: weights of every token's policy loss. `rngs`: generators for the minibatches of the policy and
+        of the estimator.
         """
         with self.clock.phase("update"):
             updating = (
@@ -81,12 +82,12 @@ class Run:
             return found | {f"policy/{name}": number for name, number in updating[1].result().items()}
 
     def publish(self, step: int) -> None:
-        """Put the policy's weights into the running engines, as version `step`."""
+        """Publish the policy's weights to the running engines as version `step`."""
         with self.clock.phase("publish"):
             self.weights.publish(step)
 
     def abandon_if_told(self) -> None:
-        """Raise `Abandoned` when the run has been told to end. Called where a step has changed nothing yet."""
+        """Raise `Abandoned` if the run was told to end. Call this only before a step changes anything."""
         if self.told_to_end():
             raise Abandoned
 
@@ -95,7 +96,7 @@ class Run:
         return {name: gb for role in self.trainers for name, gb in role.peak_memory().items()}
 
     def stop(self, failures: Failures) -> None:
-        """End engines and sandboxes; Ray's own end takes the rest."""
+        """Stop engines and sandboxes; the shutdown of Ray ends the remaining processes."""
         with failures.aside("stopping the rollout workers"):
             self.rollout.stop(STOP_TIMEOUT_S)
         with failures.aside("stopping the engines"):

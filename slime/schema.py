@@ -1,4 +1,4 @@
-"""The whole configuration as plain dataclasses; each folder owns its own part."""
+"""The complete configuration as plain dataclasses; each folder defines its own section."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from trainer.config import PolicyConfig
 
 
 class Kind(str, Enum):
-    """What a recipe does."""
+    """The kind of training that a recipe runs."""
 
     ppo = "ppo"  # reinforcement learning with a critic
     sft = "sft"  # supervised warm start
@@ -24,21 +24,23 @@ class Kind(str, Enum):
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """Prompts, environment and reward: the one place where a recipe names user code."""
+    """Prompts, environment and reward: the section that names user code."""
 
     target: str = setting("", "The slime.Task, as package.module:Class.")
-    train: str = setting("", "JSONL file of the rows to train on; '': the task makes its own.")
-    eval: str = setting("", "JSONL file of rows that are never trained on; '': the task makes its own.")
+    train: str = setting("", "JSONL file of the rows to train on; '': the task generates them.")
+    eval: str = setting("", "JSONL file of rows that are never trained on; '': the task generates them.")
     options: dict[str, Any] = setting({}, "Arguments of the task's constructor.")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which model, and what to start from."""
+    """The model and its starting weights."""
 
     name: str = setting("", "Name of the model's file, used in names and tables.")
-    path: str = setting("", "Hugging Face folder; '': the task's tiny model, built on the spot.")
-    start: str = setting("", "Recipe that trains model.path first, once and cached; '': start from model.path itself.")
+    path: str = setting("", "Hugging Face folder; '': the task's own small model, built at the start.")
+    start: str = setting(
+        "", "Recipe that first trains model.path, with a cached result; '': start from model.path itself."
+    )
     template: str = setting(
         "chatml", "How messages become tokens: tiny, chatml, or tokenizer for the tokenizer's own chat template."
     )
@@ -46,21 +48,21 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Measuring the policy on tasks that are never trained on."""
+    """Evaluation of the policy on tasks that are never trained on."""
 
     every: int = setting(10, "Steps between evaluations; 0: only when training ends.", bounds="[0, inf)", unit="steps")
-    num_tasks: int = setting(128, "Tasks of one evaluation.", bounds="[1, inf)", unit="tasks")
+    num_tasks: int = setting(128, "Number of tasks in one evaluation.", bounds="[1, inf)", unit="tasks")
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """What is saved, so that a stopped run loses nothing."""
+    """Checkpoints, from which a stopped run resumes."""
 
     every: int = setting(10, "Steps between checkpoints; 0: only when training ends.", bounds="[0, inf)", unit="steps")
-    keep: int = setting(2, "Newest checkpoints that stay on disk.", bounds="[1, inf)", unit="checkpoints")
+    keep: int = setting(2, "Number of newest checkpoints that are kept on disk.", bounds="[1, inf)", unit="checkpoints")
     grace_s: float = setting(
         120.0,
-        "How long a run that SIGTERM or SIGUSR1 tells to end may take to finish its step and save it.",
+        "Time that a run has to finish its step and save its state after SIGTERM or SIGUSR1.",
         bounds="(0, inf)",
         unit="s",
     )
@@ -68,35 +70,37 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class TrackingConfig:
-    """What is written down for people to look at."""
+    """Logging of metrics and sample episodes."""
 
     wandb: bool = setting(True, "Log to Weights & Biases, offline unless logged in.")
     project: str = setting("slime", "Project in Weights & Biases.")
     sample_episodes: int = setting(
-        8, "Episodes of one step that are kept for people to read; 0: none.", bounds="[0, inf)", unit="episodes"
+        8, "Number of episodes that are saved as samples of one step; 0: none.", bounds="[0, inf)", unit="episodes"
     )
-    sample_every: int = setting(5, "Steps between such samples.", bounds="[1, inf)", unit="steps")
+    sample_every: int = setting(5, "Steps between samples.", bounds="[1, inf)", unit="steps")
 
 
 @dataclass(frozen=True)
 class SftConfig:
-    """Supervised warm start on a task's demonstrations."""
+    """Supervised fine-tuning on a task's demonstrations, as a warm start."""
 
-    batch_sub_traces: int = setting(32, "Batch of one optimizer step.", bounds="[1, inf)", unit="sub-traces")
+    batch_sub_traces: int = setting(
+        32, "Number of sub-traces in one optimizer step.", bounds="[1, inf)", unit="sub-traces"
+    )
 
 
 @dataclass(frozen=True)
 class Config:
-    """One run."""
+    """The configuration of one run."""
 
     recipe: str = setting("", "Recipe to run; chosen with recipe=NAME.")
-    kind: Kind = setting(Kind.ppo, "What the recipe does.")
+    kind: Kind = setting(Kind.ppo, "Kind of training that the recipe runs.")
     run: str = setting("", "Name of the run's folder below runs_dir; '': the recipe's name.")
     runs_dir: str = setting("runs", "Folder of all runs.")
     cache_dir: str = setting(".cache/slime", "Folder of built models, task rows and warm starts.")
     seed: int = setting(0, "Seed of all random numbers.", bounds="[0, 4294967295]")
-    steps: int = setting(50, "Steps of training.", bounds="[1, inf)", unit="steps")
-    resume: bool = setting(True, "Continue from the newest checkpoint of this run when there is one.")
+    steps: int = setting(50, "Number of training steps.", bounds="[1, inf)", unit="steps")
+    resume: bool = setting(True, "Continue from the newest checkpoint of this run if there is one.")
     task: TaskConfig = field(default_factory=TaskConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)

@@ -1,4 +1,4 @@
-"""A run that has been built: its first weights and evaluation, its steps and checkpoints, and when it stops."""
+"""Execution of a built run: initial weights and evaluation, steps, checkpoints and the stop condition."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from slime.schema import Config
 
 
 class Stop:
-    """Decides after which step a run stops: its last one, or the newest when it has been told to end by a signal.
+    """The stop condition of a run: its last step is done, or a signal told it to end.
 
-    The loop asks it once a step, and nothing else ends a run in order.
+    The loop checks it once per step, and nothing else ends a run normally.
     """
 
     def __init__(self, num_steps: int, told_to_end: Callable[[], bool] = lambda: False) -> None:
         self._num_steps, self._told_to_end = num_steps, told_to_end
 
     def after(self, step: int) -> bool:
-        """Return whether the run stops when `step` is done."""
+        """Return whether the run stops after `step`."""
         return step >= self._num_steps or self._told_to_end()
 
 
 def train(config: Config, run: Run, watch: Watch, run_dir: Path, step: int, failures: Failures) -> int:
-    """Do every step of a run from `step` on, with its evaluations and checkpoints; return the last one that was done.
+    """Run all steps after `step`, with their evaluations and checkpoints, and return the last completed step.
 
-    It is below `config.steps` when a launcher has told the run to end: then a checkpoint of it is on the disk. A step
-    that is still waiting for episodes or scores is given up, another one is finished first.
+    The result is below `config.steps` if a launcher told the run to end; a checkpoint of that step is then on disk.
+    A step that still waits for episodes or scores is abandoned; a step that is further along is completed first.
     """
     run.clock.on_phase = watch.phase
     if step:
@@ -47,7 +47,7 @@ def train(config: Config, run: Run, watch: Watch, run_dir: Path, step: int, fail
         watch.step(0, first | loop.evaluate(config, run, watch, 0))
     run.told_to_end = lambda: failures.supervisor.asked is not None
     stop = Stop(config.steps, run.told_to_end)
-    # A failure is reported before a checkpoint that is being written is waited for.
+    # Report a failure before waiting for a checkpoint that is being written.
     with (
         failures.graceful(config.checkpoint.grace_s),
         checkpoint.Checkpoints(run_dir, run, config.checkpoint.keep) as checkpoints,
@@ -62,7 +62,7 @@ def train(config: Config, run: Run, watch: Watch, run_dir: Path, step: int, fail
             step += 1
             if failures.standing is not None:
                 failures.standing.step = step
-            if step == config.steps:  # before the checkpoint, whose presence says that the run is finished
+            if step == config.steps:  # before the checkpoint, which marks the run as finished
                 run.policy.export(run_dir / "model").result()
             if step == config.steps or (config.checkpoint.every and step % config.checkpoint.every == 0):
                 checkpoints.save(step)
@@ -73,8 +73,8 @@ def train(config: Config, run: Run, watch: Watch, run_dir: Path, step: int, fail
 
 
 def _step(config: Config, run: Run, watch: Watch, step: int, checkpoints: checkpoint.Checkpoints) -> None:
-    """Do one step and record it."""
+    """Run one step and record its metrics."""
     evaluating = step == config.steps or (config.eval.every > 0 and step % config.eval.every == 0)
     metrics = loop.train_step(config, run, watch, step, evaluating)
     checkpoints.check()
-    watch.step(step, metrics)  # before the checkpoint: a run goes on after a checkpoint, never before metrics
+    watch.step(step, metrics)  # before the checkpoint, so that a resumed run has the metrics of all earlier steps

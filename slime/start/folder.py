@@ -1,4 +1,4 @@
-"""The folder of a run: which step it goes on from, and the record of its configuration."""
+"""The folder of a run: the step to continue from, and the record of its configuration."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from slime.config import ConfigError, differences, dump
 from slime.schema import Config, folder_of
 from slime.start.needs import warnings
 
-# What may change between a run and its resume without making it another run.
+# Settings that may change when a run is resumed.
 _FREE = (
     *("steps", "resume", "eval.", "checkpoint.", "tracking.", "cluster.", "runs_dir", "cache_dir"),
     *("policy.layout.", "critic.layout."),  # checkpoints are read in any layout
 )
-_FIXED = ("policy.layout.precision", "critic.layout.precision")  # of what they hold
+_FIXED = ("policy.layout.precision", "critic.layout.precision")  # the precision of the stored weights must not change
 
 
 def open_run(config: Config) -> tuple[Path, int]:
-    """Return the run's folder and the step to go on from. ConfigError: it is another run's, or may not be resumed."""
+    """Return the run's folder and the step to continue from. ConfigError: it can't be used for this run."""
     run_dir = folder_of(config)
     done = checkpoint.steps(run_dir)
     saved = run_dir / "config.yaml"
@@ -33,7 +33,7 @@ def open_run(config: Config) -> tuple[Path, int]:
 
 
 def record(config: Config, run_dir: Path) -> None:
-    """Write the run's configuration: the first file that it leaves, once nothing can refuse it any more."""
+    """Write the run's configuration. It is the run's first file, written after all checks have passed."""
     logs = run_dir / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     if found := warnings(config):

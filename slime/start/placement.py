@@ -22,28 +22,28 @@ from slime.config.nodes import (
 from slime.schema import Config
 from trainer.config import LayoutConfig
 
-SHARE = 0.2  # of a GPU that engine, policy, reference and critic share: a bookkeeping number of Ray's
+SHARE = 0.2  # fraction of a GPU that Ray assigns to each role on a shared GPU; bookkeeping only
 
 
 @dataclass(frozen=True)
 class Placement:
-    """One entry for each process, in rank order."""
+    """The placement of all processes: one entry per process, in rank order."""
 
     engines: tuple[ProcessOptions, ...]
     policy: tuple[ProcessOptions, ...]
-    reference: tuple[ProcessOptions, ...]  # the policy's layout once more
+    reference: tuple[ProcessOptions, ...]  # same layout as the policy
     critic: tuple[ProcessOptions, ...]
     rollout: tuple[ProcessOptions, ...]
     buffer: ProcessOptions
-    spans_nodes: bool  # whether others can reach what the run's servers listen on
+    spans_nodes: bool  # whether other machines can reach the run's servers
 
 
 def placement(config: Config, nodes: Sequence[Node] = ()) -> Placement:
-    """Return where every process of this run goes; a role that it does not have has no entries.
+    """Return the placement of every process of this run; roles that the run does not have get no entries.
 
-    Without nodes everything goes on this machine, as Ray likes. With nodes, engines and blocks of ranks that share
-    tensors go where `slime.config.nodes.placed` puts them, rollout workers go around the nodes, and the buffer goes to
-    the first one.
+    Without nodes, all processes run on this machine and Ray assigns their GPUs. With nodes, engines and blocks of
+    ranks that share tensors are placed by `slime.config.nodes.placed`, rollout workers are placed round-robin, and
+    the buffer is placed on the first node.
     """
     node_of_block = placed(config) if nodes else {}
     engine, sharing = config.rollout.engine, config.cluster.sharing

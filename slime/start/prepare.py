@@ -1,6 +1,6 @@
-"""What a run needs before its first process: task rows, a model folder, a start to train from.
+"""Preparation of a run's inputs: task rows, a model folder and a warm start.
 
-Everything that is made here is made once and cached under a name that changes with what it is made from.
+Everything that is generated here is cached under a name that contains a digest of its inputs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from slime.config import ConfigError, check_model, missing
 from slime.config.rows import overlong, split_problems
 from slime.schema import Config, Kind
 
-TRAIN_ROWS = 8192  # rows that a task makes for itself
+TRAIN_ROWS = 8192  # number of rows that a task generates
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,12 @@ class Prepared:
 
 
 def digest(value: Any) -> str:
-    """Return a short name for a value that JSON can hold."""
+    """Return a short digest of a value that JSON can represent."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
 def make_task(config: Config) -> Task:
-    """Return the recipe's task, from an installed module or one in the current folder, where Ray's workers look, too.
+    """Return the recipe's task. Its module is installed or in the current folder, which Ray's workers search, too.
 
     ConfigError: its target can't be imported or is not a Task.
     """
@@ -84,15 +84,16 @@ def _rows(config: Config, task: Task, split: str, count: int) -> list[TaskRow]:
                 reason = error.strerror or error
                 raise ConfigError(f"cache_dir={config.cache_dir} can't be written to: {reason}") from error
         return read_rows(path)
-    except ConfigError:  # a ValueError, too, and already told
+    except ConfigError:  # a subclass of ValueError that already names the setting
         raise
     except ValueError as error:
         raise ConfigError(f"{config.task.target}.make_rows({split!r}, {count}, {config.seed}): {error}") from error
 
 
 def untrained_model(config: Config, task: Task) -> Path:
-    """Return the folder of model.path, or the task's own small model, made when it is missing. ConfigError:
-    `make_model` has none or writes none.
+    """Return the folder of model.path or of the task's own small model, which is built if it is missing.
+
+    ConfigError: the task has no own model, or `make_model` writes nothing.
     """
     if config.model.path:
         return Path(config.model.path).resolve()
@@ -112,9 +113,7 @@ def untrained_model(config: Config, task: Task) -> Path:
 
 
 def start_folder(config: Config, start: Config) -> Path:
-    """Return where the result of the warm start is cached; it changes with all that its training reads, also model
-    files.
-    """
+    """Return the cache folder of the warm start's result. Its name depends on all inputs, including model files."""
     kept = {"seed", "steps", "task", "model", "policy", "sft"}
     relevant = {key: value for key, value in asdict(start).items() if key in kept}
     relevant |= {key: asdict(start.rollout)[key] for key in ("max_turns", "max_turn_tokens", "compaction")}
@@ -125,8 +124,10 @@ def start_folder(config: Config, start: Config) -> Path:
 
 
 def first_model(config: Config, task: Task, start: Config | None) -> Path:
-    """Return a folder with the shape that training begins with: the start's result where it is there, else what it
-    begins with. ConfigError: it does not go with the settings.
+    """Return a folder with the model that training starts from, or one of the same shape.
+
+    It is the warm start's result if that is cached, or else the model that the warm start itself starts from.
+    ConfigError: the model does not fit the settings.
     """
     if start is None:
         folder = untrained_model(config, task)
@@ -138,10 +139,10 @@ def first_model(config: Config, task: Task, start: Config | None) -> Path:
 
 
 def prepare(config: Config, start: Config | None = None) -> Prepared:
-    """Return rows and model of a run, and with them all that can be known before a process starts.
+    """Prepare, check and return the rows and the model of a run before any process starts.
 
-    `start`: the recipe that makes the model to start from. Rows whose prompt leaves no room for a turn are named on
-    stderr; only where there are no others, they are refused. ConfigError names what is wrong with either recipe.
+    `start`: the recipe of the warm start. Rows whose prompt leaves no room for a turn are reported on stderr, and
+    refused only if no other rows remain. ConfigError: the run's recipe or the warm start's recipe is invalid.
     """
     for problem in missing(config):
         raise ConfigError(problem)
