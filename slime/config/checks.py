@@ -1,6 +1,6 @@
-"""What is refused before any process starts: numbers out of range and numbers that do not go together.
+"""Pre-flight checks of the configuration: values out of range and values that are inconsistent.
 
-Every message names the number that is wrong and the nearest that works.
+Every message contains the wrong number and the nearest that works.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ RANGES = {setting.key: setting.bounds for setting in settings().values() if sett
 
 
 def check(config: Config) -> None:
-    """Refuse what can not work, before any process starts. ConfigError: the first problem found.
+    """Check a configuration before any process starts. ConfigError: the first problem found.
 
-    Reads nothing but the model's config.json and the rows of `task.train` and `task.eval`, where they exist;
-    what does not exist, or not whole, is told by `missing`.
+    Read only the model's config.json and the rows of `task.train` and `task.eval` if they exist; `missing` reports
+    missing and incomplete files.
     """
     for part in (_ranges, _names, _budgets, _training, crowded, _engine_options, _model, row_problems):
         for problem in part(config):
@@ -40,7 +40,7 @@ def check(config: Config) -> None:
 
 
 def missing(config: Config) -> list[str]:
-    """Return files that the run reads and that are not there, or not whole, one line each."""
+    """Return a message for each file that the run needs and that is missing or incomplete."""
     found = []
     package = config.task.target.partition(":")[0].partition(".")[0]
     if find_spec(package) is None and PathFinder.find_spec(package, [str(Path.cwd())]) is None:
@@ -211,7 +211,7 @@ def _model(config: Config) -> Iterator[str]:
 
 
 def check_model(config: Config, folder: Path) -> None:
-    """Do `check` and `missing` about the model, for one that a task has made. ConfigError: the first problem found."""
+    """Run the model's part of `check` and `missing` on a folder. ConfigError: the first problem found."""
     for part in (unsuited, broken):
         for problem in part(config, folder):
             raise ConfigError(problem)

@@ -1,15 +1,15 @@
-"""Composes a configuration, in this order, later ones winning key by key:
+"""Composition of a configuration. For each key, later sources override earlier ones, in this order:
 
     schema < recipe < model < cluster < command line
 
-A recipe names the task and the algorithm. A model names its files and every number that depends on its
-scale (window, reserve, lengths, learning rates), a cluster everything that depends on machines (processes,
-precision), so any recipe goes with any model and any cluster. Each file holds differences only. Its place
-in the order is the place of `_self_` in its defaults list, so a recipe may also take the last word, and a
-recipe that begins with another one (`defaults: [ppo_coding, _self_]`) changes what that one has composed.
+A recipe sets the task and the algorithm. A model sets its files and all numbers that depend on its scale (window,
+reserve, lengths, learning rates). A cluster sets everything that depends on machines (processes, precision). So any
+recipe can be combined with any model and any cluster. Each file contains only the values that it changes. Its position
+in the order is the position of `_self_` in its defaults list, so a recipe can also override models and clusters, and a
+recipe that starts with another one (`defaults: [ppo_coding, _self_]`) overrides that recipe's values.
 
-Hydra finds the files, reads their defaults lists and merges (hydra-core: many people know its YAML, and it
-checks types against dataclasses). `OmegaConf.to_object` makes the tree once; below it are plain dataclasses.
+Hydra finds the files, reads their defaults lists and merges them (its YAML is widely known, and it checks types
+against dataclasses). `OmegaConf.to_object` converts the result to plain dataclasses once.
 """
 
 from __future__ import annotations
@@ -46,26 +46,26 @@ _ARGUMENT = re.compile(r"([A-Za-z_]\w*(?:\.\w+)*)=(.*)", re.DOTALL)
 
 @dataclass(frozen=True)
 class Loaded:
-    """A checked configuration and where each of its values comes from."""
+    """A checked configuration and the origin of each of its values."""
 
     config: Config
     origins: dict[str, str]  # dotted key -> default | recipe NAME | model NAME | cluster NAME | command line | derived
-    start: tuple[str, ...] = ()  # recipe, model and cluster of the warm start, where there is one
+    start: tuple[str, ...] = ()  # recipe, model and cluster of the warm start, if any
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """One source of values: `origin` as people read it, `tree` as nested dicts."""
+    """One source of values: `origin` is its name for display, `tree` its values as nested dicts."""
 
     origin: str
     tree: dict[str, Any]
 
 
 def load(arguments: list[str], recipes_dir: Path | None = None) -> Loaded:
-    """Compose and check the configuration that `recipe=NAME [model=NAME] [cluster=NAME] [key=value ...]` asks for.
+    """Compose and check the configuration for `recipe=NAME [model=NAME] [cluster=NAME] [key=value ...]`.
 
-    `recipes_dir` is searched before `./recipes` and the recipes that come with slime.
-    ConfigError: every mistake of the user's, in one line.
+    `recipes_dir` is searched before `./recipes` and slime's own recipes.
+    ConfigError: a user error, described in one line.
     """
     loaded, given = _compose(arguments, recipes_dir)
     check(loaded.config)
@@ -75,9 +75,7 @@ def load(arguments: list[str], recipes_dir: Path | None = None) -> Loaded:
 
 
 def _compose(arguments: list[str], recipes_dir: Path | None) -> tuple[Loaded, list[str]]:
-    """See `load`; not checked, and with the keys to which the command line gives another value than they would have
-    without it.
-    """
+    """Compose like `load`, without checks. Also return the keys whose values the command line changes."""
     try:
         folders = search_path(recipes_dir)
     except ValueError as error:
@@ -113,8 +111,9 @@ def _compose(arguments: list[str], recipes_dir: Path | None) -> tuple[Loaded, li
 
 
 def load_start(loaded: Loaded, recipes_dir: Path | None = None) -> Config | None:
-    """Return the warm start's own configuration; None where there is none. ConfigError: it is no recipe of kind sft, or
-    as of `load`.
+    """Return the warm start's own configuration, or None without a warm start.
+
+    ConfigError: its recipe is not of kind sft, or see `load`.
     """
     if not loaded.start:
         return None
@@ -137,9 +136,9 @@ def load_start(loaded: Loaded, recipes_dir: Path | None = None) -> Config | None
     return config
 
 
-# Keys that say where and on what a run works: the warm start has them as the run has.
+# Keys that the warm start always takes from the run.
 _SAME_PLACE = ("seed", "runs_dir", "cache_dir", "tracking.wandb", "rollout.sandbox.allow_unsafe")
-# Keys that the warm start is given where the recipe or the command line sets them, beside `model=` and `cluster=`.
+# Keys that the warm start takes from the run if the recipe or the command line sets them, like `model=` and `cluster=`.
 _PASSED_ON = ("model.path", "model.template", "cluster.", "tracking.project", "rollout.sandbox.", "sft.")
 
 
@@ -166,12 +165,12 @@ def _with_values(config: Any, values: Mapping[str, Any]) -> Any:
 
 
 def dump(config: Config) -> str:
-    """Return the configuration as YAML, every key; `parse` gives it back."""
+    """Return the configuration as YAML with every key. `parse` is the inverse."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
 def parse(text: str) -> Config:
-    """Return the configuration that `dump` wrote. ConfigError: it does not fit this version's keys and types."""
+    """Parse the output of `dump`. ConfigError: it does not match this version's keys and types."""
     try:
         return _to_object(OmegaConf.merge(_schema(), OmegaConf.create(text)))
     except (OmegaConfBaseException, YAMLError) as error:
@@ -179,7 +178,7 @@ def parse(text: str) -> Config:
 
 
 def differences(old_yaml: str, config: Config) -> list[str]:
-    """Return keys whose values differ between a dumped configuration and this one, as `key: old -> new`."""
+    """Return the differences between a dumped configuration and this one as lines `key: old -> new`."""
     old, new = (leaves(OmegaConf.to_container(OmegaConf.create(text))) for text in (old_yaml, dump(config)))
     keys = [*new, *(key for key in old if key not in new)]
     return [
@@ -190,7 +189,7 @@ def differences(old_yaml: str, config: Config) -> list[str]:
 
 
 def leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Return nested dicts as {dotted key: value}; an empty dict counts as a value."""
+    """Flatten nested dicts to {dotted key: value}; an empty dict counts as a value."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict) and value:
@@ -201,7 +200,10 @@ def leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _split(arguments: list[str], folders: list[Path]) -> tuple[dict[str, str], dict[str, str]]:
-    """Arguments as ({group: name}, {key: value as text}), each key known; of a repeated key the last counts."""
+    """Split arguments into ({group: name}, {key: value as text}). The last value of a repeated key counts.
+
+    ConfigError: a malformed argument, an unknown key or an unknown name.
+    """
     chosen: dict[str, str] = {}
     values: dict[str, str] = {}
     for argument in arguments:
@@ -226,7 +228,10 @@ def _group_overrides(chosen: dict[str, str]) -> list[str]:
 
 
 def _file_layers(chosen: dict[str, str], folders: list[Path]) -> list[_Layer]:
-    """The YAML files that Hydra composes, in its order. ConfigError: a group is not chosen, or a file is no mapping."""
+    """Return the YAML files that Hydra composes, in its order.
+
+    ConfigError: a group is not chosen, or a file is not a mapping.
+    """
     loader = GlobalHydra.instance().config_loader()
     recipe = chosen["recipe"]
     defaults = loader.compute_defaults_list("_run", [], RunMode.RUN).defaults
@@ -253,7 +258,7 @@ def _file_layers(chosen: dict[str, str], folders: list[Path]) -> list[_Layer]:
 
 
 def _parse_values(values: dict[str, str]) -> dict[str, Any]:
-    """Command-line values as nested dicts. ConfigError: one that can't be read."""
+    """Parse command-line values into nested dicts. ConfigError: a value can't be parsed."""
     tree: dict[str, Any] = {}
     for key, text in values.items():
         try:
@@ -274,7 +279,7 @@ def _parse_values(values: dict[str, str]) -> dict[str, Any]:
 
 
 def _quoted(key: str, text: str) -> str:
-    """`key=text` as Hydra reads it: text values need no quotes, keys of a mapping may be new."""
+    """Return `key=text` in Hydra's syntax: quote text values, and allow new keys in a mapping."""
     if hint(key) is str and not text.startswith(("'", '"')):
         text = "'" + text.replace("\\'", "\\\\'").replace("'", "\\'") + "'"
     return f"{'++' if mapping_of(key) else ''}{key}={text}"
@@ -282,7 +287,7 @@ def _quoted(key: str, text: str) -> str:
 
 @cache
 def _schema() -> DictConfig:
-    """Return the schema with its plain defaults, for reading; what a section's `__post_init__` fills in stays open."""
+    """Return the schema with its plain defaults, before any section's `__post_init__` derives values. Do not modify."""
     tree: DictConfig = OmegaConf.structured(Config)
     for section in sections():  # a tree of frozen dataclasses is read-only
         OmegaConf.set_readonly(OmegaConf.select(tree, section.key) if section.key else tree, None)
@@ -298,7 +303,7 @@ def _unknown(group: str, name: str, known: list[str]) -> str:
 
 
 def _check_layer(layer: _Layer, scratch: DictConfig) -> None:
-    """Write the layer's values into `scratch`. ConfigError: a key that the schema lacks, or a value of another type."""
+    """Write the layer's values into `scratch`. ConfigError: an unknown key or a value of the wrong type."""
     where = "" if layer.origin == "command line" else f"{layer.origin}: "
     for key, value in leaves(layer.tree).items():
         try:
@@ -306,7 +311,7 @@ def _check_layer(layer: _Layer, scratch: DictConfig) -> None:
         except ConfigError as error:
             raise ConfigError(f"{where}{error}") from error
         if isinstance(value, str) and "${" in value:
-            continue  # an interpolation: typed when it is resolved
+            continue  # an interpolation: its type is checked when it is resolved
         if is_dataclass(kind) and not isinstance(value, dict):
             raise ConfigError(f"{where}{key}={value} is a section; set its keys, e.g. {key}.{next(iter(hints(kind)))}")
         if kind is Any or is_dataclass(kind):
@@ -318,7 +323,7 @@ def _check_layer(layer: _Layer, scratch: DictConfig) -> None:
 
 
 def _expand_paths(tree: DictConfig) -> None:
-    """Puts home folders and environment variables into every path. ConfigError: one that is not there."""
+    """Expand home folders and environment variables in every path. ConfigError: one of them does not exist."""
     for key in _PATHS:
         try:
             OmegaConf.update(tree, key, expand(OmegaConf.select(tree, key)))
@@ -327,7 +332,7 @@ def _expand_paths(tree: DictConfig) -> None:
 
 
 def _to_object(tree: Any) -> Config:
-    """The tree as dataclasses. ConfigError: a section refuses its own numbers; the message names the section."""
+    """Convert the tree to dataclasses. ConfigError: a section refuses its values; the message names the section."""
     try:
         config = OmegaConf.to_object(tree)
     except ValueError as error:
@@ -337,7 +342,7 @@ def _to_object(tree: Any) -> Config:
 
 
 def _where(tree: Any, message: str) -> str:
-    """Puts the dotted name of the section that refuses before the message."""
+    """Prefix the message with the dotted name of the section that refuses its values."""
     for key in sorted(all_keys(), key=lambda key: -key.count(".")):
         node = OmegaConf.select(tree, key)
         if isinstance(node, DictConfig) and OmegaConf.get_type(node) is not dict:

@@ -1,7 +1,7 @@
-"""Settings that a run with these other settings never reads. One given on the command line is refused, not ignored.
+"""Settings that a run never reads because of its other settings. They are refused on the command line, not ignored.
 
-Values of recipes, models and clusters are not looked at: a file goes with many others, and so sets more than one run
-reads.
+Values in the files of recipes, models and clusters are not checked: a file is combined with many others, so it may set
+values that a particular run does not read.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from slime.config.nodes import layouts
 from slime.schema import Config, Kind
 from trainer.config import Correction, PolicyConfig
 
-Idle = tuple[Sequence[str], str]  # keys or sections; why nothing reads them, and what would make it
+Idle = tuple[Sequence[str], str]  # keys or sections; why they are not read, and the cure
 
-_TRAINED = {"layout", "optimizer", "engine"}  # what a warm start reads of the policy's settings
+_TRAINED = {"layout", "optimizer", "engine"}  # the policy's settings that a warm start reads
 _NOT_IN_SFT = (
     *("rollout.engine", "rollout.episodes_in_flight", "buffer", "advantage", "critic", "model.start"),
     *(f"policy.{field.name}" for field in fields(PolicyConfig) if field.name not in _TRAINED),
@@ -27,7 +27,7 @@ _OF_A_CRITIC = ("critic", *(f"advantage.lambda_{name}" for name in ("policy", "c
 
 
 def without_effect(config: Config, given: Collection[str]) -> Iterator[str]:
-    """Yield why a key among `given` changes nothing in this run, with the value that would let it."""
+    """Yield, for each key of `given` without effect in this run, the reason and the cure."""
     for keys, reason in _idle(config):
         for key in given:
             if any(key == one or key.startswith(f"{one}.") for one in keys):

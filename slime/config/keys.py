@@ -1,4 +1,4 @@
-"""The schema's dotted keys: their types, and the nearest one to a key that does not exist."""
+"""The schema's dotted keys: their types, and suggestions for unknown keys."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ from typing import Any, get_args, get_origin
 from slime.config.settings import ConfigError, hints, settings
 from slime.schema import Config
 
-MAPPINGS = tuple(key for key, one in settings().items() if get_origin(one.kind) is dict)  # keys below are not ours
-CLOSE = 0.75  # of 1: so alike are two words of which one may be a slip of the other
-MOST = 4  # keys named, where none is near and several have the word in them
+MAPPINGS = tuple(
+    key for key, one in settings().items() if get_origin(one.kind) is dict
+)  # the schema does not define the keys below these
+CLOSE = 0.75  # similarity (0 to 1) from which one word counts as a misspelling of another
+MOST = 4  # number of suggestions if no key is similar and several contain the word
 _TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "text", dict: "a mapping"}
 
 
 def hint(key: str) -> Any:
-    """Return the type that the schema gives a dotted key; Any below a mapping. ConfigError: unknown key, with the
-    nearest.
+    """Return the type of a dotted key, or Any below a mapping.
+
+    ConfigError: the key is unknown; the message suggests the nearest one.
     """
     if mapping_of(key) not in ("", key):
         return Any
@@ -33,12 +36,12 @@ def hint(key: str) -> Any:
 
 
 def mapping_of(key: str) -> str:
-    """Return the mapping that a dotted key is, or lies in; "" for none."""
+    """Return the key of the mapping that a dotted key names or is inside of, or ""."""
     return next((one for one in MAPPINGS if f"{key}.".startswith(f"{one}.")), "")
 
 
 def all_keys(kind: Any = Config, prefix: str = "") -> list[str]:
-    """Return dotted keys of sections and of settings, in the schema's order."""
+    """Return the dotted keys of all sections and settings, in the schema's order."""
     keys = []
     for name, of in hints(kind).items():
         keys.append(prefix + name)
@@ -48,7 +51,7 @@ def all_keys(kind: Any = Config, prefix: str = "") -> list[str]:
 
 
 def _unknown_key(key: str, section: str) -> str:
-    """Names the nearest key, else those of its section."""
+    """Return the message for an unknown key, with the nearest key or else the keys of its section."""
     inside = hints(hint(section) if section else Config)
     near = nearest(key, [known for known in all_keys() if not is_dataclass(hint(known))]) if inside else [section]
     if near:
@@ -59,7 +62,7 @@ def _unknown_key(key: str, section: str) -> str:
 
 
 def expected(of: Any) -> str:
-    """Return what a value of a type looks like."""
+    """Describe the valid values of a type."""
     if isinstance(of, type) and issubclass(of, Enum):
         return f"must be one of {', '.join(member.value for member in of)}"
     if get_origin(of) is list:
@@ -69,10 +72,11 @@ def expected(of: Any) -> str:
 
 
 def nearest(key: str, keys: Sequence[str]) -> list[str]:
-    """Return the key that was meant, or some of those that may have been; none where nothing is like it.
+    """Return the key that was probably meant, or several candidates, or [] if no key is similar.
 
-    The last part counts most: `policy.lr` is policy.optimizer.lr, though policy.kl has fewer letters to change. Of
-    equals the one in the same section is nearer, then the one whose whole section is more alike, then the shorter one.
+    The last component counts most: `policy.lr` matches policy.optimizer.lr, although policy.kl has a smaller edit
+    distance. Ties are broken by the same top-level section, then by the similarity of the whole section, then by
+    length.
     """
     section, _, last = key.rpartition(".")
     found: list[tuple[tuple[float, ...], str]] = []
@@ -92,7 +96,7 @@ def nearest(key: str, keys: Sequence[str]) -> list[str]:
 
 
 def _alike(one: str, other: str) -> float:
-    """1 for equal words, 0 for words without a common letter."""
+    """Return the similarity of two words: 1 for equal words, 0 for words without a common letter."""
     return SequenceMatcher(None, one, other, autojunk=False).ratio()
 
 

@@ -1,5 +1,6 @@
-"""The model's folder: whether it suits the settings, and whether it is whole. No weights are read, nothing is imported
-that takes seconds, unless Megatron's own options are set.
+"""Checks of the model's folder: it must be complete and fit the settings.
+
+No weights are read. Slow imports happen only if Megatron's own options are set.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from trainer.models.reading import read_json
 from trainer.models.shape import ModelShape
 
 TOKENIZER = "tokenizer.json"
-# Megatron's names of what a layout sets.
+# Megatron's names of the settings in a layout.
 _OURS = {
     "tensor_model_parallel_size": "tensor_parallel",
     "sequence_parallel": "sequence_parallel",
@@ -40,7 +41,7 @@ OTHER_TOKENIZERS = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model"
 
 
 def unsuited(config: Config, folder: Path) -> Iterator[str]:
-    """Yield what the settings ask of a model that its config.json does not give."""
+    """Yield the settings that the model's config.json does not support, one message each."""
     path = folder / "config.json"
     try:
         shape = read_shape(folder)
@@ -70,9 +71,10 @@ def unsuited(config: Config, folder: Path) -> Iterator[str]:
 
 
 def _megatron_options(role: str, shape: ModelShape, layout: LayoutConfig, options: Mapping[str, Any]) -> Iterator[str]:
-    """Why Megatron's TransformerConfig does not take some of the options, or why they may not be given.
+    """Yield why Megatron's TransformerConfig refuses some of the options, or why a user must not set them.
 
-    Its type hints are asked, then itself with all that a run sets, for this model. Imports Megatron: takes seconds.
+    Check the options against the type hints, then construct the config with all settings of a run for this model.
+    This imports Megatron, which takes seconds.
     """
     if not options:
         return
@@ -112,7 +114,7 @@ def _megatron_options(role: str, shape: ModelShape, layout: LayoutConfig, option
 
 
 def broken(config: Config, folder: Path) -> Iterator[str]:
-    """Yield what of the weights and the tokenizer is missing, cut off, or does not go with config.json."""
+    """Yield the files of weights and tokenizer that are missing, truncated or inconsistent with config.json."""
     try:
         shape = read_shape(folder)
         check_weights(folder, shape)
@@ -146,7 +148,10 @@ def _has_chat_template(folder: Path) -> bool:
 
 
 def _token_ids(folder: Path) -> dict[str, int]:
-    """Every token of the folder's tokenizer; none where only its own library could tell. ValueError: it has none."""
+    """Return the id of every token, or {} if only the tokenizer's own library can read it.
+
+    ValueError: the folder has no tokenizer, or it can't be read.
+    """
     if not (folder / TOKENIZER).is_file():
         if any(path.is_file() for name in OTHER_TOKENIZERS for path in folder.glob(name)):
             return {}

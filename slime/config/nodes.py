@@ -23,17 +23,20 @@ def layouts(config: Config) -> list[tuple[str, LayoutConfig]]:
 
 
 def has_engines(config: Config) -> bool:
-    """Return whether a run samples: a warm start plays scripts."""
+    """Return whether a run uses engines. A warm start does not: it trains on demonstrations."""
     return config.kind is Kind.ppo
 
 
 def has_reference(config: Config) -> bool:
-    """Return whether the starting model is loaded once more."""
+    """Return whether the starting model is also loaded as a reference."""
     return config.kind is Kind.ppo and config.policy.kl_coef > 0
 
 
 def bundles(config: Config) -> list[Bundles]:
-    """Return every role's bundles: an engine, or ranks that share tensors. Roles that share a GPU share theirs."""
+    """Return the bundles of all roles. A bundle is an engine, or the ranks that share tensors.
+
+    Roles that share a GPU share one bundle.
+    """
     cluster, engine = config.cluster, config.rollout.engine
     found = []
     if cluster.sharing is not Sharing.none:
@@ -49,7 +52,7 @@ def bundles(config: Config) -> list[Bundles]:
 
 
 def bundles_of(config: Config, role: str) -> str:
-    """Return the name of the bundles that a role's processes go into."""
+    """Return the name of the bundles that contain a role's processes."""
     sharing = config.cluster.sharing
     shares = sharing is Sharing.all or (sharing is Sharing.trainers and role != ENGINES)
     return SHARED if shares else role
@@ -61,7 +64,7 @@ def placed(config: Config) -> dict[str, list[int]]:
 
 
 def unplaced(config: Config) -> Iterator[str]:
-    """Yield why the roles do not fit the nodes, though there are GPUs enough in all."""
+    """Yield why the roles do not fit on the nodes even if the total number of GPUs suffices."""
     cluster, wanted = config.cluster, bundles(config)
     if cluster.num_nodes > 1 and not cluster.ray_address:
         yield (
@@ -82,7 +85,7 @@ def unplaced(config: Config) -> Iterator[str]:
 
 
 def _enough(wanted: list[Bundles], gpus_per_node: int) -> int:
-    """Return the fewest nodes that hold all bundles. None of these may be larger than a node."""
+    """Return the smallest number of nodes with room for all bundles. Each bundle must fit on one node."""
     most = sum(one.count for one in wanted)  # a node for each holds everything
     for num_nodes in range(1, most):
         try:
@@ -94,7 +97,7 @@ def _enough(wanted: list[Bundles], gpus_per_node: int) -> int:
 
 
 def crowded(config: Config) -> Iterator[str]:
-    """Yield why the roles can not have the GPUs that they ask for, or do not work on CPUs."""
+    """Yield why the roles can't get their GPUs, or why their settings do not work on CPUs."""
     cluster, engine = config.cluster, config.rollout.engine
     if cluster.gpus_per_node == 0:
         if cluster.sharing is not Sharing.none:
@@ -148,7 +151,7 @@ def crowded(config: Config) -> Iterator[str]:
 
 
 def _shared_gpu(config: Config) -> Iterator[str]:
-    """What can lie on one GPU together."""
+    """Yield why these roles can't share one GPU."""
     cluster, engine = config.cluster, config.rollout.engine
     counts = {f"{role}.layout.num_processes": layout.num_processes for role, layout in layouts(config)}
     if cluster.sharing is Sharing.all and has_engines(config):

@@ -1,4 +1,4 @@
-"""What people read about keys: `slime train --help KEY`, and docs/configuration.md, which this writes as a program.
+"""The help texts of keys: `slime train --help KEY`, and docs/configuration.md, which this module generates:
 
 .venv/bin/python -m slime.config.reference
 """
@@ -17,18 +17,21 @@ PAGE = "docs/configuration.md"
 HEAD = """\
 # Configuration
 
-Every key with its default. `slime config recipe=NAME` shows the values of a run and where each comes from,
-`slime train --help KEY` explains a key or the keys of a section. Values: schema < recipe < model < cluster < command
-line, the later winning key by key.
+This page lists every key with its default. `slime config recipe=NAME` shows the values of a run and their origins, and
+`slime train --help KEY` explains a key or the keys of a section. Sources of values: schema < recipe < model < cluster <
+command line. For each key, later sources override earlier ones.
 
-In an interval, `[` and `]` include the end, `(` and `)` do not. This page is made from the fields of the `config.py`
-files (`.venv/bin/python -m slime.config.reference`); change those.
+In an interval, `[` and `]` include the end point, and `(` and `)` exclude it. Do not edit this page: it is generated
+from the fields of the `config.py` files by `.venv/bin/python -m slime.config.reference`.
 """
 _NAMES = {int: "integer", float: "number", str: "text", bool: "true or false"}
 
 
 def explain(key: str) -> str:
-    """Return the help of a key, or of a section with its keys. ConfigError: unknown key, with the nearest."""
+    """Return the help of a key, or of a section and its keys.
+
+    ConfigError: the key is unknown; the message suggests the nearest one.
+    """
     hint(key)
     key = mapping_of(key) or key
     if key in settings():
@@ -45,7 +48,7 @@ def explain(key: str) -> str:
 
 
 def values(one: Setting) -> str:
-    """Return what a setting takes: its type or choices, bounds and unit."""
+    """Describe the values of a setting: its type or choices, bounds and unit."""
     if choices := _choices(one):
         return ", ".join(choices)
     if get_origin(one.kind) is list:
@@ -62,7 +65,7 @@ def _choices(one: Setting) -> list[str]:
 
 
 def page() -> str:
-    """Return docs/configuration.md."""
+    """Return the text of docs/configuration.md."""
     return "\n".join([HEAD, *_sections()])
 
 
@@ -82,7 +85,7 @@ def _sections() -> Iterator[str]:
 
 
 def _rows(alike: list[Section]) -> Iterator[str]:
-    """Lines of a table; sections of one class share it, and name where their defaults differ."""
+    """Yield the lines of a table. Sections of one class share it; differing defaults are listed by section."""
     first, *others = alike
     for row, one in enumerate(first.settings):
         default = f"`{as_text(one.default)}`"

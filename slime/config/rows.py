@@ -1,4 +1,4 @@
-"""Task rows before a run starts: readable, enough of them, and prompts that leave the policy room for a turn."""
+"""Pre-flight checks of task rows: valid files, enough rows, and prompts that leave room for a turn."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from rollout.rendering.templates import TEMPLATES
 from slime.schema import Config, Kind
 
 SPLITS = ("train", "eval")
-MAX_BYTES = 20_000_000  # of prompts that are tokenized before a start: some seconds
-MAX_NAMED = 3  # rows in a message
+MAX_BYTES = 20_000_000  # prompts that are tokenized before the start; takes some seconds
+MAX_NAMED = 3  # number of rows listed in a message
 
 
 class Overlong(NamedTuple):
     """Prompts of a split that leave no room for a turn."""
 
     message: str
-    all: bool  # no row of the split can be played
+    all: bool  # no row of the split leaves room for a turn
 
 
 def row_problems(config: Config) -> Iterator[str]:
-    """Yield what is wrong with the files of task.train and task.eval; nothing of files that are not there."""
+    """Yield the problems of the files task.train and task.eval; skip missing files."""
     rows: dict[str, list[TaskRow]] = {}
     for split in SPLITS:
         given = getattr(config.task, split)
@@ -53,10 +53,10 @@ def split_problems(config: Config, train: Sequence[TaskRow], evaluation: Sequenc
 
 
 def overlong(config: Config, split: str, rows: Sequence[TaskRow], model_folder: Path) -> Overlong | None:
-    """Return rows whose prompt leaves no room for a turn, of those that the run plays; None: there is none.
+    """Return the run's rows whose prompt leaves no room for a turn, or None if there are none.
 
-    Read are `TaskRow.prompt`s, not what `Environment.start` makes of them. A prompt has no more tokens than bytes, so
-    that only those with more bytes than room are tokenized, the longest first and MAX_BYTES of them.
+    The check uses `TaskRow.prompt`, not the result of `Environment.start`. A prompt has at most as many tokens as
+    bytes, so only prompts with more bytes than the limit are tokenized, longest first and up to MAX_BYTES in total.
     ValueError: the model's tokenizer or template can't be used.
     """
     room = config.rollout.compaction.max_prompt_tokens

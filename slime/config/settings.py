@@ -1,4 +1,4 @@
-"""Everything that the schema says of each setting: type, default, bounds, unit and help. No setting is listed twice."""
+"""The type, default, bounds, unit and help of every setting, read from the schema."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from slime.schema import Config
 
 
 class ConfigError(ValueError):
-    """A mistake of the user's: one line that names what is wrong and what works."""
+    """A user error. The message is one line with the wrong value and the cure."""
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """An interval as people write it: [ and ] include the end, ( and ) do not."""
+    """An interval in mathematical notation: [ and ] include the end point, ( and ) exclude it."""
 
     text: str
 
@@ -28,7 +28,7 @@ class Bounds:
         return low, high
 
     def cure(self, value: float) -> str:
-        """Return what to use instead of a number outside; "" for one inside."""
+        """Return the cure for a number outside the interval, or "" for a number inside it."""
         low, high = self.ends
         above = value > low or (self.text[0] == "[" and value == low)
         below = value < high or (self.text[-1] == "]" and value == high)
@@ -44,7 +44,7 @@ class Bounds:
 
 @dataclass(frozen=True)
 class Setting:
-    """One key that holds a value."""
+    """A key with a value."""
 
     key: str
     kind: Any  # its type
@@ -56,7 +56,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Section:
-    """One key that holds other keys; "" for the whole configuration."""
+    """A key that contains other keys; "" for the whole configuration."""
 
     key: str
     kind: type
@@ -77,7 +77,7 @@ def settings() -> dict[str, Setting]:
 
 
 def hints(kind: Any) -> dict[str, Any]:
-    """Return the keys of a section with their types; none for what is no section."""
+    """Return the keys of a section with their types, or {} if `kind` is not a section."""
     return get_type_hints(kind) if is_dataclass(kind) else {}
 
 
@@ -86,7 +86,7 @@ def _sections(key: str, section: Any) -> Iterator[Section]:
     values = [(one, getattr(section, one.name)) for one in fields(section)]
     filled = type(section)()
     own = [
-        # What `__post_init__` fills in is left open, but a section may give another default than its class does.
+        # Values that `__post_init__` derives keep the plain default; a section may override its class's default.
         _setting(prefix, one, kinds[one.name], _plain(one) if value == getattr(filled, one.name) else value)
         for one, value in values
         if not is_dataclass(value)
@@ -108,7 +108,7 @@ def _setting(prefix: str, one: Field[Any], kind: Any, default: Any) -> Setting:
 
 
 def as_text(value: Any) -> str:
-    """Return a value as YAML and the command line write it."""
+    """Return a value in the notation of YAML and of the command line."""
     if isinstance(value, Enum):
         return str(value.value)
     if isinstance(value, bool):
