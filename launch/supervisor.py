@@ -98,7 +98,8 @@ def not_by_children(number: signal.Signals = signal.SIGUSR1) -> Iterator[None]:
     """Block a signal for processes that are started within the block, and for their descendants.
 
     Launchers send SIGUSR1 to all processes of a job, and it would end each process that does not handle it. This
-    process receives a signal that arrived meanwhile when the block ends.
+    process receives a signal that arrived meanwhile when the block ends, at the latest: another of its threads may
+    take the signal.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
     try:
