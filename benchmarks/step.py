@@ -187,6 +187,7 @@ class Bench:
             engines=unused,
             servers=[],
             model_folder=folder,
+            rows="",
             policy=self.policy,
             reference=NoReference(),
             estimator=self.estimator,

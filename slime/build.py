@@ -201,4 +201,5 @@ def build(config: Config, inputs: Prepared, run_dir: Path, where: Placement) -> 
         servers,
         trainers,
         inputs.model_folder,
+        inputs.rows_digest,
     )

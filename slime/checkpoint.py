@@ -2,7 +2,7 @@
 
     runs/<name>/checkpoints/step_000010/
         policy/  critic/     Megatron distributed checkpoints (no critic/ in runs without one)
-        state.json           step, the buffer's open tickets, folder of the model that the run started from
+        state.json           the manifest: all other state (slime/start/manifest.py)
 
 Training goes on while the files are written: `save` returns when every rank has copied its state aside. A checkpoint
 is written beside its place (`.part`) and renamed when all roles are done and all of it is on the disk; one that is
@@ -11,7 +11,6 @@ dropped is renamed (`.old`) before it is deleted. So a folder without a suffix i
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import threading
@@ -23,6 +22,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from ray.exceptions import RayError
+
+from slime.observe.tracking import WANDB_ID_FILE
+from slime.start import manifest
+from slime.start.manifest import Manifest
 
 if TYPE_CHECKING:  # the command line looks at checkpoints without what it takes to run
     from slime.run import Run
@@ -91,8 +94,16 @@ class Checkpoints:
             buffer = self._run.buffer.state_dict()
         except (OSError, RayError) as error:
             raise CheckpointError(self._failed(step, error)) from error
-        state = {"step": step, "buffer": buffer, "model_folder": str(self._run.model_folder.resolve())}
-        self._writing = self._pool.submit(self._finish, step, part, state)
+        taken = Manifest(
+            step,
+            buffer,
+            str(self._run.model_folder.resolve()),
+            config=_text(self._run_dir / "config.yaml"),
+            rows=self._run.rows,
+            wandb_id=_text(self._run_dir / WANDB_ID_FILE).strip(),
+            versions=manifest.installed_versions(),
+        )
+        self._writing = self._pool.submit(self._finish, step, part, taken)
 
     def check(self) -> None:
         """Do not wait."""
@@ -109,13 +120,13 @@ class Checkpoints:
         except TimeoutError:
             raise CheckpointError("the checkpoint was not written in time") from None
 
-    def _finish(self, step: int, part: Path, state: dict[str, Any]) -> None:
+    def _finish(self, step: int, part: Path, taken: Manifest) -> None:
         """Runs beside the training, until the checkpoint is in its place."""
         try:
             for role in self._run.roles:
                 of_ranks = self._written(role, part)
                 role.finish_save(of_ranks).result(self._timeout_s)
-            (part / "state.json").write_text(json.dumps(state))
+            taken.write(part)
             _sync(part)
             _put_in_place(part, _folder(self._run_dir, step))
             for old in steps(self._run_dir)[: -self._keep]:
@@ -151,6 +162,12 @@ class Checkpoints:
         return f"the checkpoint of step {step} could not be written: {_reason(error)}; {last}"
 
 
+def newest(run_dir: Path) -> Manifest | None:
+    """Return the manifest of the newest checkpoint; None where there is none. ValueError: see `manifest.read`."""
+    found = steps(run_dir)
+    return manifest.read(_folder(run_dir, found[-1])) if found else None
+
+
 def load(run_dir: Path, run: Run) -> int:
     """Load the newest checkpoint into the run and return its step, 0 when there is none.
 
@@ -161,17 +178,17 @@ def load(run_dir: Path, run: Run) -> int:
         return 0
     folder = _folder(run_dir, found[-1])
     try:
-        state: dict[str, Any] = json.loads((folder / "state.json").read_text())
+        taken = manifest.read(folder)
         loading = [role.load(folder / role.name) for role in run.roles]
         for pending in loading:
             pending.result()
-        run.buffer.load_state_dict(state["buffer"])
+        run.buffer.load_state_dict(dict(taken.buffer))
     except (ValueError, OSError, RayError) as error:
         earlier = f"step {found[-2]}" if len(found) > 1 else "the beginning"
         raise CheckpointError(
             f"{folder} can't be loaded: {_reason(error)}; move the folder away to go on from {earlier}"
         ) from error
-    return int(state["step"])
+    return taken.step
 
 
 def export(run_dir: Path, step: int | None, out: Path) -> Path:
@@ -187,10 +204,7 @@ def export(run_dir: Path, step: int | None, out: Path) -> Path:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out} is there already: name a new folder")
     folder = _folder(run_dir, found[-1] if step is None else step)
-    try:
-        source = Path(json.loads((folder / "state.json").read_text())["model_folder"])
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"{folder / 'state.json'} does not say which model the run started from") from error
+    source = Path(manifest.read(folder).model_folder)
     if not (source / "config.json").is_file():
         raise ValueError(f"{source} is gone: the run started from it, and its config and tokenizer are needed")
 
@@ -208,6 +222,11 @@ def _size(folder: Path) -> int:
             with suppress(FileNotFoundError):
                 total += os.stat(os.path.join(parent, name)).st_size
     return total
+
+
+def _text(path: Path) -> str:
+    """What a file holds; "" where it is not there."""
+    return path.read_text() if path.is_file() else ""
 
 
 def _put_in_place(part: Path, folder: Path) -> None:

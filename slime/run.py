@@ -44,6 +44,7 @@ class Run:
     servers: list[ActorHandle[EngineServer]]
     trainers: list[WorkerGroup]  # all groups of processes that hold a model, including frozen ones
     model_folder: Path  # model that the run starts from
+    rows: str  # digest of the rows to train on
     clock: Clock = field(default_factory=Clock)  # of the current step
     told_to_end: Callable[[], bool] = lambda: False
 

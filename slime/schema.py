@@ -22,6 +22,14 @@ class Kind(str, Enum):
     sft = "sft"  # supervised warm start
 
 
+class Resume(str, Enum):
+    """What a run does with a folder that holds one already."""
+
+    never = "never"  # is refused
+    auto = "auto"  # goes on from its newest checkpoint when there is one
+    must = "must"  # the same, and is refused when there is none
+
+
 @dataclass(frozen=True)
 class TaskConfig:
     """Prompts, environment and reward: the section that names user code."""
@@ -100,7 +108,13 @@ class Config:
     cache_dir: str = setting(".cache/slime", "Folder of built models, task rows and warm starts.")
     seed: int = setting(0, "Seed of all random numbers.", bounds="[0, 4294967295]")
     steps: int = setting(50, "Number of training steps.", bounds="[1, inf)", unit="steps")
-    resume: bool = setting(True, "Continue from the newest checkpoint of this run if there is one.")
+    resume: Resume = setting(
+        Resume.auto,
+        "Continue from the newest checkpoint of this run: auto if there is one; must refuses a run without one.",
+    )
+    resume_allow: list[str] = setting(
+        [], "Keys whose values may differ from those of the checkpoint, beyond those that always may."
+    )
     task: TaskConfig = field(default_factory=TaskConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)

@@ -21,7 +21,7 @@ from slime.observe.view import View
 from slime.observe.watch import Watch
 from slime.report import write_report
 from slime.schema import Config, Kind, folder_of
-from slime.start.folder import open_run, record
+from slime.start.folder import open_run, record, refuse_other_rows, resume_notes
 from slime.start.placement import place_run
 from slime.start.prepare import Prepared, make_task, prepare, start_folder, untrained_model
 from slime.steps import train
@@ -73,6 +73,8 @@ def run_ppo(config: Config, run_dir: Path, step: int, inputs: Prepared, failures
     t = config.tracking
     watch = Watch(view, tracker, tokenizer, inputs.train_rows, inputs.eval_rows, t.sample_every, t.sample_episodes)
     with view:
+        for note in resume_notes(config, run_dir):
+            view.note(f"resumed with a change: {note}")
         view.phase("starting engines, workers and sandboxes")
         try:
             with failures.at_once():
@@ -122,6 +124,7 @@ def _main(config: Config, start: Config | None, failures: Failures) -> None:
                 print(f"{run_dir} has finished its {config.steps} steps; report: {write_report(run_dir)}")
                 return
             inputs = prepare(config, start)  # what is wrong is said before the warm start, not after it
+            refuse_other_rows(config, run_dir, inputs.rows_digest)
             inputs = replace(inputs, model_folder=start_model(config, start, failures))
             start_ray(config.cluster)
             run_ppo(config, run_dir, step, inputs, failures)

@@ -15,6 +15,7 @@ from typing import Any
 from critic.config import Baseline, Credit, Truncation
 from rollout.rendering.templates import TEMPLATE_NAMES
 from rollout.sglang.options import refused_options
+from slime.config.keys import hint
 from slime.config.model import broken, unsuited
 from slime.config.nodes import crowded, has_engines, layouts
 from slime.config.rows import row_problems
@@ -85,6 +86,11 @@ def _names(config: Config) -> Iterator[str]:
             f"run={run!r} can not name a folder and a job: letters, digits, '.', '_' and '-', at most 64, "
             f"the first a letter or digit; the nearest that works is {nearest!r}"
         )
+    for key in config.resume_allow:
+        try:
+            hint(key)
+        except ConfigError as error:
+            yield f"resume_allow: {error}"
     for key in ("runs_dir", "cache_dir"):
         if not get(config, key):
             yield f"{key} is empty: name a folder, e.g. {key}={get(Config(), key)}"

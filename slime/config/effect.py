@@ -12,7 +12,7 @@ from dataclasses import fields
 from critic.config import Baseline
 from slime.config.checks import get
 from slime.config.nodes import layouts
-from slime.schema import Config, Kind
+from slime.schema import Config, Kind, Resume
 from trainer.config import Correction, PolicyConfig
 
 Idle = tuple[Sequence[str], str]  # keys or sections; why they are not read, and the cure
@@ -21,7 +21,7 @@ _TRAINED = {"layout", "optimizer", "engine"}  # the policy's settings that a war
 _NOT_IN_SFT = (
     *("rollout.engine", "rollout.episodes_in_flight", "buffer", "advantage", "critic", "model.start"),
     *(f"policy.{field.name}" for field in fields(PolicyConfig) if field.name not in _TRAINED),
-    *("eval", "checkpoint", "tracking.sample_episodes", "tracking.sample_every"),
+    *("eval", "checkpoint", "tracking.sample_episodes", "tracking.sample_every", "resume_allow"),
 )
 _OF_A_CRITIC = ("critic", *(f"advantage.lambda_{name}" for name in ("policy", "critic", "alpha", "length")))
 
@@ -86,6 +86,8 @@ def _in_ppo(config: Config) -> Iterator[Idle]:
         yield ["policy.kl", "policy.kl_in"], "with policy.kl_coef=0: use e.g. kl_coef=1e-3"
     if policy.correction is Correction.none:
         yield ["policy.correction_bounds"], "with policy.correction=none: use correction=tis, icepop or mis"
+    if config.resume is Resume.never:
+        yield ["resume_allow"], "with resume=never: leave it out, or use resume=auto"
     if not config.tracking.sample_episodes:
         yield ["tracking.sample_every"], "with tracking.sample_episodes=0: use sample_episodes above 0"
 

@@ -1,4 +1,4 @@
-"""The folder of a run: the step to continue from, and the record of its configuration."""
+"""The folder of a run: the step to continue from, with which settings, and the record of its configuration."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from pathlib import Path
 
 from slime import checkpoint
 from slime.config import ConfigError, differences, dump
-from slime.schema import Config, folder_of
+from slime.config.keys import all_keys, mapping_of
+from slime.observe.tracking import WANDB_ID_FILE
+from slime.schema import Config, Resume, folder_of
+from slime.start.manifest import Manifest
 from slime.start.needs import warnings
 
 # Settings that may change when a run is resumed.
@@ -14,22 +17,54 @@ _FREE = (
     *("steps", "resume", "eval.", "checkpoint.", "tracking.", "cluster.", "runs_dir", "cache_dir"),
     *("policy.layout.", "critic.layout."),  # checkpoints are read in any layout
 )
-_FIXED = ("policy.layout.precision", "critic.layout.precision")  # the precision of the stored weights must not change
+# What a checkpoint itself depends on: its tensors' precision, and the order of its prompts.
+_FIXED = ("policy.layout.precision", "critic.layout.precision", "seed", "buffer.episodes_per_prompt")
+_ROWS = "task.train"
 
 
 def open_run(config: Config) -> tuple[Path, int]:
     """Return the run's folder and the step to continue from. ConfigError: it can't be used for this run."""
     run_dir = folder_of(config)
-    done = checkpoint.steps(run_dir)
     saved = run_dir / "config.yaml"
-    if saved.exists() and not config.resume:
-        raise ConfigError(f"{run_dir} exists: choose another run= name, or resume=true to go on with it")
-    if done and saved.exists():
-        lines = differences(saved.read_text(), config)
-        changed = [line for line in lines if line.startswith(_FIXED) or not line.startswith(_FREE)]
-        if changed:
-            raise ConfigError(f"{run_dir} was started with other settings: {changed[0]}; choose another run= name")
-    return run_dir, done[-1] if done else 0
+    if saved.exists() and config.resume is Resume.never:
+        raise ConfigError(f"{run_dir} exists: choose another run= name, or resume=auto to go on with it")
+    newest = _newest(run_dir)
+    if newest is None:
+        if config.resume is Resume.must:
+            raise ConfigError(
+                f"{run_dir} has no checkpoint, and resume=must begins no run: use resume=auto, or name another folder "
+                "with run= and runs_dir="
+            )
+        return run_dir, 0
+    lines = _changes(config, newest)
+    if fixed := [line for line in lines if line.startswith(_FIXED)]:
+        raise ConfigError(
+            f"{run_dir} was started with other settings, which its checkpoint depends on: {'; '.join(fixed)}; set them "
+            "back, or choose another run= name"
+        )
+    if changed := [line for line in lines if not _allowed(config, _key(line))]:
+        keys = ",".join(dict.fromkeys(map(_key, changed)))
+        raise ConfigError(
+            f"{run_dir} was started with other settings: {'; '.join(changed)}; set them back, allow them with "
+            f"resume_allow=[{keys}], or choose another run= name"
+        )
+    return run_dir, newest.step
+
+
+def refuse_other_rows(config: Config, run_dir: Path, rows: str) -> None:
+    """Refuse a resume with other rows to train on, by their digest, than the checkpoint had. ConfigError."""
+    newest = _newest(run_dir)
+    if newest is not None and newest.rows not in ("", rows) and not _allowed(config, _ROWS):
+        raise ConfigError(
+            f"{run_dir} was trained on other rows than there are now: put the rows of its task back, allow others with "
+            f"resume_allow=[{_ROWS}], or choose another run= name"
+        )
+
+
+def resume_notes(config: Config, run_dir: Path) -> list[str]:
+    """Return what is not as it was when the newest checkpoint was written, one line each; [] where there is none."""
+    newest = _newest(run_dir)
+    return [*_changes(config, newest), *newest.changed_versions()] if newest else []
 
 
 def record(config: Config, run_dir: Path) -> None:
@@ -41,3 +76,30 @@ def record(config: Config, run_dir: Path) -> None:
     part = run_dir / "config.part"
     part.write_text(dump(config))
     part.replace(run_dir / "config.yaml")
+    newest, wandb_id = _newest(run_dir), run_dir / WANDB_ID_FILE
+    if newest and newest.wandb_id and not wandb_id.exists():
+        wandb_id.write_text(newest.wandb_id, encoding="utf-8")
+
+
+def _newest(run_dir: Path) -> Manifest | None:
+    try:
+        return checkpoint.newest(run_dir)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{error}; move that folder away to go on from the checkpoint before it") from error
+
+
+def _changes(config: Config, newest: Manifest) -> list[str]:
+    """`key: old -> new` of each setting that has another value than in the checkpoint, but those of no consequence."""
+    lines = differences(newest.config, config) if newest.config else []
+    return [line for line in lines if line.startswith(_FIXED) or not line.startswith(_FREE)]
+
+
+def _key(line: str) -> str:
+    return line.partition(":")[0]
+
+
+def _allowed(config: Config, key: str) -> bool:
+    """Whether a key may differ: it is named, or this version has no such setting any more."""
+    if not mapping_of(key) and key not in all_keys():
+        return True
+    return any(f"{key}.".startswith(f"{one}.") for one in config.resume_allow)

@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,11 @@ class Prepared:
     train_rows: Sequence[TaskRow]
     eval_rows: Sequence[TaskRow]
     model_folder: Path
+
+    @cached_property
+    def rows_digest(self) -> str:
+        """Return a short name for the rows to train on, in their order."""
+        return digest([asdict(row) for row in self.train_rows])
 
     @property
     def vocab_size(self) -> int:

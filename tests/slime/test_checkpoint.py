@@ -18,8 +18,8 @@ from roles import random_qwen3
 
 from slime import checkpoint, cli
 from slime.checkpoint import CheckpointError, Checkpoints
-from slime.config import ConfigError, load
-from slime.start.folder import open_run, record
+from slime.start import manifest
+from slime.start.manifest import Manifest
 from trainer.group import Ready
 
 FULL = OSError(28, "No space left on device", "policy/__1_0.distcp")
@@ -77,7 +77,7 @@ class Story:
         self.roles = [Role("policy", self.events), Role("critic", self.events)]
         buffer = SimpleNamespace(state_dict=lambda: {"open": [len(self.events)]})
         self.run: Any = SimpleNamespace(
-            roles=self.roles, policy=self.roles[0], buffer=buffer, model_folder=self.run_dir
+            roles=self.roles, policy=self.roles[0], buffer=buffer, model_folder=self.run_dir, rows="digest"
         )
 
     def opened(self, keep: int = 2) -> Checkpoints:
@@ -109,6 +109,8 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 def test_training_goes_on_and_the_checkpoint_appears_whole(story: Story) -> None:
+    (story.run_dir / "config.yaml").write_text("steps: 9\n")
+    (story.run_dir / "wandb_id").write_text("abc\n")
     with story.opened() as checkpoints:
         checkpoints.save(3)
         story.events.append("train 4")  # while rank 1 of both roles is writing
@@ -120,8 +122,16 @@ def test_training_goes_on_and_the_checkpoint_appears_whole(story: Story) -> None
     assert story.events == ["policy save", "critic save", "train 4", "policy finish", "critic finish"]
     folder = story.run_dir / "checkpoints" / "step_000003"
     assert sorted(path.name for path in folder.iterdir()) == ["critic", "policy", "state.json"]
-    state = json.loads((folder / "state.json").read_text())
-    assert state == {"step": 3, "buffer": {"open": [2]}, "model_folder": str(story.run_dir)}
+    assert manifest.read(folder) == Manifest(
+        step=3,
+        buffer={"open": [2]},
+        model_folder=str(story.run_dir),
+        config="steps: 9\n",
+        rows="digest",
+        wandb_id="abc",
+        versions=manifest.installed_versions(),
+    )
+    assert manifest.installed_versions().keys() == set(manifest.PACKAGES)
 
 
 def test_it_is_on_the_disk_before_it_has_its_name(story: Story, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,18 +265,6 @@ def test_a_checkpoint_that_can_not_be_loaded_says_where_to_go_on(story: Story) -
     story.roles[1].error = ValueError("tensor x is missing")
     with pytest.raises(CheckpointError, match=r"step_000008 can't be loaded: tensor x is missing.*from step 4"):
         checkpoint.load(story.run_dir, story.run)
-
-
-def test_a_resume_may_have_another_layout_but_no_other_precision(story: Story) -> None:
-    story.allow()
-    place = ["recipe=ppo_coding", f"runs_dir={story.run_dir.parent}", f"run={story.run_dir.name}"]
-    record(load([*place], None).config, story.run_dir)
-    with story.opened() as checkpoints:
-        checkpoints.save(4)
-    two = [*place, "policy.layout.num_processes=2", "critic.layout.num_processes=2"]
-    assert open_run(load([*two, "critic.layout.tensor_parallel=2"], None).config) == (story.run_dir, 4)
-    with pytest.raises(ConfigError, match=r"policy\.layout\.precision"):
-        open_run(load([*two, "policy.layout.precision=bf16"], None).config)
 
 
 # Export --------------------------------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ def test_roles_work_side_by_side_and_weights_are_published_after_both(monkeypatc
     note = lambda what: lambda *rest: events.append(what)  # noqa: E731
     memory = lambda name: SimpleNamespace(peak_memory=lambda: {f"{name}/peak_memory_gb": 1.0})  # noqa: E731
     parts: dict[str, Any] = {
-        **dict.fromkeys(("rollout", "engines", "servers", "model_folder")),  # nobody asks these
+        **dict.fromkeys(("rollout", "engines", "servers", "model_folder", "rows")),  # nobody asks these
         "buffer": SimpleNamespace(take=lambda waiting: batch, release=note("release")),
         "policy": policy,
         "reference": Role("reference", events, {"logprobs": {}}),

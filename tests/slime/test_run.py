@@ -461,5 +461,5 @@ def test_a_resume_with_other_settings_is_refused(place: Place, story: Story, war
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "clip_low" in done.stderr
-    assert "run=" in done.stderr  # the cure
+    assert "resume_allow=[policy.clip_low], or choose another run=" in done.stderr  # the cure
     assert (story.run_dir / "config.yaml").read_text() == before

@@ -51,6 +51,7 @@ def refusal(*arguments: str) -> str:
         ((PPO, "rollout.compaction.max_compactions=0"), "policy.train_summaries=false", ""),
         ((PPO, "tracking.wandb=false"), "tracking.project=mine", "tracking.wandb=true"),
         ((PPO, "tracking.sample_episodes=0"), "tracking.sample_every=2", "tracking.sample_episodes=1"),
+        ((PPO, "resume=never"), "resume_allow=[policy.loss]", "resume=auto"),
         ((PPO,), "rollout.engine.memory_fraction=0.5", ""),
         ((PPO,), "policy.layout.offload=role", ""),
         ((PPO,), "critic.layout.offload=optimizer", ""),
@@ -65,6 +66,7 @@ def refusal(*arguments: str) -> str:
         ((SFT,), "rollout.engine.num_engines=2", ""),
         ((SFT,), "eval.every=1", ""),
         ((SFT,), "checkpoint.every=1", ""),
+        ((SFT,), "resume_allow=[policy.loss]", ""),
         ((SFT,), "tracking.sample_every=1", ""),
     ],
 )
