@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from machine.settings import setting
-from trainer.config import LayoutConfig, OptimizerConfig, TrainingEngineConfig
+from trainer.config import OptimizerConfig, RoleConfig, TrainingEngineConfig
 
 
 class Credit(str, Enum):
@@ -65,10 +65,11 @@ class AdvantageConfig:
 
 
 @dataclass(frozen=True)
-class CriticConfig:
+class CriticConfig(RoleConfig):
     """Settings of a critic as large as the policy, initialized from the policy's weights."""
 
-    layout: LayoutConfig = field(default_factory=LayoutConfig)
+    _role = "critic"
+
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=5e-6))
     num_minibatches: int = setting(
         1, "Optimizer steps of one pass over a step's batch.", bounds="[1, inf)", unit="optimizer steps"
@@ -97,6 +98,7 @@ class CriticConfig:
     engine: TrainingEngineConfig = field(default_factory=TrainingEngineConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.value_range and not (len(self.value_range) == 2 and self.value_range[0] < self.value_range[1]):
             raise ValueError(
                 f"critic.value_range={self.value_range}: must be [low, high] with low < high, or [] for no bounds"

@@ -20,7 +20,7 @@ class CriticGroup(WorkerGroup):
     """The critic's ranks."""
 
     def __init__(self, actors: Sequence[ActorHandle[CriticWorker]], config: CriticConfig, timeout_s: float) -> None:
-        super().__init__("critic", actors, config.layout, timeout_s)
+        super().__init__("critic", actors, config, timeout_s)
         self.config = config
 
     def values(self, batch: Batch, beyond: bool = False) -> Pending[TokenColumn]:

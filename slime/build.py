@@ -51,6 +51,7 @@ def _ranks(
         return EngineSettings(
             rank,
             role.layout,
+            role.megatron,
             role.optimizer,
             str(folder.resolve()),
             config.seed,

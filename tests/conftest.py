@@ -65,11 +65,14 @@ def ray_cluster() -> Iterator[ModuleType]:
 def process() -> Iterator[None]:
     """Make this process the only process of a role."""
     from machine.ports import ReservedPort
-    from trainer.config import LayoutConfig
+    from trainer.config import LayoutConfig, OptimizerConfig
+    from trainer.engine import EngineSettings
+    from trainer.megatron.config import MegatronConfig
     from trainer.megatron.model import leave_process, start_process
 
+    settings = EngineSettings(0, LayoutConfig(), MegatronConfig(), OptimizerConfig(), "", 0, 1, 60.0)
     with ReservedPort("127.0.0.1") as port:
-        start_process(0, LayoutConfig(), "127.0.0.1", port.number, seed=0, timeout_s=60, threads=1)
+        start_process(settings, "127.0.0.1", port.number)
     yield
     leave_process()
 

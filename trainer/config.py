@@ -9,6 +9,7 @@ from typing import Any
 
 from machine.settings import setting
 from trainer.layout import Sizes, refuse_layout
+from trainer.megatron.config import MegatronConfig
 
 _ALGORITHMS = Path(__file__).parent / "losses" / "algorithms"
 
@@ -87,36 +88,10 @@ class Offload(str, Enum):
 
 @dataclass(frozen=True)
 class LayoutConfig:
-    """The layout of one role over processes; the data-parallel size follows from it.
-
-    The product of tensor, pipeline and context parallelism is the number of processes that share one data-parallel row.
-    Experts are spread over the processes of a pipeline stage: `expert_parallel` divides num_processes /
-    pipeline_parallel.
-    """
+    """The layout of one role over processes; every training engine has these settings."""
 
     num_processes: int = setting(
         1, "Processes of the role; each has its own GPU, if there are GPUs.", bounds="[1, inf)", unit="processes"
-    )
-    tensor_parallel: int = setting(
-        1, "Processes that share the tensors of each layer.", bounds="[1, inf)", unit="processes"
-    )
-    sequence_parallel: bool = setting(
-        False, "Split the tokens of layer norms over the processes of tensor_parallel: less memory."
-    )
-    pipeline_parallel: int = setting(
-        1, "Pipeline stages; each holds some of the layers.", bounds="[1, inf)", unit="processes"
-    )
-    virtual_stages: int = setting(
-        1, "Chunks of non-adjacent layers that each pipeline process holds.", bounds="[1, inf)"
-    )
-    context_parallel: int = setting(
-        1, "Processes that share the tokens of a sequence.", bounds="[1, inf)", unit="processes"
-    )
-    expert_parallel: int = setting(
-        1,
-        "Processes over which experts are spread; 1: tensor_parallel splits them like other layers.",
-        bounds="[1, inf)",
-        unit="processes",
     )
     precision: Precision = setting(Precision.fp32, "Number format of the forward and backward pass.")
     max_tokens_per_micro_batch: int = setting(
@@ -126,21 +101,10 @@ class LayoutConfig:
     offload: Offload = setting(Offload.none, "Data kept in host memory while the role does not need it.")
 
     def __post_init__(self) -> None:
-        refuse_layout(self)
-
-    @property
-    def row_size(self) -> int:
-        """Return the number of processes that share one data-parallel row."""
-        return Sizes.of(self).row_size
-
-    @property
-    def data_parallel(self) -> int:
-        return self.num_processes // self.row_size
-
-    @property
-    def expert_tensor_parallel(self) -> int:
-        """Return the number of processes that share one expert's tensors."""
-        return self.tensor_parallel if self.expert_parallel == 1 else 1
+        if self.num_processes < 1:
+            raise ValueError(
+                f"num_processes={self.num_processes} must be at least 1: the nearest that works is num_processes=1"
+            )
 
 
 @dataclass(frozen=True)
@@ -172,10 +136,40 @@ class TrainingEngineConfig:
 
 
 @dataclass(frozen=True)
-class PolicyConfig:
-    """Settings of the policy's training."""
+class RoleConfig:
+    """The layout of a training role: its processes, and Megatron's division of the model and the tokens among them."""
+
+    _role = "role"  # its name in messages
 
     layout: LayoutConfig = field(default_factory=LayoutConfig)
+    megatron: MegatronConfig = field(default_factory=MegatronConfig)
+
+    def __post_init__(self) -> None:
+        try:
+            refuse_layout(self.sizes())
+        except ValueError as error:
+            raise ValueError(f"{self._role}.megatron: {error}") from error
+
+    def sizes(self) -> Sizes:
+        """Return the numbers that the checks of layouts take."""
+        return Sizes.of(self.layout.num_processes, self.megatron)
+
+    @property
+    def row_size(self) -> int:
+        """Return the number of processes that share one data-parallel row."""
+        return self.sizes().row_size
+
+    @property
+    def data_parallel(self) -> int:
+        return self.layout.num_processes // self.row_size
+
+
+@dataclass(frozen=True)
+class PolicyConfig(RoleConfig):
+    """Settings of the policy's training."""
+
+    _role = "policy"
+
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     loss: Loss = setting(Loss("ppo"), "Policy loss.")
     loss_norm: LossNorm = setting(LossNorm.token, "Unit over which the loss is averaged.")
@@ -213,6 +207,7 @@ class PolicyConfig:
     engine: TrainingEngineConfig = field(default_factory=TrainingEngineConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.correction_bounds and not (
             len(self.correction_bounds) == 2 and 0 <= self.correction_bounds[0] < self.correction_bounds[1]
         ):
@@ -220,10 +215,10 @@ class PolicyConfig:
                 f"policy.correction_bounds={self.correction_bounds}: must be [low, high] with 0 <= low < high, "
                 "or [] for the correction's defaults"
             )
-        if self.loss.value == "gspo" and self.layout.context_parallel > 1:
+        if self.loss.value == "gspo" and self.megatron.context_parallel > 1:
             raise ValueError(
-                f"policy.loss=gspo takes means over whole sequences, but policy.layout.context_parallel="
-                f"{self.layout.context_parallel} cuts them: use context_parallel=1, or another loss"
+                f"policy.loss=gspo takes means over whole sequences, but policy.megatron.context_parallel="
+                f"{self.megatron.context_parallel} cuts them: use context_parallel=1, or another loss"
             )
 
     @property

@@ -24,6 +24,7 @@ import torch
 
 from trainer.batching import MicroBatch
 from trainer.config import LayoutConfig, OptimizerConfig
+from trainer.megatron.config import MegatronConfig
 from trainer.models.shape import ModelShape
 
 P = ParamSpec("P")
@@ -36,6 +37,7 @@ class EngineSettings:
 
     rank: int
     layout: LayoutConfig
+    megatron: MegatronConfig  # another engine refuses all but its defaults
     optimizer: OptimizerConfig
     model_folder: str
     seed: int

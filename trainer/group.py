@@ -19,7 +19,7 @@ from buffer.packing import QUADRATIC, pack, split
 from buffer.types import Batch, Float32, Grid, Scores, SubTrace, Targets, TokenColumn
 from machine.actors import call
 from trainer.columns import policy_columns
-from trainer.config import LayoutConfig, PolicyConfig
+from trainer.config import PolicyConfig, RoleConfig
 from trainer.engine import needed
 from trainer.policy import PolicyWorker
 from trainer.publish.broadcast import Weight
@@ -113,10 +113,11 @@ class SharedDevice:
 class WorkerGroup:
     """All ranks of one role."""
 
-    def __init__(self, name: str, actors: Sequence[ActorHandle[Any]], layout: LayoutConfig, timeout_s: float) -> None:
+    def __init__(self, name: str, actors: Sequence[ActorHandle[Any]], config: RoleConfig, timeout_s: float) -> None:
         self.name = name
         self.actors = list(actors)
-        self.layout = layout
+        self.layout = config.layout
+        self.data_parallel = config.data_parallel
         self.timeout_s = timeout_s
         self.shared_device: SharedDevice | None = None  # shared with the other roles on its GPU
         self._quadratic = QUADRATIC
@@ -180,8 +181,8 @@ class WorkerGroup:
 
     def grid(self, indices: Sequence[int], num_tokens: Sequence[int]) -> Grid:
         """Return a grid: micro-batches of these sub-traces for each of this role's data-parallel ranks."""
-        layout = self.layout
-        rows = pack(num_tokens, layout.data_parallel, layout.max_tokens_per_micro_batch, quadratic=self._quadratic)
+        limit = self.layout.max_tokens_per_micro_batch
+        rows = pack(num_tokens, self.data_parallel, limit, quadratic=self._quadratic)
         return [[[indices[k] for k in micro] for micro in row] for row in rows]
 
     def predict(self, method: Callable[[Any, Sequence[Any], Grid], TokenColumn], batch: Batch) -> Pending[TokenColumn]:
@@ -212,7 +213,7 @@ class WorkerGroup:
     def _rows(self, columns: Columns, grids: Sequence[Grid]) -> list[ObjectRef[Columns]]:
         """Return a reference for each data-parallel row to the columns of its own sub-traces: no rank fetches all."""
         rows: list[ObjectRef[Columns]] = []
-        for number in range(self.layout.data_parallel):
+        for number in range(self.data_parallel):
             indices = sorted({index for grid in grids for micro in grid[number] for index in micro})
             rows.append(ray.put({name: column.part(indices) for name, column in columns.items()}))
         return rows
@@ -224,7 +225,7 @@ class PolicyGroup(WorkerGroup):
     def __init__(
         self, actors: Sequence[ActorHandle[Any]], config: PolicyConfig, timeout_s: float, name: str = "policy"
     ) -> None:
-        super().__init__(name, actors, config.layout, timeout_s)
+        super().__init__(name, actors, config, timeout_s)
         self.config = config
 
     def logprobs(self, batch: Batch) -> Pending[TokenColumn]:

@@ -16,7 +16,7 @@ MOST_STAGES = 64  # virtual stages of a proposed layout
 
 
 class Sizes(NamedTuple):
-    """The numbers of a layout, under the names of their settings (trainer/config.py)."""
+    """The numbers of a layout, under the names of their settings: of `layout` the first, of `megatron` the others."""
 
     num_processes: int
     tensor_parallel: int
@@ -27,31 +27,29 @@ class Sizes(NamedTuple):
     expert_parallel: int
 
     @classmethod
-    def of(cls, layout: Any) -> Sizes:
-        """Read the sizes from any object that has these attributes."""
-        return cls(*(getattr(layout, name) for name in cls._fields))
+    def of(cls, num_processes: int, megatron: Any) -> Sizes:
+        """Read Megatron's sizes from any object that has these attributes."""
+        return cls(num_processes, *(getattr(megatron, name) for name in cls._fields[1:]))
 
     @property
     def row_size(self) -> int:
         return self.tensor_parallel * self.pipeline_parallel * self.context_parallel
 
 
-def refuse_layout(layout: Any) -> None:
+def refuse_layout(sizes: Sizes) -> None:
     """Refuse a layout. ValueError: it works for no model, with the numbers and the nearest one that works."""
-    sizes = Sizes.of(layout)
     for problem in _alone(sizes):
         raise ValueError(f"{problem}: {_cure(sizes, lambda s: not any(_alone(s)))}")
 
 
-def check_layout(shape: ModelShape, layout: Any) -> None:
+def check_layout(shape: ModelShape, sizes: Sizes) -> None:
     """Refuse a layout that can't work for this model.
 
-    `layout` has the attributes of `Sizes` and has passed `refuse_layout`. The nearest layout has the same number of
-    processes; it changes as few settings as possible, and these by the smallest factors.
+    It has passed `refuse_layout`. The nearest layout has the same number of processes; it changes as few settings as
+    possible, and these by the smallest factors.
 
     ValueError: the layout can't work; the message has the numbers and the nearest layout that works.
     """
-    sizes = Sizes.of(layout)
 
     def works(candidate: Sizes) -> bool:
         return not any(_alone(candidate)) and not any(_for_model(candidate, shape))
@@ -82,17 +80,22 @@ def pipeline_rank_of(layer: int, num_layers: int, pipeline_parallel: int, virtua
     return next(number for number, layers in enumerate(chunks) if layer in layers) % pipeline_parallel
 
 
+def _key(name: str) -> str:
+    """Return a setting's name in messages, which are about `megatron`."""
+    return f"layout.{name}" if name == "num_processes" else name
+
+
 def _alone(s: Sizes) -> Iterator[str]:
     """Yield the problems of a layout that hold for every model."""
     numbers = {name: value for name, value in s._asdict().items() if name != "sequence_parallel"}
-    below = [f"{name}={value}" for name, value in numbers.items() if value < 1]
+    below = [f"{_key(name)}={value}" for name, value in numbers.items() if value < 1]
     if below:
         yield f"{', '.join(below)} must be at least 1"
         return
     if s.num_processes % s.row_size:
         sizes = f"{s.tensor_parallel}*{s.pipeline_parallel}*{s.context_parallel}"
         yield (
-            f"num_processes={s.num_processes} is not divisible by "
+            f"layout.num_processes={s.num_processes} is not divisible by "
             f"tensor_parallel*pipeline_parallel*context_parallel={sizes}"
         )
         return
@@ -104,7 +107,7 @@ def _alone(s: Sizes) -> Iterator[str]:
     if stage % s.expert_parallel:
         yield (
             f"expert_parallel={s.expert_parallel} does not divide the {stage} processes of a pipeline stage "
-            f"(num_processes={s.num_processes} / pipeline_parallel={s.pipeline_parallel})"
+            f"(layout.num_processes={s.num_processes} / pipeline_parallel={s.pipeline_parallel})"
         )
 
 
@@ -145,7 +148,7 @@ def _cure(sizes: Sizes, works: Callable[[Sizes], bool]) -> str:
     if best is None:
         return "no layout with this number of processes works"
     changed = [
-        f"{name}={str(new).lower()}"
+        f"{_key(name)}={str(new).lower()}"
         for name, old, new in zip(Sizes._fields, sizes, best, strict=True)
         if (old, type(old)) != (new, type(new))
     ]

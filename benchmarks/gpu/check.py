@@ -27,18 +27,21 @@ from benchmarks.gpu import common
 from trainer.batching import Packing
 from trainer.config import LayoutConfig, OptimizerConfig, PolicyConfig, Precision, Recompute
 from trainer.engine import EngineSettings
+from trainer.megatron.config import MegatronConfig
 from trainer.policy import PolicyWorker
 
+ONE = LayoutConfig(precision=Precision.bf16, max_tokens_per_micro_batch=4096)
+TWO = replace(ONE, num_processes=2)
 LAYOUTS = {
-    "1 GPU": LayoutConfig(precision=Precision.bf16),
-    "1 GPU, layers recomputed": LayoutConfig(precision=Precision.bf16, recompute=Recompute.layer),
-    "1 GPU, MLP recomputed": LayoutConfig(precision=Precision.bf16, recompute=Recompute.mlp),
-    "DP2": LayoutConfig(num_processes=2, precision=Precision.bf16),
-    "TP2": LayoutConfig(num_processes=2, tensor_parallel=2, precision=Precision.bf16),
-    "TP2+SP": LayoutConfig(num_processes=2, tensor_parallel=2, sequence_parallel=True, precision=Precision.bf16),
-    "PP2": LayoutConfig(num_processes=2, pipeline_parallel=2, precision=Precision.bf16),
-    "CP2": LayoutConfig(num_processes=2, context_parallel=2, precision=Precision.bf16),
-    "EP2": LayoutConfig(num_processes=2, expert_parallel=2, precision=Precision.bf16),
+    "1 GPU": PolicyConfig(ONE),
+    "1 GPU, layers recomputed": PolicyConfig(replace(ONE, recompute=Recompute.layer)),
+    "1 GPU, MLP recomputed": PolicyConfig(replace(ONE, recompute=Recompute.mlp)),
+    "DP2": PolicyConfig(TWO),
+    "TP2": PolicyConfig(TWO, MegatronConfig(tensor_parallel=2)),
+    "TP2+SP": PolicyConfig(TWO, MegatronConfig(tensor_parallel=2, sequence_parallel=True)),
+    "PP2": PolicyConfig(TWO, MegatronConfig(pipeline_parallel=2)),
+    "CP2": PolicyConfig(TWO, MegatronConfig(context_parallel=2)),
+    "EP2": PolicyConfig(TWO, MegatronConfig(expert_parallel=2)),
 }
 MODELS = {  # with the layouts that are relevant for each
     "dense": [name for name in LAYOUTS if name != "EP2"],
@@ -66,7 +69,7 @@ def check_attention(heads: int = 16, kv_heads: int = 8, d: int = 128) -> list[li
         torch.randn(sum(lengths), n, d, device="cuda", dtype=torch.bfloat16) for n in (heads, kv_heads, kv_heads, heads)
     )
     shape = read_shape(common.write_config(Path(tempfile.mkdtemp()), "1.7b"))
-    config = transformer_config(shape, LayoutConfig(precision=Precision.bf16))
+    config = transformer_config(shape, ONE, MegatronConfig())
     attention = PackedAttention(config, 1, AttnMaskType.causal, "self")
     ours = [x.clone().requires_grad_() for x in (q, k, v)]
     out = attention(*ours, None, packed_seq_params=PackedSequences(Packing(lengths, torch.device("cuda"))))
@@ -166,12 +169,13 @@ def reference_logprobs(kind: str, folder: Path, traces: list[Any], dtype: torch.
 
 def train_rank(options: argparse.Namespace) -> None:
     """Run one rank of a layout: log-probabilities, four updates, log-probabilities; write the results."""
-    layout = replace(LAYOUTS[options.layout], max_tokens_per_micro_batch=4096)
-    settings = EngineSettings(options.rank, layout, OptimizerConfig(lr=1e-4), options.folder, 0, 1, 300.0)
-    worker = PolicyWorker(settings, PolicyConfig(layout=layout))
+    config = LAYOUTS[options.layout]
+    optimizer = OptimizerConfig(lr=1e-4)
+    settings = EngineSettings(options.rank, config.layout, config.megatron, optimizer, options.folder, 0, 1, 300.0)
+    worker = PolicyWorker(settings, config)
     worker.start("127.0.0.1", options.port)
     traces = common.sub_traces(4096, VOCAB)
-    grid = [[list(range(len(traces)))[row :: layout.data_parallel]] for row in range(layout.data_parallel)]
+    grid = [[list(range(len(traces)))[row :: config.data_parallel]] for row in range(config.data_parallel)]
     old = {i: t.logprobs for i, t in enumerate(traces)}
     ones = {i: t.action_mask.astype(np.float32) for i, t in enumerate(traces)}
     columns: Any = {"advantages": ones, "weights": ones, "old_logprobs": old, "engine_logprobs": old}
@@ -185,9 +189,9 @@ def train_rank(options: argparse.Namespace) -> None:
 
 
 def run_layout(name: str, folder: Path) -> dict[str, Any]:
-    layout = LAYOUTS[name]
-    common.run_ranks(__file__, ["--layout", name, "--folder", str(folder)], layout.num_processes, timeout_s=300)
-    ranks = [torch.load(folder / f"answer_{r}.pt", weights_only=False) for r in range(layout.num_processes)]
+    num_processes = LAYOUTS[name].layout.num_processes
+    common.run_ranks(__file__, ["--layout", name, "--folder", str(folder)], num_processes, timeout_s=300)
+    ranks = [torch.load(folder / f"answer_{r}.pt", weights_only=False) for r in range(num_processes)]
     joined = {
         key: np.concatenate([part[1:] for _, part in sorted({i: x for r in ranks for i, x in r[key].items()}.items())])
         for key in ("before", "after")
@@ -207,7 +211,7 @@ def check_layouts(kind: str, num_gpus: int) -> None:
     common.say(["transformers in bf16", nats(rough, exact), "", "", ""])
     base: dict[str, Any] = {}
     for name in MODELS[kind]:
-        if LAYOUTS[name].num_processes > num_gpus:
+        if LAYOUTS[name].layout.num_processes > num_gpus:
             continue
         found = run_layout(name, folder)
         base = base or found

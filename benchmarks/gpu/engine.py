@@ -145,12 +145,12 @@ def main() -> None:
         from benchmarks.gpu import common
         from trainer.config import LayoutConfig, OptimizerConfig, PolicyConfig, Precision
         from trainer.engine import EngineSettings
+        from trainer.megatron.config import MegatronConfig
         from trainer.policy import PolicyWorker
 
-        layout = LayoutConfig(precision=Precision.bf16)
-        worker = PolicyWorker(
-            EngineSettings(0, layout, OptimizerConfig(lr=2e-5), str(folder), 0, 1, 300.0), PolicyConfig(layout=layout)
-        )
+        layout = LayoutConfig(precision=Precision.bf16), MegatronConfig()
+        settings = EngineSettings(0, *layout, OptimizerConfig(lr=2e-5), str(folder), 0, 1, 300.0)
+        worker = PolicyWorker(settings, PolicyConfig(*layout))
         with ReservedPort("127.0.0.1") as port:
             worker.start("127.0.0.1", port.number)
         url = server.start()

@@ -32,7 +32,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.gpu import common
 from benchmarks.gpu.check import distance
 from machine.ports import ReservedPort
-from trainer.config import LayoutConfig, Precision
+from trainer.config import LayoutConfig, OptimizerConfig, Precision
+from trainer.engine import EngineSettings
+from trainer.megatron.config import MegatronConfig
 from trainer.megatron.model import leave_process, start_process, transformer_config
 from trainer.megatron.modules import experts
 from trainer.megatron.spec import block_spec
@@ -64,6 +66,7 @@ CONFIG: dict[str, Any] = {
     "torch_dtype": "bfloat16",
 }
 DEVICE = "cuda"
+LAYOUT = LayoutConfig(precision=Precision.bf16), MegatronConfig()
 Layer = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -75,7 +78,7 @@ def make_layer(config: dict[str, Any]) -> Any:
     (folder / "config.json").write_text(json.dumps(config))
     shape = read_shape(folder)
     spec = block_spec(shape, [0]).layer_specs[0].submodules.mlp
-    layer = build_module(spec, config=transformer_config(shape, LayoutConfig(precision=Precision.bf16)))
+    layer = build_module(spec, config=transformer_config(shape, *LAYOUT))
     layer.set_layer_number(1)
     layer.to(DEVICE)
     torch.manual_seed(0)
@@ -140,7 +143,7 @@ def main() -> None:
     options = parser.parse_args()
     print(common.machine(), f"{vars(options)}", flush=True)
     with ReservedPort("127.0.0.1") as port:
-        start_process(0, LayoutConfig(precision=Precision.bf16), "127.0.0.1", port.number, 0, 300.0, 1)
+        start_process(EngineSettings(0, *LAYOUT, OptimizerConfig(), "", 0, 1, 300.0), "127.0.0.1", port.number)
     own = {"num_experts": options.experts, "hidden_size": options.hidden, "moe_intermediate_size": options.width}
     layer = make_layer(CONFIG | own)
     weights = list(layer.experts.parameters())

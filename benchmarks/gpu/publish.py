@@ -57,12 +57,13 @@ def frozen_policy(folder: Path) -> Any:
     """Return a policy worker with random weights and no optimizer, and the folder with its weights for the engine."""
     from trainer.config import LayoutConfig, OptimizerConfig, PolicyConfig, Precision
     from trainer.engine import EngineSettings
+    from trainer.megatron.config import MegatronConfig
     from trainer.models.folder import write_folder
     from trainer.policy import PolicyWorker
 
-    layout = LayoutConfig(precision=Precision.bf16)
-    settings = EngineSettings(0, layout, OptimizerConfig(), str(folder), 0, 1, 300.0, frozen=True)
-    worker = PolicyWorker(settings, PolicyConfig(layout=layout), RandomEngine)
+    layout = LayoutConfig(precision=Precision.bf16), MegatronConfig()
+    settings = EngineSettings(0, *layout, OptimizerConfig(), str(folder), 0, 1, 300.0, frozen=True)
+    worker = PolicyWorker(settings, PolicyConfig(*layout), RandomEngine)
     with ReservedPort("127.0.0.1") as port:
         worker.start("127.0.0.1", port.number)
     out = folder / "weights"

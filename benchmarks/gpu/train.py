@@ -37,6 +37,7 @@ from critic.config import CriticConfig
 from critic.worker import CriticWorker
 from trainer.config import LayoutConfig, OptimizerConfig, PolicyConfig, Precision, Recompute
 from trainer.engine import EngineSettings
+from trainer.megatron.config import MegatronConfig
 from trainer.megatron.engine import MegatronEngine
 from trainer.policy import PolicyWorker
 from trainer.worker import Columns
@@ -92,20 +93,21 @@ def measure(role: str, options: argparse.Namespace, folder: Path, port: int) -> 
     config = json.loads((folder / "config.json").read_text())
     layout = LayoutConfig(
         num_processes=options.gpus,
-        tensor_parallel=options.tensor_parallel,
-        sequence_parallel=options.tensor_parallel > 1,
         precision=Precision.bf16,
         max_tokens_per_micro_batch=options.tokens,
         recompute=Recompute(options.recompute),
     )
-    settings = EngineSettings(options.rank, layout, OptimizerConfig(lr=1e-6), str(folder), 0, 1, 600.0)
+    tensor = options.tensor_parallel
+    megatron = MegatronConfig(tensor_parallel=tensor, sequence_parallel=tensor > 1)
+    settings = EngineSettings(options.rank, layout, megatron, OptimizerConfig(lr=1e-6), str(folder), 0, 1, 600.0)
     made = {"policy": (PolicyWorker, PolicyConfig), "critic": (CriticWorker, CriticConfig)}[role]
-    worker: Any = made[0](settings, made[1](layout=layout), RandomEngine)
+    role_config = made[1](layout, megatron)
+    worker: Any = made[0](settings, role_config, RandomEngine)
     forward_pass = worker.logprobs if role == "policy" else worker.values
     began = time.perf_counter()
     worker.start("127.0.0.1", port)
     start_s = time.perf_counter() - began
-    num_rows = layout.data_parallel
+    num_rows = role_config.data_parallel
     traces = [t for row in range(num_rows) for t in common.sub_traces(options.tokens, config["vocab_size"], row)]
     each = len(traces) // num_rows
     grid = [[list(range(row * each, (row + 1) * each))] * options.micro_batches for row in range(num_rows)]

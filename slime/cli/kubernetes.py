@@ -92,9 +92,9 @@ def _kubernetes_run(config: Config, command: list[str]) -> KubernetesRun:
 
 def _cpus(config: Config) -> int:
     """CPUs that all processes of a run keep busy: engines, ranks and rollout workers."""
-    from slime.config.nodes import has_engines, has_reference, layouts
+    from slime.config.nodes import has_engines, has_reference, trained_roles
 
-    ranks = sum(layout.num_processes for _, layout in layouts(config))
+    ranks = sum(one.layout.num_processes for _, one in trained_roles(config))
     ranks += config.policy.layout.num_processes if has_reference(config) else 0
     engines = config.rollout.engine.num_engines if has_engines(config) else 0
     return (ranks + engines) * config.cluster.threads_per_process + config.rollout.num_workers

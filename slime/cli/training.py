@@ -159,7 +159,8 @@ def _lines(node: Any, origins: dict[str, str], prefix: str = "", indent: str = "
             lines += _lines(value, origins, f"{key}.", indent + "  ")
         else:
             lines.append((f"{indent}{name}: {as_text(value)}", origins.get(key, "default")))
-    for name, attribute in vars(type(node)).items():
-        if isinstance(attribute, property):
-            lines.append((f"{indent}({name}: {as_text(getattr(node, name))})", "derived"))
+    for kind in reversed(type(node).__mro__):  # inherited ones first, as fields are
+        for name, attribute in vars(kind).items():
+            if isinstance(attribute, property):
+                lines.append((f"{indent}({name}: {as_text(getattr(node, name))})", "derived"))
     return lines

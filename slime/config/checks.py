@@ -17,7 +17,7 @@ from rollout.rendering.templates import TEMPLATE_NAMES
 from rollout.sglang.options import refused_options
 from slime.config.keys import hint
 from slime.config.model import broken, unsuited
-from slime.config.nodes import crowded, has_engines, layouts
+from slime.config.nodes import crowded, has_engines, trained_roles
 from slime.config.rows import row_problems
 from slime.config.settings import ConfigError, settings
 from slime.schema import Config, Kind
@@ -120,10 +120,11 @@ def _budgets(config: Config) -> Iterator[str]:
             f"rollout.engine.max_total_tokens={cache} is below rollout.compaction.context_tokens={window}: "
             f"one agent would not fit in the KV cache; use at least {window}, or 0 to let the engine decide"
         )
-    for role, layout in layouts(config):
-        if layout.max_tokens_per_micro_batch < window:
+    for role, one in trained_roles(config):
+        limit = one.layout.max_tokens_per_micro_batch
+        if limit < window:
             yield (
-                f"{role}.layout.max_tokens_per_micro_batch={layout.max_tokens_per_micro_batch} is below "
+                f"{role}.layout.max_tokens_per_micro_batch={limit} is below "
                 f"rollout.compaction.context_tokens={window}: the longest sub-trace would not fit; "
                 f"use at least {window}"
             )
@@ -132,7 +133,7 @@ def _budgets(config: Config) -> Iterator[str]:
 def _training(config: Config) -> Iterator[str]:
     yield from _algorithm(config)
     yield from _episode_baseline(config)
-    for role, _ in layouts(config):
+    for role, _ in trained_roles(config):
         settings = get(config, role)
         optimizer = settings.optimizer
         if 0 < optimizer.decay_steps <= optimizer.warmup_steps:
@@ -140,7 +141,7 @@ def _training(config: Config) -> Iterator[str]:
                 f"{role}.optimizer.decay_steps={optimizer.decay_steps} is not above warmup_steps="
                 f"{optimizer.warmup_steps}: use at least {optimizer.warmup_steps + 1}, or 0 for a constant rate"
             )
-        ranks, episodes = settings.layout.data_parallel, config.buffer.episodes_per_step
+        ranks, episodes = settings.data_parallel, config.buffer.episodes_per_step
         if config.kind is Kind.ppo and episodes < settings.num_minibatches * ranks:
             most = episodes // ranks
             cure = (
@@ -152,7 +153,7 @@ def _training(config: Config) -> Iterator[str]:
                 f"{role}.num_minibatches={settings.num_minibatches} with data_parallel={ranks} needs "
                 f"{settings.num_minibatches * ranks} episodes a step, buffer.episodes_per_step={episodes}: {cure}"
             )
-    ranks = config.policy.layout.data_parallel
+    ranks = config.policy.data_parallel
     if config.kind is Kind.sft and config.sft.batch_sub_traces < ranks:
         yield (
             f"sft.batch_sub_traces={config.sft.batch_sub_traces} is below the policy's data_parallel={ranks}: "

@@ -11,13 +11,13 @@ from dataclasses import fields
 
 from critic.config import Baseline
 from slime.config.checks import get
-from slime.config.nodes import layouts
+from slime.config.nodes import trained_roles
 from slime.schema import Config, Kind, Resume
 from trainer.config import Correction, PolicyConfig
 
 Idle = tuple[Sequence[str], str]  # keys or sections; why they are not read, and the cure
 
-_TRAINED = {"layout", "optimizer", "engine"}  # the policy's settings that a warm start reads
+_TRAINED = {"layout", "megatron", "optimizer", "engine"}  # the policy's settings that a warm start reads
 _NOT_IN_SFT = (
     *("rollout.engine", "rollout.episodes_in_flight", "buffer", "advantage", "critic", "model.start"),
     *(f"policy.{field.name}" for field in fields(PolicyConfig) if field.name not in _TRAINED),
@@ -41,7 +41,7 @@ def _idle(config: Config) -> Iterator[Idle]:
         yield [f"{group}.name"], f"but in names and tables: choose the {group}'s file with {group}=NAME"
     yield from _in_sft(config) if config.kind is Kind.sft else _in_ppo(config)
     yield from _on_cpus(config)
-    for role, _ in layouts(config):
+    for role, _ in trained_roles(config):
         if not getattr(config, role).optimizer.decay_steps:
             key = f"{role}.optimizer"
             yield [f"{key}.final_lr_ratio"], f"with {key}.decay_steps=0, a constant rate: use decay_steps above 0"
@@ -97,4 +97,4 @@ def _on_cpus(config: Config) -> Iterator[Idle]:
         return
     on_cpus = "on CPUs (cluster.gpus_per_node=0)"
     yield ["rollout.engine.memory_fraction"], f"{on_cpus}: use rollout.engine.max_total_tokens"
-    yield [f"{role}.layout.offload" for role, _ in layouts(config)], f"{on_cpus}: leave it out"
+    yield [f"{role}.layout.offload" for role, _ in trained_roles(config)], f"{on_cpus}: leave it out"

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from rollout.rendering.templates import NO_CHAT_TEMPLATE, OWN_TEMPLATE, TEMPLATES
-from slime.config.nodes import has_engines, layouts
+from slime.config.nodes import has_engines, trained_roles
 from slime.config.settings import as_text
 from slime.schema import Config
-from trainer.config import LayoutConfig
+from trainer.config import RoleConfig
 from trainer.layout import check_layout
 from trainer.models.families import read_shape
 from trainer.models.files import check_weights
@@ -24,18 +24,18 @@ from trainer.models.reading import read_json
 from trainer.models.shape import ModelShape
 
 TOKENIZER = "tokenizer.json"
-# Megatron's names of the settings in a layout.
+# Megatron's names of the settings of a role.
 _OURS = {
-    "tensor_model_parallel_size": "tensor_parallel",
-    "sequence_parallel": "sequence_parallel",
-    "pipeline_model_parallel_size": "pipeline_parallel",
-    "virtual_pipeline_model_parallel_size": "virtual_stages",
-    "context_parallel_size": "context_parallel",
-    "expert_model_parallel_size": "expert_parallel",
-    "params_dtype": "precision",
-    "bf16": "precision",
-    "recompute_granularity": "recompute",
-    "recompute_modules": "recompute",
+    "tensor_model_parallel_size": "megatron.tensor_parallel",
+    "sequence_parallel": "megatron.sequence_parallel",
+    "pipeline_model_parallel_size": "megatron.pipeline_parallel",
+    "virtual_pipeline_model_parallel_size": "megatron.virtual_stages",
+    "context_parallel_size": "megatron.context_parallel",
+    "expert_model_parallel_size": "megatron.expert_parallel",
+    "params_dtype": "layout.precision",
+    "bf16": "layout.precision",
+    "recompute_granularity": "layout.recompute",
+    "recompute_modules": "layout.recompute",
 }
 OTHER_TOKENIZERS = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json", "*.tiktoken")
 
@@ -61,16 +61,16 @@ def unsuited(config: Config, folder: Path) -> Iterator[str]:
             f"rollout.engine.tensor_parallel={size} does not divide the model's num_attention_heads={shape.heads} "
             f"({path}): the nearest that works is {nearest}"
         )
-    for role, layout in layouts(config):
+    for role, one in trained_roles(config):
         try:
-            check_layout(shape, layout)
+            check_layout(shape, one.sizes())
         except ValueError as error:
-            yield f"{role}.layout: {error} ({path})"
+            yield f"{role}.megatron: {error} ({path})"
             continue
-        yield from _megatron_options(role, shape, layout, getattr(config, role).engine.options)
+        yield from _megatron_options(role, shape, one, getattr(config, role).engine.options)
 
 
-def _megatron_options(role: str, shape: ModelShape, layout: LayoutConfig, options: Mapping[str, Any]) -> Iterator[str]:
+def _megatron_options(role: str, shape: ModelShape, config: RoleConfig, options: Mapping[str, Any]) -> Iterator[str]:
     """Yield why Megatron's TransformerConfig refuses some of the options, or why a user must not set them.
 
     Check the options against the type hints, then construct the config with all settings of a run for this model.
@@ -103,11 +103,11 @@ def _megatron_options(role: str, shape: ModelShape, layout: LayoutConfig, option
     if not typed:
         return
     try:
-        transformer_config(shape, layout, options)
+        transformer_config(shape, config.layout, config.megatron, options)
     except (TypeError, ValueError, AssertionError, NotImplementedError) as error:
         ours = re.search(r"multiple values for keyword argument '(\w+)'", str(error))
         if ours:
-            cure = f"use {role}.layout.{_OURS[ours[1]]}" if ours[1] in _OURS else "leave it out"
+            cure = f"use {role}.{_OURS[ours[1]]}" if ours[1] in _OURS else "leave it out"
             yield f"{role}.engine.options.{ours[1]}={as_text(options[ours[1]])}: a run sets this itself: {cure}"
         else:
             yield f"{role}.engine.options={dict(options)}: {told} refuses them: {error or type(error).__name__}"

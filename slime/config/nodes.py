@@ -8,17 +8,17 @@ from critic.config import Baseline
 from launch.config import Sharing
 from launch.nodes import Bundles, place
 from slime.schema import Config, Kind
-from trainer.config import LayoutConfig, Precision
+from trainer.config import Precision, RoleConfig
 
 SHARED = "shared"  # the bundles of roles that share one GPU
 ENGINES, POLICY, REFERENCE, CRITIC = "rollout.engine", "policy", "reference", "critic"
 
 
-def layouts(config: Config) -> list[tuple[str, LayoutConfig]]:
+def trained_roles(config: Config) -> list[tuple[str, RoleConfig]]:
     """Return roles of training processes in a run of this kind. The last one's size is the first to give way."""
-    found = [(POLICY, config.policy.layout)]
+    found: list[tuple[str, RoleConfig]] = [(POLICY, config.policy)]
     if config.kind is Kind.ppo and config.advantage.baseline is Baseline.critic:
-        found.append((CRITIC, config.critic.layout))
+        found.append((CRITIC, config.critic))
     return found
 
 
@@ -42,10 +42,12 @@ def bundles(config: Config) -> list[Bundles]:
     if cluster.sharing is not Sharing.none:
         found.append(Bundles(SHARED, 1, 1))
     else:
-        trained = layouts(config)
+        trained = trained_roles(config)
         if has_reference(config):
-            trained.append((REFERENCE, config.policy.layout))
-        found += [Bundles(role, x.num_processes // x.tensor_parallel, x.tensor_parallel) for role, x in trained]
+            trained.append((REFERENCE, config.policy))
+        for role, one in trained:
+            size = one.megatron.tensor_parallel
+            found.append(Bundles(role, one.layout.num_processes // size, size))
     if cluster.sharing is not Sharing.all and has_engines(config):
         found.append(Bundles(ENGINES, engine.num_engines, engine.tensor_parallel))
     return found
@@ -104,8 +106,8 @@ def crowded(config: Config) -> Iterator[str]:
             yield (
                 f"cluster.sharing={cluster.sharing.value} is of GPUs, cluster.gpus_per_node=0: use cluster.sharing=none"
             )
-        for role, layout in layouts(config):
-            if layout.precision is Precision.bf16:
+        for role, one in trained_roles(config):
+            if one.layout.precision is Precision.bf16:
                 yield (
                     f"{role}.layout.precision=bf16 on CPUs (cluster.gpus_per_node=0) is some 40 times slower "
                     "than fp32 without AMX: use fp32"
@@ -116,7 +118,7 @@ def crowded(config: Config) -> Iterator[str]:
         yield from _shared_gpu(config)
         yield from unplaced(config)
         return
-    sizes = [(f"{role}.layout", layout.tensor_parallel) for role, layout in layouts(config)]
+    sizes = [(f"{role}.megatron", one.megatron.tensor_parallel) for role, one in trained_roles(config)]
     if has_engines(config):
         sizes.insert(0, (ENGINES, engine.tensor_parallel))
     for key, size in sizes:
@@ -126,8 +128,8 @@ def crowded(config: Config) -> Iterator[str]:
                 f"use at most {cluster.gpus_per_node}"
             )
     roles = [
-        (f"{role}.layout.num_processes", layout.num_processes, copies, layout.row_size)
-        for (role, layout), copies in zip(layouts(config), (2 if has_reference(config) else 1, 1), strict=False)
+        (f"{role}.layout.num_processes", one.layout.num_processes, copies, one.row_size)
+        for (role, one), copies in zip(trained_roles(config), (2 if has_reference(config) else 1, 1), strict=False)
     ]  # the policy's reference, with a KL, is as large as the policy
     if has_engines(config):
         size = engine.tensor_parallel
@@ -153,7 +155,7 @@ def crowded(config: Config) -> Iterator[str]:
 def _shared_gpu(config: Config) -> Iterator[str]:
     """Yield why these roles can't share one GPU."""
     cluster, engine = config.cluster, config.rollout.engine
-    counts = {f"{role}.layout.num_processes": layout.num_processes for role, layout in layouts(config)}
+    counts = {f"{role}.layout.num_processes": one.layout.num_processes for role, one in trained_roles(config)}
     if cluster.sharing is Sharing.all and has_engines(config):
         counts["rollout.engine.num_engines"] = engine.num_engines
         counts["rollout.engine.tensor_parallel"] = engine.tensor_parallel

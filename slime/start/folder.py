@@ -15,7 +15,7 @@ from slime.start.needs import warnings
 # Settings that may change when a run is resumed.
 _FREE = (
     *("steps", "resume", "eval.", "checkpoint.", "tracking.", "cluster.", "runs_dir", "cache_dir"),
-    *("policy.layout.", "critic.layout."),  # checkpoints are read in any layout
+    *("policy.layout.", "policy.megatron.", "critic.layout.", "critic.megatron."),  # checkpoints are read in any layout
 )
 # What a checkpoint itself depends on: its tensors' precision, and the order of its prompts.
 _FIXED = ("policy.layout.precision", "critic.layout.precision", "seed", "buffer.episodes_per_prompt")

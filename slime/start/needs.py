@@ -7,7 +7,7 @@ from pathlib import Path
 
 from launch.doctor.checks import quick
 from launch.doctor.finding import Level, Needs
-from slime.config.nodes import layouts
+from slime.config.nodes import trained_roles
 from slime.schema import Config
 from trainer.config import Precision
 from trainer.models.files import headers
@@ -34,7 +34,7 @@ def _checkpoint_bytes(config: Config) -> int:
         parameters = sum(math.prod(one.shape) for one in headers(Path(config.model.path)).values())
     except (ValueError, OSError):  # told by the checks of the model's folder
         return 0
-    return sum(parameters * (WEIGHT_BYTES[layout.precision] + OPTIMIZER_BYTES) for _, layout in layouts(config))
+    return sum(parameters * (WEIGHT_BYTES[one.layout.precision] + OPTIMIZER_BYTES) for _, one in trained_roles(config))
 
 
 def refusals(config: Config) -> list[str]:

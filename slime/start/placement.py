@@ -16,11 +16,11 @@ from slime.config.nodes import (
     bundles_of,
     has_engines,
     has_reference,
-    layouts,
     placed,
+    trained_roles,
 )
 from slime.schema import Config
-from trainer.config import LayoutConfig
+from trainer.config import RoleConfig
 
 SHARE = 0.2  # fraction of a GPU that Ray assigns to each role on a shared GPU; bookkeeping only
 
@@ -52,17 +52,17 @@ def placement(config: Config, nodes: Sequence[Node] = ()) -> Placement:
         node = nodes[node_of_block[bundles_of(config, role)][block]] if nodes else None
         return ProcessOptions(num_gpus if config.cluster.gpus_per_node else 0.0, node)
 
-    def ranks(role: str, layout: LayoutConfig) -> tuple[ProcessOptions, ...]:
-        num_gpus = 1 if sharing is Sharing.none else SHARE
-        return tuple(options(role, rank // layout.tensor_parallel, num_gpus) for rank in range(layout.num_processes))
+    def ranks(role: str, one: RoleConfig) -> tuple[ProcessOptions, ...]:
+        num_gpus, size = 1 if sharing is Sharing.none else SHARE, one.megatron.tensor_parallel
+        return tuple(options(role, rank // size, num_gpus) for rank in range(one.layout.num_processes))
 
-    trained = {role: ranks(role, layout) for role, layout in layouts(config)}
+    trained = {role: ranks(role, one) for role, one in trained_roles(config)}
     num_engines = engine.num_engines if has_engines(config) else 0
     gpus_an_engine = SHARE if sharing is Sharing.all else engine.tensor_parallel
     return Placement(
         engines=tuple(options(ENGINES, number, gpus_an_engine) for number in range(num_engines)),
         policy=trained[POLICY],
-        reference=ranks(REFERENCE, config.policy.layout) if has_reference(config) else (),
+        reference=ranks(REFERENCE, config.policy) if has_reference(config) else (),
         critic=trained.get(CRITIC, ()),
         rollout=tuple(
             ProcessOptions(0.0, nodes[number % len(nodes)] if nodes else None)

@@ -162,14 +162,15 @@ class Lab:
         from recipes.coding.model import build_model
         from trainer.config import LayoutConfig, OptimizerConfig, PolicyConfig
         from trainer.engine import EngineSettings
+        from trainer.megatron.config import MegatronConfig
         from trainer.policy import PolicyWorker
 
         build_model(folder, seed=0)
         # A large eps: Adam would otherwise blow the rounding of gradients near zero up to whole steps.
         optimizer = OptimizerConfig(lr=1e-2, eps=1e-3, max_grad_norm=100.0)
-        layout = LayoutConfig()
+        layout = LayoutConfig(), MegatronConfig()
         self.worker: Any = PolicyWorker(
-            EngineSettings(0, layout, optimizer, str(folder), 0, 1, 60.0), PolicyConfig(clip_low=0.2, clip_high=0.28)
+            EngineSettings(0, *layout, optimizer, str(folder), 0, 1, 60.0), PolicyConfig(clip_low=0.2, clip_high=0.28)
         )
         with ReservedPort("127.0.0.1") as port:
             self.worker.start("127.0.0.1", port.number)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import ray
 import torch
-from roles import batch_of, random_qwen3, running, sub_trace, write_checkpoint
+from roles import batch_of, layout_of, random_qwen3, running, sub_trace, write_checkpoint
 
 from buffer.types import SubTrace, Targets
 from critic.config import CriticConfig
@@ -124,10 +124,10 @@ def test_trunk_is_the_policys_and_frozen_attention_stays_so(
     source = {name: tensor.numpy() for name, tensor in load_file(folder / "model.safetensors").items()}
     batch = batch_of(traces)
 
-    def config(layout: LayoutConfig) -> CriticConfig:
-        return CriticConfig(layout, head_init_std=0.1, num_epochs=3, freeze=[ATTENTION])
+    def config(**numbers: Any) -> CriticConfig:
+        return CriticConfig(*layout_of(numbers), head_init_std=0.1, num_epochs=3, freeze=[ATTENTION])
 
-    with running(CriticGroup, CriticWorker, folder, config(LayoutConfig(max_tokens_per_micro_batch=40))) as group:
+    with running(CriticGroup, CriticWorker, folder, config(max_tokens_per_micro_batch=40)) as group:
         loaded = trunk(group)
         assert sorted(loaded) == sorted(source)
         assert all(np.array_equal(loaded[name], source[name]) for name in source)
@@ -147,8 +147,8 @@ def test_trunk_is_the_policys_and_frozen_attention_stays_so(
         again = weights(group)
         assert all(np.array_equal(end[0][name], again[0][name]) for name in end[0])
 
-    two = LayoutConfig(2, tensor_parallel=2, sequence_parallel=True, max_tokens_per_micro_batch=80)
-    with running(CriticGroup, CriticWorker, folder, config(two)) as group:
+    two = config(num_processes=2, tensor_parallel=2, sequence_parallel=True, max_tokens_per_micro_batch=80)
+    with running(CriticGroup, CriticWorker, folder, two) as group:
         begin = weights(group)
         found = three_updates(group, traces, seed=3)
         assert_frozen(begin, weights(group), [ATTENTION])

@@ -9,6 +9,7 @@ import torch
 
 from critic.head import bounded, value_head
 from trainer.config import LayoutConfig, Precision
+from trainer.megatron.config import MegatronConfig
 from trainer.megatron.model import transformer_config
 from trainer.megatron.modules.head import ValueHead
 from trainer.models.shape import ModelShape
@@ -33,7 +34,7 @@ RANGES = [(0.0, 1.0), (-1.0, 1.0), (-0.3, 0.7), (1000.0, 1001.0), (-5.0, 1e-3), 
 def head(
     init_std: float = 0.0, value_range: tuple[float, ...] = (), precision: Precision = Precision.fp32
 ) -> ValueHead:
-    config = transformer_config(SHAPE, LayoutConfig(precision=precision))
+    config = transformer_config(SHAPE, LayoutConfig(precision=precision), MegatronConfig())
     return ValueHead(config, value_head(init_std, value_range), 0)
 
 

@@ -123,7 +123,7 @@ def test_bundles_of_a_run() -> None:
         (  # 6 + 6 + 4 = 16 GPUs, but no node has 4 left
             [
                 *("rollout.engine.num_engines=2", "rollout.engine.tensor_parallel=6"),
-                *("policy.layout.num_processes=4", "policy.layout.tensor_parallel=4"),
+                *("policy.layout.num_processes=4", "policy.megatron.tensor_parallel=4"),
                 *("advantage.baseline=reinforce_pp", "critic.layout.num_processes=2"),
             ],
             [
@@ -135,8 +135,8 @@ def test_bundles_of_a_run() -> None:
         (  # 8 + 8 + 6: counted
             [
                 *("rollout.engine.num_engines=1", "rollout.engine.tensor_parallel=6"),
-                *("policy.layout.num_processes=8", "policy.layout.tensor_parallel=8"),
-                *("critic.layout.num_processes=8", "critic.layout.tensor_parallel=8"),
+                *("policy.layout.num_processes=8", "policy.megatron.tensor_parallel=8"),
+                *("critic.layout.num_processes=8", "critic.megatron.tensor_parallel=8"),
             ],
             ["22 GPUs", "gpus_per_node*num_nodes=8*2=16"],
         ),
@@ -199,7 +199,7 @@ def test_placement_of_a_run_on_nodes() -> None:
     config = load([*GPUS, "rollout.num_workers=3"], None).config
     where, blocks = placement(config, nodes), placed(config)
     assert [one.node for one in where.policy] == [
-        nodes[n] for n in blocks["policy"] for _ in range(config.policy.layout.tensor_parallel)
+        nodes[n] for n in blocks["policy"] for _ in range(config.policy.megatron.tensor_parallel)
     ]
     assert [one.node for one in where.engines] == [nodes[n] for n in blocks["rollout.engine"]]
     assert {one.num_gpus for one in where.engines} == {config.rollout.engine.tensor_parallel}

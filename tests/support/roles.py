@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,8 +14,17 @@ from typing import Any
 import numpy as np
 
 from buffer.types import Batch, Status, SubTrace, SubTraceInfo, SubTraceKind, Targets
+from trainer.config import LayoutConfig
+from trainer.megatron.config import MegatronConfig
 
 LIMIT_S = 300.0
+
+
+def layout_of(numbers: Mapping[str, Any]) -> tuple[LayoutConfig, MegatronConfig]:
+    """The first two settings of a role, which hold these numbers."""
+    own = {field.name for field in fields(LayoutConfig)}
+    others = {name: number for name, number in numbers.items() if name not in own}
+    return LayoutConfig(**{name: number for name, number in numbers.items() if name in own}), MegatronConfig(**others)
 
 
 def random_qwen3(path: Path, num_layers: int = 2, experts: int = 0) -> Path:
@@ -130,12 +140,12 @@ def running(
     from trainer.config import OptimizerConfig
     from trainer.engine import EngineSettings
 
-    layout, optimizer = config.layout, optimizer or OptimizerConfig(lr=1e-2)
-    while len(_FREE) < layout.num_processes:
+    layout, optimizer = (config.layout, config.megatron), optimizer or OptimizerConfig(lr=1e-2)
+    while len(_FREE) < config.layout.num_processes:
         _FREE.append(seat())
-    seats = [_FREE.pop() for _ in range(layout.num_processes)]
+    seats = [_FREE.pop() for _ in range(config.layout.num_processes)]
     try:
-        settings = [EngineSettings(rank, layout, optimizer, str(folder), 0, 1, LIMIT_S) for rank in range(len(seats))]
+        settings = [EngineSettings(rank, *layout, optimizer, str(folder), 0, 1, LIMIT_S) for rank in range(len(seats))]
         ray.get([at.sit.remote(worker, s, config) for at, s in zip(seats, settings, strict=True)], timeout=LIMIT_S)
         group = group_class([Actor(at) for at in seats], config, LIMIT_S)
         group.start(LIMIT_S).result()

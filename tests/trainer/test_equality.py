@@ -8,7 +8,6 @@ after it are the gradient, gathered by the product's own export. Steps after it 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,13 +15,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from roles import batch_of, random_qwen3, random_targets, running, seven_sub_traces
+from roles import batch_of, layout_of, random_qwen3, random_targets, running, seven_sub_traces
 
 from buffer.types import Scores, SubTrace, TokenColumn
 from critic.config import CriticConfig
 from critic.group import CriticGroup
 from critic.worker import CriticWorker
-from trainer.config import LayoutConfig, OptimizerConfig, PolicyConfig, Recompute
+from trainer.config import OptimizerConfig, PolicyConfig, Recompute
 from trainer.engine import MakeEngine, megatron
 from trainer.group import PolicyGroup
 from trainer.policy import PolicyWorker
@@ -32,7 +31,7 @@ pytestmark = pytest.mark.e2e
 
 ADAM = OptimizerConfig(lr=0.1, eps=0.1, max_grad_norm=1.0)
 KINDS = ("dense", "experts")
-ONE = LayoutConfig(max_tokens_per_micro_batch=70)
+ONE: dict[str, Any] = {"max_tokens_per_micro_batch": 70}
 LAYOUTS: dict[str, dict[str, Any]] = {
     # As long as the longest sub-trace; what is computed again is the same, too.
     "unpacked": {"max_tokens_per_micro_batch": 60, "recompute": Recompute.mlp},
@@ -91,8 +90,8 @@ def weights(group: Any) -> dict[str, np.ndarray]:
     return answers[0]
 
 
-def policy(folder: Path, layout: LayoutConfig, traces: list[SubTrace], engine: MakeEngine = megatron) -> Result:
-    config = PolicyConfig(layout, entropy_coef=0.01, kl_coef=0.1)
+def policy(folder: Path, layout: dict[str, Any], traces: list[SubTrace], engine: MakeEngine = megatron) -> Result:
+    config = PolicyConfig(*layout_of(layout), entropy_coef=0.01, kl_coef=0.1)
     batch, ones = batch_of(traces), [np.ones(len(trace.tokens), np.float32) for trace in traces]
     with running(PolicyGroup, partial(PolicyWorker, make_engine=engine), folder, config, ADAM) as group:
         before = group.logprobs(batch).result()
@@ -107,8 +106,8 @@ def policy(folder: Path, layout: LayoutConfig, traces: list[SubTrace], engine: M
         return Result(before, group.logprobs(batch).result(), metrics, seen[0], seen[2])
 
 
-def critic(folder: Path, layout: LayoutConfig, traces: list[SubTrace], engine: MakeEngine = megatron) -> Result:
-    config = CriticConfig(layout, head_init_std=0.1, value_clip=0.2, num_epochs=1, num_minibatches=1)
+def critic(folder: Path, layout: dict[str, Any], traces: list[SubTrace], engine: MakeEngine = megatron) -> Result:
+    config = CriticConfig(*layout_of(layout), head_init_std=0.1, value_clip=0.2, num_epochs=1, num_minibatches=1)
     batch = batch_of(traces)
     with running(CriticGroup, partial(CriticWorker, make_engine=engine), folder, config, ADAM) as group:
         before = group.values(batch).result()
@@ -143,7 +142,7 @@ def test_layout_changes_nothing(
     folders: dict[str, Path],
     traces: list[SubTrace],
 ) -> None:
-    found = ROLES[role](folders[kind], replace(ONE, **LAYOUTS[name]), traces)
+    found = ROLES[role](folders[kind], ONE | LAYOUTS[name], traces)
     assert_same(found, references[role, kind])
 
 
@@ -175,7 +174,7 @@ def test_a_rank_without_any_token_changes_nothing(
     kind: str, name: str, role: str, ray_cluster: None, folders: dict[str, Path], traces: list[SubTrace]
 ) -> None:
     """One sub-trace for two data-parallel ranks: as where all other episodes of an optimizer step have no turn."""
-    layouts = ONE, replace(ONE, **LAYOUTS[name])
+    layouts = ONE, ONE | LAYOUTS[name]
     wanted, found = (ROLES[role](folders[kind], layout, traces[:1]) for layout in layouts)
     assert_close(found.first, wanted.first, 1e-6)
     assert found.metrics[0] == pytest.approx(wanted.metrics[0], rel=1e-5, abs=1e-6)
@@ -217,7 +216,7 @@ def test_policy_is_that_of_transformers(
 
     model = AutoModelForCausalLM.from_pretrained(folders[kind], dtype=torch.float32).eval()
     batch, masks = batch_of(traces), [torch.from_numpy(trace.action_mask[1:]) for trace in traces]
-    with running(PolicyGroup, PolicyWorker, folders[kind], PolicyConfig(ONE), ADAM) as group:
+    with running(PolicyGroup, PolicyWorker, folders[kind], PolicyConfig(*layout_of(ONE)), ADAM) as group:
         before = group.logprobs(batch).result()
         for i, trace in enumerate(traces):
             np.testing.assert_allclose(before[i][1:], logprobs_of(model, trace).detach().numpy(), atol=5e-6)
@@ -242,7 +241,7 @@ def test_critic_is_transformers_with_a_head(
 
     model = AutoModelForCausalLM.from_pretrained(folders[kind], dtype=torch.float32).eval()
     batch, targets = batch_of(traces), random_targets(traces)
-    config = CriticConfig(ONE, head_init_std=0.1, value_clip=0.0, num_epochs=1, num_minibatches=1)
+    config = CriticConfig(*layout_of(ONE), head_init_std=0.1, value_clip=0.0, num_epochs=1, num_minibatches=1)
     with running(CriticGroup, CriticWorker, folders[kind], config, ADAM) as group:
         head = group.actors[0].__ray_call__.remote(lambda worker: worker.engine.models[0].output_layer.state_dict())
         weight, bias = (tensor.requires_grad_() for tensor in ray.get(head, timeout=60).values())

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from roles import batch_of, random_targets, seven_sub_traces
+from roles import batch_of, layout_of, random_targets, seven_sub_traces
 
 import trainer.group
 from buffer.types import Scores, TokenColumn
-from trainer.config import LayoutConfig, PolicyConfig
+from trainer.config import PolicyConfig
 from trainer.group import PolicyGroup, reduced
 from trainer.worker import UpdateResult
 
@@ -26,8 +26,8 @@ def test_a_row_of_ranks_gets_the_columns_of_its_own_sub_traces(monkeypatch: pyte
         return Future()
 
     traces = seven_sub_traces()
-    layout = LayoutConfig(num_processes=4, tensor_parallel=2, max_tokens_per_micro_batch=64)
-    config = PolicyConfig(layout, num_minibatches=2, num_epochs=2)
+    layout = layout_of({"num_processes": 4, "tensor_parallel": 2, "max_tokens_per_micro_batch": 64})
+    config = PolicyConfig(*layout, num_minibatches=2, num_epochs=2)
     rank: Any = SimpleNamespace(update=SimpleNamespace(remote=update))
     group = PolicyGroup([rank] * 4, config, 10.0)
     old = TokenColumn((i, trace.logprobs) for i, trace in enumerate(traces))
@@ -36,7 +36,7 @@ def test_a_row_of_ranks_gets_the_columns_of_its_own_sub_traces(monkeypatch: pyte
     group.update(batch_of(traces), traces, random_targets(traces), Scores(old_logprobs=old), ones, rng)
     assert len(calls) == 4 * config.num_epochs
     for _, rows, grids in calls:
-        assert len(rows) == layout.data_parallel == 2
+        assert len(rows) == config.data_parallel == 2
         for number, columns in enumerate(rows):
             wanted = {index for grid in grids for micro in grid[number] for index in micro}
             assert 0 < len(wanted) < len(traces)

@@ -6,7 +6,6 @@ reads NaN.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,20 +13,20 @@ from typing import Any
 import numpy as np
 import pytest
 from families import random_model
-from roles import batch_of, random_targets, running, seven_sub_traces, write_checkpoint
+from roles import batch_of, layout_of, random_targets, running, seven_sub_traces, write_checkpoint
 
 from buffer.types import Scores, SubTrace
 from critic.config import CriticConfig
 from critic.group import CriticGroup
 from critic.worker import CriticWorker
-from trainer.config import LayoutConfig, PolicyConfig, Recompute
+from trainer.config import PolicyConfig, Recompute
 from trainer.group import PolicyGroup
 from trainer.policy import PolicyWorker
 
 pytestmark = pytest.mark.e2e
 
 BUCKET_SIZE = 2000  # parameters; a layer has 8,000
-ONE = LayoutConfig(max_tokens_per_micro_batch=70)
+ONE: dict[str, Any] = {"max_tokens_per_micro_batch": 70}
 MODELS = {"qwen3, tied": 4, "glm4_moe": 3, "deepseek_v3": 3}  # layers
 CASES: list[tuple[str, dict[str, Any]]] = [
     *((model, {"num_processes": 2}) for model in MODELS),
@@ -107,9 +106,9 @@ def traces() -> list[SubTrace]:
 Result = tuple[list[dict[str, float]], dict[int, Any]]
 
 
-def critic(worker: type, folder: Path, layout: LayoutConfig, traces: list[SubTrace], scratch: Path) -> Result:
+def critic(worker: type, folder: Path, layout: dict[str, Any], traces: list[SubTrace], scratch: Path) -> Result:
     """Metrics of two updates of three optimizer steps each, the values after them, and from a checkpoint."""
-    config = CriticConfig(layout, head_init_std=0.1, num_epochs=1, num_minibatches=3)
+    config = CriticConfig(*layout_of(layout), head_init_std=0.1, num_epochs=1, num_minibatches=3)
     batch = batch_of(traces)
     with running(CriticGroup, worker, folder, config) as group:
         metrics = [group.update(batch, random_targets(traces), np.random.default_rng(i)).result() for i in range(2)]
@@ -118,11 +117,11 @@ def critic(worker: type, folder: Path, layout: LayoutConfig, traces: list[SubTra
         return metrics, group.values(batch).result()
 
 
-def policy(worker: type, folder: Path, layout: LayoutConfig, traces: list[SubTrace], scratch: Path) -> Result:
+def policy(worker: type, folder: Path, layout: dict[str, Any], traces: list[SubTrace], scratch: Path) -> Result:
     """The same of a policy, and its exported weights."""
     from safetensors.numpy import load_file
 
-    config = PolicyConfig(layout, num_minibatches=3, entropy_coef=0.01)
+    config = PolicyConfig(*layout_of(layout), num_minibatches=3, entropy_coef=0.01)
     batch, ones = batch_of(traces), [np.ones(len(trace.tokens), np.float32) for trace in traces]
     with running(PolicyGroup, worker, folder, config) as group:
         scores = Scores(old_logprobs=group.logprobs(batch).result())
@@ -161,7 +160,7 @@ def test_nothing_is_read_before_it_is_there(
     tmp_path: Path,
 ) -> None:
     wanted, after = references[role, model]
-    metrics, found = role(late(ROLES[role]), folders[model], replace(ONE, **layout), traces, tmp_path)
+    metrics, found = role(late(ROLES[role]), folders[model], ONE | layout, traces, tmp_path)
     for mine, theirs in zip(metrics, wanted, strict=True):
         for key in theirs:
             assert mine[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-5), key

@@ -23,7 +23,7 @@ from trainer.engine import (
     learning_rate,
     require_finite_norm,
 )
-from trainer.layout import check_layout
+from trainer.layout import Sizes, check_layout
 from trainer.megatron import cpu
 from trainer.megatron.offload import Residence
 from trainer.models.entries import entries, weight_shapes
@@ -58,11 +58,11 @@ class MegatronEngine:
         """
         s = self.settings
         self.shape = read_shape(Path(s.model_folder))
-        check_layout(self.shape, s.layout)
-        model.start_process(s.rank, s.layout, master, port, s.seed, s.timeout_s, s.threads)
+        check_layout(self.shape, Sizes.of(s.layout.num_processes, s.megatron))
+        model.start_process(s, master, port)
         self.share = self._share()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.chunks: list[Any] = model.build_models(self.shape, s.layout, self._output_layer(), s.options)
+        self.chunks: list[Any] = model.build_models(self.shape, s.layout, s.megatron, self._output_layer(), s.options)
         self._read_weights()
         self.run_schedule = get_forward_backward_func()
         if s.frozen:
@@ -78,13 +78,13 @@ class MegatronEngine:
         self.residence = Residence(s.layout.offload, self.chunks, self.optimizer)
 
     def _share(self) -> RankShare:
-        layout = self.settings.layout
+        config = self.settings.megatron
         return RankShare(
             parallel_state.get_data_parallel_rank(),
-            length_multiples(layout.tensor_parallel, layout.sequence_parallel, layout.context_parallel),
-            (layout.context_parallel, parallel_state.get_context_parallel_rank()),
+            length_multiples(config.tensor_parallel, config.sequence_parallel, config.context_parallel),
+            (config.context_parallel, parallel_state.get_context_parallel_rank()),
             # With virtual stages micro-batches are processed in groups as large as the pipeline.
-            layout.pipeline_parallel if layout.virtual_stages > 1 else 1,
+            config.pipeline_parallel if config.virtual_stages > 1 else 1,
         )
 
     def _output_layer(self) -> Callable[[Any], ValueHead] | None:

@@ -13,8 +13,10 @@ from torch import distributed as dist
 from torch.nn import functional as F
 
 from trainer.config import LayoutConfig, Precision, Recompute
+from trainer.engine import EngineSettings
 from trainer.layout import chunks_of
 from trainer.megatron import cpu
+from trainer.megatron.config import MegatronConfig
 
 cpu.enable()
 
@@ -40,32 +42,32 @@ _RECOMPUTE: dict[Recompute, dict[str, Any]] = {
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
 
 
-def start_process(
-    rank: int, layout: LayoutConfig, master: str, port: int, seed: int, timeout_s: float, threads: int
-) -> None:
+def start_process(settings: EngineSettings, master: str, port: int) -> None:
     """Join the role's process group and create megatron's parallel groups."""
+    s, megatron = settings, settings.megatron
     cuda = torch.cuda.is_available()
     if not cuda:
-        torch.set_num_threads(threads)
-    os.environ.update(MASTER_ADDR=master, MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(layout.num_processes))
+        torch.set_num_threads(s.threads)
+    num_processes = s.layout.num_processes
+    os.environ.update(MASTER_ADDR=master, MASTER_PORT=str(port), RANK=str(s.rank), WORLD_SIZE=str(num_processes))
     # SGLang sets the same in its engines; if the two ends of a broadcast differ, NCCL fails with "invalid argument".
     os.environ.setdefault("NCCL_CUMEM_ENABLE", "0")
     dist.init_process_group(
         "nccl" if cuda else "gloo",
-        rank=rank,
-        world_size=layout.num_processes,
-        timeout=timedelta(seconds=timeout_s),
+        rank=s.rank,
+        world_size=num_processes,
+        timeout=timedelta(seconds=s.timeout_s),
     )
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=layout.tensor_parallel,
-        pipeline_model_parallel_size=layout.pipeline_parallel,
-        virtual_pipeline_model_parallel_size=_virtual(layout),
-        context_parallel_size=layout.context_parallel,
-        expert_model_parallel_size=layout.expert_parallel,
-        expert_tensor_parallel_size=layout.expert_tensor_parallel,
-        distributed_timeout_minutes=math.ceil(timeout_s / 60),
+        tensor_model_parallel_size=megatron.tensor_parallel,
+        pipeline_model_parallel_size=megatron.pipeline_parallel,
+        virtual_pipeline_model_parallel_size=_virtual(megatron),
+        context_parallel_size=megatron.context_parallel,
+        expert_model_parallel_size=megatron.expert_parallel,
+        expert_tensor_parallel_size=megatron.expert_tensor_parallel,
+        distributed_timeout_minutes=math.ceil(s.timeout_s / 60),
     )
-    tensor_parallel.random.model_parallel_cuda_manual_seed(seed)
+    tensor_parallel.random.model_parallel_cuda_manual_seed(s.seed)
 
 
 def leave_process() -> None:
@@ -74,12 +76,12 @@ def leave_process() -> None:
     dist.destroy_process_group()
 
 
-def _virtual(layout: LayoutConfig) -> int | None:
-    return layout.virtual_stages if layout.virtual_stages > 1 else None
+def _virtual(megatron: MegatronConfig) -> int | None:
+    return megatron.virtual_stages if megatron.virtual_stages > 1 else None
 
 
 def transformer_config(
-    shape: ModelShape, layout: LayoutConfig, options: Mapping[str, Any] | None = None
+    shape: ModelShape, layout: LayoutConfig, megatron: MegatronConfig, options: Mapping[str, Any] | None = None
 ) -> TransformerConfig:
     """Return Megatron's configuration. `options`: further fields of it. TypeError: a field that is set here already."""
     dtype = DTYPES[layout.precision]
@@ -91,18 +93,18 @@ def transformer_config(
         add_bias_linear=False,
         attention_dropout=0.0,
         hidden_dropout=0.0,
-        tensor_model_parallel_size=layout.tensor_parallel,
-        sequence_parallel=layout.sequence_parallel,
-        pipeline_model_parallel_size=layout.pipeline_parallel,
-        virtual_pipeline_model_parallel_size=_virtual(layout),
-        pipeline_model_parallel_layout=_pipeline(shape, layout),
-        context_parallel_size=layout.context_parallel,
-        expert_model_parallel_size=layout.expert_parallel,
-        expert_tensor_parallel_size=layout.expert_tensor_parallel,
-        variable_seq_lengths=layout.pipeline_parallel > 1,  # micro-batches differ in length
+        tensor_model_parallel_size=megatron.tensor_parallel,
+        sequence_parallel=megatron.sequence_parallel,
+        pipeline_model_parallel_size=megatron.pipeline_parallel,
+        virtual_pipeline_model_parallel_size=_virtual(megatron),
+        pipeline_model_parallel_layout=_pipeline(shape, megatron),
+        context_parallel_size=megatron.context_parallel,
+        expert_model_parallel_size=megatron.expert_parallel,
+        expert_tensor_parallel_size=megatron.expert_tensor_parallel,
+        variable_seq_lengths=megatron.pipeline_parallel > 1,  # micro-batches differ in length
         # With virtual stages the other communication mode silently trains on wrong values.
-        overlap_p2p_comm=layout.virtual_stages > 1,
-        batch_p2p_comm=layout.virtual_stages == 1,
+        overlap_p2p_comm=megatron.virtual_stages > 1,
+        batch_p2p_comm=megatron.virtual_stages == 1,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=layout.precision is Precision.bf16,
@@ -123,11 +125,11 @@ def transformer_config(
     return found
 
 
-def _pipeline(shape: ModelShape, layout: LayoutConfig) -> list[list[str]] | None:
+def _pipeline(shape: ModelShape, megatron: MegatronConfig) -> list[list[str]] | None:
     """Return Megatron's description of the chunks, which it needs when the layers do not divide evenly."""
-    if layout.pipeline_parallel == 1:
+    if megatron.pipeline_parallel == 1:
         return None
-    chunks = chunks_of(shape.num_layers, layout.pipeline_parallel, layout.virtual_stages)
+    chunks = chunks_of(shape.num_layers, megatron.pipeline_parallel, megatron.virtual_stages)
     found = [["decoder"] * len(layers) for layers in chunks]
     return [["embedding", *found[0]], *found[1:-1], [*found[-1], "loss"]]
 
@@ -169,30 +171,34 @@ class ScoringGPT(GPTModel):
 
 
 def build_models(
-    shape: ModelShape, layout: LayoutConfig, output_layer: Any = None, options: Mapping[str, Any] | None = None
+    shape: ModelShape,
+    layout: LayoutConfig,
+    megatron: MegatronConfig,
+    output_layer: Any = None,
+    options: Mapping[str, Any] | None = None,
 ) -> list[ScoringGPT]:
     """Build this process's chunks, one for each virtual stage, without weights.
 
     `output_layer(config)` replaces the vocabulary projection (a value head). `options`: see `transformer_config`.
     """
-    config = transformer_config(shape, layout, options)
-    return [_build(shape, layout, config, stage, output_layer) for stage in range(layout.virtual_stages)]
+    config = transformer_config(shape, layout, megatron, options)
+    return [_build(shape, megatron, config, stage, output_layer) for stage in range(megatron.virtual_stages)]
 
 
 def _build(
-    shape: ModelShape, layout: LayoutConfig, config: TransformerConfig, stage: int, output_layer: Any
+    shape: ModelShape, megatron: MegatronConfig, config: TransformerConfig, stage: int, output_layer: Any
 ) -> ScoringGPT:
     rank = parallel_state.get_pipeline_model_parallel_rank()
-    chunks = chunks_of(shape.num_layers, layout.pipeline_parallel, layout.virtual_stages)
-    layers = chunks[stage * layout.pipeline_parallel + rank]
+    chunks = chunks_of(shape.num_layers, megatron.pipeline_parallel, megatron.virtual_stages)
+    layers = chunks[stage * megatron.pipeline_parallel + rank]
     last = layers.stop == shape.num_layers
     model = ScoringGPT(
         config,
         block_spec(shape, layers),
         pre_process=layers.start == 0,
         post_process=last,
-        vp_stage=stage if layout.virtual_stages > 1 else None,
-        vocab_size=padded_vocab(shape.vocab, layout.tensor_parallel),
+        vp_stage=stage if megatron.virtual_stages > 1 else None,
+        vocab_size=padded_vocab(shape.vocab, megatron.tensor_parallel),
         max_sequence_length=shape.max_positions,
         position_embedding_type="rope",
         rotary_base=int(shape.rope_base),

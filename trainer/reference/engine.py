@@ -31,6 +31,7 @@ from trainer.engine import (
     learning_rate,
     require_finite_norm,
 )
+from trainer.megatron.config import MegatronConfig
 from trainer.models.entries import entries, weight_shapes
 from trainer.models.families import read_shape
 from trainer.models.files import check_weights, headers
@@ -60,6 +61,8 @@ class TorchEngine:
             raise ValueError(
                 f"num_processes, precision, recompute, offload are {asked}; this engine has only 1, fp32, none, none"
             )
+        if settings.megatron != MegatronConfig():
+            raise ValueError(f"{settings.megatron}: this engine has only Megatron's defaults, one process")
         self.settings = settings
         self.head = head
         self.freeze = freeze

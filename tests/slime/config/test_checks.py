@@ -47,8 +47,8 @@ GPU_PINNED = [
     *GPU,
     "buffer.episodes_per_step=128",
     "rollout.compaction.context_tokens=32768",
-    *("policy.layout.num_processes=4", "policy.layout.tensor_parallel=2"),
-    *("critic.layout.num_processes=2", "critic.layout.tensor_parallel=2"),
+    *("policy.layout.num_processes=4", "policy.megatron.tensor_parallel=2"),
+    *("critic.layout.num_processes=2", "critic.megatron.tensor_parallel=2"),
     *("rollout.engine.num_engines=2", "rollout.engine.tensor_parallel=1", "cluster.gpus_per_node=8"),
 ]
 
@@ -110,10 +110,10 @@ def refusal(*arguments: str) -> str:
         ("policy.optimizer.decay_steps=5 policy.optimizer.warmup_steps=5", ["decay_steps=5", "at least 6"]),
         ("policy.layout.precision=bf16", ["policy.layout.precision=bf16", "40 times slower", "fp32"]),
         ("critic.layout.precision=bf16", ["critic.layout.precision=bf16"]),
-        ("policy.layout.sequence_parallel=true", ["policy.layout: sequence_parallel=true", "at least 2"]),
+        ("policy.megatron.sequence_parallel=true", ["policy.megatron: sequence_parallel=true", "at least 2"]),
         (
-            "critic.layout.num_processes=3 critic.layout.tensor_parallel=2",
-            ["critic.layout: num_processes=3", "nearest that works is num_processes=4"],
+            "critic.layout.num_processes=3 critic.megatron.tensor_parallel=2",
+            ["critic.megatron: layout.num_processes=3", "nearest that works is layout.num_processes=4"],
         ),
     ],
 )
@@ -209,17 +209,17 @@ def test_a_warm_start_needs_no_gpus_for_a_critic_or_engines() -> None:
     ("shape", "arguments", "parts"),
     [
         ({"max_position_embeddings": 16384}, [], ["context_tokens=32768", "=16384", "use at most 16384"]),
-        ({"num_attention_heads": 25}, [], ["policy.layout: tensor_parallel=2", "=25", "works is tensor_parallel=1"]),
-        ({"num_key_value_heads": 1}, [], ["policy.layout: tensor_parallel=2", "num_key_value_heads=1"]),
+        ({"num_attention_heads": 25}, [], ["policy.megatron: tensor_parallel=2", "=25", "works is tensor_parallel=1"]),
+        ({"num_key_value_heads": 1}, [], ["policy.megatron: tensor_parallel=2", "num_key_value_heads=1"]),
         (
             {},
             [
-                "critic.layout.tensor_parallel=1",
-                "critic.layout.sequence_parallel=false",
-                "critic.layout.pipeline_parallel=2",
-                "critic.layout.virtual_stages=19",
+                "critic.megatron.tensor_parallel=1",
+                "critic.megatron.sequence_parallel=false",
+                "critic.megatron.pipeline_parallel=2",
+                "critic.megatron.virtual_stages=19",
             ],
-            ["critic.layout: pipeline_parallel*virtual_stages=2*19", "num_hidden_layers=36", "virtual_stages=18"],
+            ["critic.megatron: pipeline_parallel*virtual_stages=2*19", "num_hidden_layers=36", "virtual_stages=18"],
         ),
         ({"model_type": "mamba"}, [], ["config.json", "'mamba' is not supported"]),
         (
@@ -239,10 +239,10 @@ def test_the_model_must_fit_the_layout(
 
 
 def test_a_model_that_the_task_makes_must_fit_the_layout_too(tmp_path: Path) -> None:
-    four = ["critic.layout.num_processes=4", "critic.layout.pipeline_parallel=4"]
+    four = ["critic.layout.num_processes=4", "critic.megatron.pipeline_parallel=4"]
     config = load([PPO, f"cache_dir={tmp_path}", *four]).config  # nothing is known of the model yet
     with pytest.raises(
-        ConfigError, match=r"critic\.layout: pipeline_parallel.*num_hidden_layers=3.*pipeline_parallel=2"
+        ConfigError, match=r"critic\.megatron: pipeline_parallel.*num_hidden_layers=3.*pipeline_parallel=2"
     ):
         first_model(config, make_task(config), None)
 

@@ -114,7 +114,7 @@ def test_a_warm_start_reads_these_settings_and_no_others() -> None:
     )
     model = below("model.path", "model.template")
     rollout = below("rollout.num_workers", "rollout.max_turns", "rollout.max_turn_tokens", "rollout.compaction")
-    policy = below("policy.layout", "policy.optimizer", "policy.engine")
+    policy = below("policy.layout", "policy.megatron", "policy.optimizer", "policy.engine")
     tracking = {"tracking.wandb", "tracking.project"}
     every = (common | model | rollout | policy | tracking | below("rollout.sandbox")) - {"cluster.name"}
     assert read_by(SFT, *GPU) == every

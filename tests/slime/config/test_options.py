@@ -108,7 +108,7 @@ WINDOW = [
         ("moe_router_dtype=fp3", "refuses it: Input should be 'fp32' or 'fp64'"),
         ("init_method=x", "refuses it: Input should be callable"),
         ("bf16=true", "a run sets this itself: use {role}.layout.precision"),
-        ("tensor_model_parallel_size=2", "a run sets this itself: use {role}.layout.tensor_parallel"),
+        ("tensor_model_parallel_size=2", "a run sets this itself: use {role}.megatron.tensor_parallel"),
         ("hidden_size=64", "a run sets this itself: leave it out"),
         ("num_layers_in_first_pipeline_stage=1", "refuses them: "),
     ],
@@ -131,12 +131,13 @@ def test_options_are_in_the_configuration_and_in_the_report(model: str) -> None:
 @pytest.mark.usefixtures("process")
 def test_options_reach_megatrons_model(model: str) -> None:
     from trainer.config import LayoutConfig
+    from trainer.megatron.config import MegatronConfig
     from trainer.megatron.model import build_models
     from trainer.models.families import read_shape
 
     shape = read_shape(Path(model.partition("=")[2]))
-    plain = build_models(shape, LayoutConfig())[0].config
-    given = build_models(shape, LayoutConfig(), options={"init_method_std": 0.5})[0].config
+    plain = build_models(shape, LayoutConfig(), MegatronConfig())[0].config
+    given = build_models(shape, LayoutConfig(), MegatronConfig(), options={"init_method_std": 0.5})[0].config
     assert (plain.init_method_std, given.init_method_std) == (0.02, 0.5)
 
 

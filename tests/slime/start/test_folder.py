@@ -49,7 +49,7 @@ def test_what_each_value_of_resume_does(tmp_path: Path) -> None:
 
 def test_settings_of_no_consequence_may_change(tmp_path: Path) -> None:
     run_dir = checkpointed(tmp_path)
-    layout = ["policy.layout.num_processes=2", "critic.layout.num_processes=2", "critic.layout.tensor_parallel=2"]
+    layout = ["policy.layout.num_processes=2", "critic.layout.num_processes=2", "critic.megatron.tensor_parallel=2"]
     config = config_of(tmp_path, "steps=99", "eval.every=3", "tracking.wandb=false", "resume=must", *layout)
     assert open_run(config) == (run_dir, 4)
     assert resume_notes(config, run_dir) == []

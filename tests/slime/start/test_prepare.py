@@ -67,10 +67,10 @@ def told(capsys: pytest.CaptureFixture[str], cache: Path, *arguments: str) -> st
     ("arguments", "parts"),
     [
         (
-            ["policy.layout.num_processes=3", "policy.layout.tensor_parallel=3"],
-            ["policy.layout: tensor_parallel=3", "num_attention_heads=4", "nearest that works"],
+            ["policy.layout.num_processes=3", "policy.megatron.tensor_parallel=3"],
+            ["policy.megatron: tensor_parallel=3", "num_attention_heads=4", "nearest that works"],
         ),
-        (["critic.layout.num_processes=4", "critic.layout.pipeline_parallel=4"], ["critic.layout", "_layers=3"]),
+        (["critic.layout.num_processes=4", "critic.megatron.pipeline_parallel=4"], ["critic.megatron", "_layers=3"]),
         (["rollout.engine.tensor_parallel=3"], ["rollout.engine.tensor_parallel=3", "the nearest that works is 2"]),
         (
             ["rollout.compaction.context_tokens=1000", "model.start="],

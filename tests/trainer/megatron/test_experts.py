@@ -10,6 +10,7 @@ import torch
 from families import random_model
 
 from trainer.config import LayoutConfig, Precision
+from trainer.megatron.config import MegatronConfig
 from trainer.megatron.model import build_models
 from trainer.megatron.modules import experts
 from trainer.megatron.modules.experts import GroupedExperts, GroupedProduct, grouped_product_takes
@@ -25,7 +26,7 @@ def module(request: pytest.FixtureRequest, process: None, tmp_path_factory: pyte
     if request.param is Precision.bf16:  # rows of 20 numbers are no multiple of 16 bytes there
         text = (folder / "config.json").read_text()
         (folder / "config.json").write_text(text.replace('"moe_intermediate_size": 20', '"moe_intermediate_size": 24'))
-    chunk: Any = build_models(read_shape(folder), LayoutConfig(precision=request.param))[0]
+    chunk: Any = build_models(read_shape(folder), LayoutConfig(precision=request.param), MegatronConfig())[0]
     found = chunk.decoder.layers[1].mlp.experts
     assert isinstance(found, GroupedExperts), "the trainer's models are not built with it"
     generator = torch.Generator().manual_seed(0)

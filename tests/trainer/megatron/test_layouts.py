@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from roles import sub_trace
+from roles import layout_of, sub_trace
 from torch.nn import functional as F
 
 from trainer.batching import MicroBatch, Packing, length_multiples, micro_batch, per_sub_trace
-from trainer.config import LayoutConfig, Loss, PolicyConfig
+from trainer.config import Loss, PolicyConfig, RoleConfig
 from trainer.layout import check_layout, chunks_of, pipeline_rank_of
 from trainer.megatron.hf import _own_part
 from trainer.megatron.modules.attention import PackedSequences
@@ -29,16 +29,16 @@ EXPERTS = MoeShape(experts=128, top_k=8, ffn=768, layers=(True,) * 48)
 SPARSE = replace(DENSE, num_layers=48, kv_heads=4, moe=EXPERTS)
 
 
-def layout(**numbers: Any) -> LayoutConfig:
-    return LayoutConfig(**{"num_processes": 8} | numbers)
+def layout(**numbers: Any) -> RoleConfig:
+    return RoleConfig(*layout_of({"num_processes": 8} | numbers))
 
 
-def cured(numbers: dict[str, Any], message: str) -> LayoutConfig:
+def cured(numbers: dict[str, Any], message: str) -> RoleConfig:
     """The layout that a refusal names; constructing it is refused when it does not work."""
     named = re.search(r": the nearest that works is ([^:]*)$", message)
     assert named is not None, message
     pairs = (part.split("=") for part in named[1].split(", "))
-    return layout(**numbers | {key: json.loads(text) for key, text in pairs})
+    return layout(**numbers | {key.removeprefix("layout."): json.loads(text) for key, text in pairs})
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def cured(numbers: dict[str, Any], message: str) -> LayoutConfig:
     [
         ({"num_processes": 0}, ["num_processes=0", "works is num_processes=1"]),
         ({"expert_parallel": 0, "virtual_stages": -1}, ["virtual_stages=-1, expert_parallel=0"]),
-        ({"num_processes": 3, "tensor_parallel": 2}, ["num_processes=3", "=2*1*1", "works is num_processes=4"]),
+        ({"num_processes": 3, "tensor_parallel": 2}, ["num_processes=3", "=2*1*1", "works is layout.num_processes=4"]),
         (
             {"tensor_parallel": 2, "pipeline_parallel": 2, "context_parallel": 3},
             ["num_processes=8", "=2*2*3", "works is context_parallel=2"],
@@ -100,10 +100,10 @@ def test_a_layout_that_works_for_no_model(numbers: dict[str, Any], parts: list[s
 )
 def test_a_layout_that_does_not_work_for_a_model(shape: ModelShape, numbers: dict[str, Any], parts: list[str]) -> None:
     with pytest.raises(ValueError, match="nearest") as caught:
-        check_layout(shape, layout(**numbers))
+        check_layout(shape, layout(**numbers).sizes())
     for part in parts:
         assert part in str(caught.value)
-    check_layout(shape, cured(numbers, str(caught.value)))
+    check_layout(shape, cured(numbers, str(caught.value)).sizes())
 
 
 def test_layouts_that_work() -> None:
@@ -113,14 +113,16 @@ def test_layouts_that_work() -> None:
         {"context_parallel": 8},
         {"tensor_parallel": 2, "pipeline_parallel": 2, "context_parallel": 2},
     ):
-        check_layout(DENSE, layout(**numbers))
+        check_layout(DENSE, layout(**numbers).sizes())
     assert layout(tensor_parallel=2, context_parallel=2).data_parallel == 2
-    check_layout(SPARSE, layout(tensor_parallel=2, sequence_parallel=True, pipeline_parallel=2, expert_parallel=4))
+    of_experts = layout(tensor_parallel=2, sequence_parallel=True, pipeline_parallel=2, expert_parallel=4)
+    check_layout(SPARSE, of_experts.sizes())
+    assert (of_experts.row_size, of_experts.data_parallel, of_experts.megatron.expert_tensor_parallel) == (4, 2, 1)
 
 
 def test_losses_of_whole_sequences_refuse_context_parallelism() -> None:
     with pytest.raises(ValueError, match="context_parallel=2 cuts them"):
-        PolicyConfig(layout(context_parallel=2), loss=Loss("gspo"))
+        PolicyConfig(*layout_of({"num_processes": 8, "context_parallel": 2}), loss=Loss("gspo"))
 
 
 @pytest.mark.parametrize(

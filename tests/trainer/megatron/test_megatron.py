@@ -5,30 +5,39 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from roles import batch_of, on_ranks, random_qwen3, random_targets, running, seven_sub_traces, write_checkpoint
+from roles import (
+    batch_of,
+    layout_of,
+    on_ranks,
+    random_qwen3,
+    random_targets,
+    running,
+    seven_sub_traces,
+    write_checkpoint,
+)
 
 from buffer.types import Scores, SubTrace, TokenColumn
 from critic.config import CriticConfig
 from critic.group import CriticGroup
 from critic.worker import CriticWorker
-from trainer.config import LayoutConfig, LossNorm, PolicyConfig
+from trainer.config import LossNorm, PolicyConfig
 from trainer.group import PolicyGroup
 from trainer.policy import PolicyWorker
 
 LIMIT_S = 300.0
-LAYOUTS = {
-    "one process": LayoutConfig(max_tokens_per_micro_batch=160),
-    "TP2": LayoutConfig(num_processes=2, tensor_parallel=2, max_tokens_per_micro_batch=160),
-    "TP2+SP": LayoutConfig(num_processes=2, tensor_parallel=2, sequence_parallel=True, max_tokens_per_micro_batch=160),
-    "DP2": LayoutConfig(num_processes=2, max_tokens_per_micro_batch=160),
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "one process": {},
+    "TP2": {"num_processes": 2, "tensor_parallel": 2},
+    "TP2+SP": {"num_processes": 2, "tensor_parallel": 2, "sequence_parallel": True},
+    "DP2": {"num_processes": 2},
 }
+MICRO = {"max_tokens_per_micro_batch": 160}
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +51,9 @@ def traces() -> list[SubTrace]:
     return seven_sub_traces()
 
 
-def policy(folder: Path, layout: LayoutConfig, norm: LossNorm = LossNorm.token) -> Any:
-    config = PolicyConfig(layout, loss_norm=norm, num_minibatches=2, num_epochs=2, entropy_coef=0.01, kl_coef=0.1)
+def policy(folder: Path, layout: dict[str, Any], norm: LossNorm = LossNorm.token) -> Any:
+    groups = layout_of(MICRO | layout)
+    config = PolicyConfig(*groups, loss_norm=norm, num_minibatches=2, num_epochs=2, entropy_coef=0.01, kl_coef=0.1)
     return running(PolicyGroup, PolicyWorker, folder, config)
 
 
@@ -101,8 +111,10 @@ def test_critic_layouts_agree_and_checkpoints_resume_in_another(
 ) -> None:
     batch, targets = batch_of(traces), random_targets(traces)
 
-    def critic(layout: LayoutConfig) -> Any:
-        config = CriticConfig(layout, head_init_std=0.1, num_epochs=2, num_minibatches=2, value_clip=0.2)
+    def critic(layout: dict[str, Any]) -> Any:
+        config = CriticConfig(
+            *layout_of(MICRO | layout), head_init_std=0.1, num_epochs=2, num_minibatches=2, value_clip=0.2
+        )
         return running(CriticGroup, CriticWorker, folder, config)
 
     with critic(LAYOUTS["one process"]) as group:
@@ -132,7 +144,7 @@ def test_a_process_keeps_nothing_of_a_worker_that_has_left(
     folder, threads = random_qwen3(tmp_path / "model", experts=experts), []
     count = lambda worker: len(os.listdir("/proc/self/task"))  # noqa: E731
     for _ in range(3):
-        with policy(folder, replace(LAYOUTS["DP2"], expert_parallel=2 if experts else 1)) as group:
+        with policy(folder, LAYOUTS["DP2"] | {"expert_parallel": 2 if experts else 1}) as group:
             train_policy(group, traces)
             threads.append(sum(on_ranks(group, count)))
     assert threads[1] == pytest.approx(threads[2], abs=20)  # about 100 more, where something is kept

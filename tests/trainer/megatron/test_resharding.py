@@ -17,28 +17,38 @@ import numpy as np
 import pytest
 import ray
 import torch
-from roles import LIMIT_S, batch_of, finish_checkpoint, on_ranks, random_qwen3, running, sub_trace, write_checkpoint
+from roles import (
+    LIMIT_S,
+    batch_of,
+    finish_checkpoint,
+    layout_of,
+    on_ranks,
+    random_qwen3,
+    running,
+    sub_trace,
+    write_checkpoint,
+)
 
 from buffer.types import SubTrace
-from trainer.config import LayoutConfig, PolicyConfig
+from trainer.config import PolicyConfig
 from trainer.group import Pending, PolicyGroup
 from trainer.policy import PolicyWorker
 
 pytestmark = pytest.mark.e2e
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's processes can't import this module
 
-MICRO: dict[str, Any] = {"max_tokens_per_micro_batch": 120}
-ONE = LayoutConfig(**MICRO)
-DENSE = [  # each reads what the one before it has written; the first and the last run are one process
-    LayoutConfig(num_processes=2, tensor_parallel=2, sequence_parallel=True, **MICRO),
-    LayoutConfig(num_processes=2, pipeline_parallel=2, **MICRO),
-    LayoutConfig(num_processes=2, **MICRO),
-    LayoutConfig(num_processes=2, pipeline_parallel=2, virtual_stages=2, **MICRO),
+Layout = dict[str, Any]
+ONE: Layout = {"max_tokens_per_micro_batch": 120}
+DENSE: list[Layout] = [  # each reads what the one before it has written; the first and the last run are one process
+    {"num_processes": 2, "tensor_parallel": 2, "sequence_parallel": True},
+    {"num_processes": 2, "pipeline_parallel": 2},
+    {"num_processes": 2},
+    {"num_processes": 2, "pipeline_parallel": 2, "virtual_stages": 2},
 ]
-EXPERTS = [
-    LayoutConfig(num_processes=2, expert_parallel=2, **MICRO),
-    LayoutConfig(num_processes=2, pipeline_parallel=2, **MICRO),
-    LayoutConfig(num_processes=2, tensor_parallel=2, sequence_parallel=True, **MICRO),
+EXPERTS: list[Layout] = [
+    {"num_processes": 2, "expert_parallel": 2},
+    {"num_processes": 2, "pipeline_parallel": 2},
+    {"num_processes": 2, "tensor_parallel": 2, "sequence_parallel": True},
 ]
 
 
@@ -54,8 +64,8 @@ def traces() -> list[SubTrace]:
     return [sub_trace(rng, length, i) for i, length in enumerate([50, 7, 33, 12, 60, 41])]
 
 
-def role(folder: Path, layout: LayoutConfig) -> Any:
-    return running(PolicyGroup, PolicyWorker, folder, PolicyConfig(layout))
+def role(folder: Path, layout: Layout) -> Any:
+    return running(PolicyGroup, PolicyWorker, folder, PolicyConfig(*layout_of(ONE | layout)))
 
 
 def train(group: Any, traces: list[SubTrace]) -> dict[str, float]:
@@ -76,7 +86,7 @@ def uninterrupted(folder: Path, traces: list[SubTrace], first: Path, steps: int)
 
 @pytest.mark.parametrize(("experts", "layouts"), [(0, DENSE), (4, EXPERTS)], ids=["dense", "experts"])
 def test_a_run_goes_on_in_any_layout(
-    experts: int, layouts: list[LayoutConfig], traces: list[SubTrace], ray_cluster: None, tmp_path: Path, dense: Path
+    experts: int, layouts: list[Layout], traces: list[SubTrace], ray_cluster: None, tmp_path: Path, dense: Path
 ) -> None:
     """Loss and gradient norm of every step are those of a run that was never stopped.
 
@@ -214,7 +224,7 @@ def test_a_rank_that_fails_ends_the_wait_for_the_others_at_once(ray_cluster: Non
             time.sleep(LIMIT_S)  # in a collective with the other
 
     ranks: list[Any] = [ray.remote(Rank).remote() for _ in range(2)]
-    group = PolicyGroup(ranks, PolicyConfig(DENSE[2]), LIMIT_S)
+    group = PolicyGroup(ranks, PolicyConfig(*layout_of(ONE | DENSE[2])), LIMIT_S)
     calls = [rank.save.remote("folder", i == 1) for i, rank in enumerate(ranks)]
     began = time.monotonic()
     with pytest.raises(OSError, match="No space left"):

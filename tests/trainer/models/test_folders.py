@@ -219,11 +219,12 @@ def test_what_is_no_fault_passes(folder: Path, name: str) -> None:
 @pytest.mark.usefixtures("process")
 def test_the_weights_that_are_loaded_are_those_of_the_index(source: Path, folder: Path, name: str) -> None:
     from trainer.megatron import hf
+    from trainer.megatron.config import MegatronConfig
     from trainer.megatron.model import build_models
 
     WHOLE[name][0](folder)
     shape = read_shape(folder)
-    models = build_models(shape, LayoutConfig())
+    models = build_models(shape, LayoutConfig(), MegatronConfig())
     hf.load(models, shape, folder)
     wanted = load_file(source / WEIGHTS)
     found = {name: tensor.detach().numpy() for name, tensor in hf.export(models, shape)}

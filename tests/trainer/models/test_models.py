@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from families import FAMILIES, VOCAB, random_model
-from roles import batch_of, running, sub_trace
+from roles import batch_of, layout_of, running, sub_trace
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -24,6 +24,7 @@ from trainer.batching import Packing
 from trainer.config import LayoutConfig, OptimizerConfig, PolicyConfig, Precision
 from trainer.group import PolicyGroup
 from trainer.megatron import hf
+from trainer.megatron.config import MegatronConfig
 from trainer.megatron.model import build_models
 from trainer.megatron.modules.attention import PackedSequences
 from trainer.megatron.storage import checkpoint, stored
@@ -61,7 +62,7 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 def loaded(folder: Path, precision: Precision = Precision.fp32) -> tuple[ModelShape, Any]:
     shape = read_shape(folder)
-    models = build_models(shape, LayoutConfig(precision=precision))
+    models = build_models(shape, LayoutConfig(precision=precision), MegatronConfig())
     hf.load(models, shape, folder)
     return shape, models[0]
 
@@ -319,24 +320,24 @@ def test_layout_changes_nothing(name: str, ray_cluster: None, tmp_path: Path) ->
     rng = np.random.default_rng(1)
     traces = [sub_trace(rng, length, i) for i, length in enumerate([50, 7, 33, 12, 41])]
 
-    def run(number: int, layout: LayoutConfig) -> tuple[Any, dict[str, torch.Tensor]]:
+    def run(number: int, layout: dict[str, Any]) -> tuple[Any, dict[str, torch.Tensor]]:
         adam = OptimizerConfig(lr=0.1, eps=0.1, max_grad_norm=1.0)
         out = tmp_path / str(number)
-        with running(PolicyGroup, PolicyWorker, folder, PolicyConfig(layout), adam) as group:
+        with running(PolicyGroup, PolicyWorker, folder, PolicyConfig(*layout_of(layout)), adam) as group:
             before = group.logprobs(batch_of(traces)).result()
             grid = group.grid(range(len(traces)), [len(trace.tokens) for trace in traces])
             group.imitate(batch_of(traces), grid).result()
             group.export(out).result()
         return before, load_file(out / "model.safetensors")
 
-    one = LayoutConfig(max_tokens_per_micro_batch=70)
+    one = {"max_tokens_per_micro_batch": 70}
     before, after = run(0, one)
     moved = [
         key for key, tensor in load_file(folder / "model.safetensors").items() if not torch.equal(tensor, after[key])
     ]
     assert len(moved) > 0.9 * len(after) - 10
     for i, layout in enumerate([layout for family, layout in SPREAD if family == name]):
-        found, weights = run(i + 1, replace(one, **LAYOUTS[layout]))
+        found, weights = run(i + 1, one | LAYOUTS[layout])
         for j, wanted in before.items():
             np.testing.assert_allclose(found[j], wanted, atol=1e-5, err_msg=layout)
         for key, wanted in after.items():

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from roles import LIMIT_S, batch_of, random_qwen3, running, seven_sub_traces, sub_trace
+from roles import LIMIT_S, batch_of, layout_of, random_qwen3, running, seven_sub_traces, sub_trace
 from test_engine import CONFIG
 from test_equality import ADAM, LAYOUTS, ONE
 
@@ -86,7 +86,7 @@ def test_engines_hold_what_was_trained(served: tuple[Kind, Path, EngineGroup], r
     prompts = [rng.integers(0, VOCAB, size).tolist() for size in (3, 40, 17, 50)]
     batch = batch_of(seven_sub_traces())
     for name in kind.layouts:
-        with running(PolicyGroup, PolicyWorker, folder, PolicyConfig(replace(ONE, **LAYOUTS[name])), ADAM) as policy:
+        with running(PolicyGroup, PolicyWorker, folder, PolicyConfig(*layout_of(ONE | LAYOUTS[name])), ADAM) as policy:
             weights = Weights(policy, engines, "gloo", LIMIT_S)
             weights.connect()
             policy.imitate(batch, policy.grid(range(7), [item.num_tokens for item in batch.items])).result()

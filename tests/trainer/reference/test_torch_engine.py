@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from roles import random_qwen3, random_targets, seven_sub_traces
+from roles import layout_of, random_qwen3, random_targets, seven_sub_traces
 from safetensors.torch import load_file
 
 from critic.config import CriticConfig
 from critic.worker import CriticWorker
-from trainer.config import LayoutConfig, OptimizerConfig, PolicyConfig, Precision
+from trainer.config import OptimizerConfig, PolicyConfig, Precision
 from trainer.engine import EngineSettings
 from trainer.policy import PolicyWorker
 from trainer.reference.engine import TorchEngine
@@ -27,8 +28,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return random_qwen3(tmp_path_factory.mktemp("model") / "qwen3")
 
 
-def settings(folder: Path, layout: LayoutConfig | None = None) -> EngineSettings:
-    return EngineSettings(0, layout or LayoutConfig(), OptimizerConfig(lr=1e-2), str(folder), 0, 1, 60.0)
+def settings(folder: Path, **numbers: Any) -> EngineSettings:
+    return EngineSettings(0, *layout_of(numbers), OptimizerConfig(lr=1e-2), str(folder), 0, 1, 60.0)
 
 
 def critic(folder: Path, freeze: list[str]) -> CriticWorker:
@@ -75,9 +76,12 @@ def test_an_exported_folder_is_the_source_bit_for_bit(folder: Path, tmp_path: Pa
 
 
 def test_what_it_can_not_do_is_refused(folder: Path, tmp_path: Path) -> None:
-    for layout in (LayoutConfig(num_processes=2), LayoutConfig(precision=Precision.bf16)):
+    more: tuple[dict[str, Any], ...] = {"num_processes": 2}, {"precision": Precision.bf16}
+    for numbers in more:
         with pytest.raises(ValueError, match="this engine has only 1, fp32, none, none"):
-            TorchEngine(settings(folder, layout))
+            TorchEngine(settings(folder, **numbers))
+    with pytest.raises(ValueError, match=r"tensor_parallel=2.*this engine has only Megatron's defaults"):
+        TorchEngine(settings(folder, tensor_parallel=2))
     with pytest.raises(ValueError, match=r"'\*self_attn\*' matches none"):
         critic(folder, ["*self_attn*"])
     with pytest.raises(ValueError, match=re.escape(f"{tmp_path / 'state.pt'}: can't be read")):
