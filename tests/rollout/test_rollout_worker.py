@@ -9,8 +9,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from test_agent import Player, World, settings_of
-from test_agent import play as play_alone
+from agents import Player, World, settings_of
+from agents import play as play_alone
 
 from buffer.store import Ticket
 from buffer.trace import cut

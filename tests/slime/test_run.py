@@ -192,7 +192,7 @@ def test_only_whole_checkpoints_count(tmp_path: Path) -> None:
         ("task.target=no_python:Task", "invalid syntax (no_python.py, line 1)"),
         ("task.train=ROWS", "rows.jsonl:2: not JSON"),
         ("cache_dir=ROWS", "rows.jsonl can't be written to: Not a directory"),
-        ("runs_dir=ROWS", "rows.jsonl/ppo_coding can't be written to: Not a directory"),
+        ("runs_dir=ROWS", "rows.jsonl can't be written to (Not a directory): choose another runs_dir"),
     ],
 )
 def test_bad_tasks_are_refused_in_one_line(

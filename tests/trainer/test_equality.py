@@ -15,13 +15,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from layouts import ADAM, LAYOUTS, ONE
 from roles import batch_of, layout_of, random_qwen3, random_targets, running, seven_sub_traces
 
 from buffer.types import Scores, SubTrace, TokenColumn
 from critic.config import CriticConfig
 from critic.group import CriticGroup
 from critic.worker import CriticWorker
-from trainer.config import OptimizerConfig, PolicyConfig, Recompute
+from trainer.config import PolicyConfig
 from trainer.engine import MakeEngine, megatron
 from trainer.group import PolicyGroup
 from trainer.policy import PolicyWorker
@@ -29,24 +30,7 @@ from trainer.reference.engine import TorchEngine
 
 pytestmark = pytest.mark.e2e
 
-ADAM = OptimizerConfig(lr=0.1, eps=0.1, max_grad_norm=1.0)
 KINDS = ("dense", "experts")
-ONE: dict[str, Any] = {"max_tokens_per_micro_batch": 70}
-LAYOUTS: dict[str, dict[str, Any]] = {
-    # As long as the longest sub-trace; what is computed again is the same, too.
-    "unpacked": {"max_tokens_per_micro_batch": 60, "recompute": Recompute.mlp},
-    "TP2": {"num_processes": 2, "tensor_parallel": 2},
-    "TP2+SP": {"num_processes": 2, "tensor_parallel": 2, "sequence_parallel": True},
-    "PP2": {"num_processes": 2, "pipeline_parallel": 2},
-    "PP2 of 2 stages": {"num_processes": 2, "pipeline_parallel": 2, "virtual_stages": 2},
-    "CP2": {"num_processes": 2, "context_parallel": 2},
-    "DP2": {"num_processes": 2},
-    "EP2": {"num_processes": 2, "expert_parallel": 2},
-    "TP2+SP x EP2": {"num_processes": 2, "tensor_parallel": 2, "sequence_parallel": True, "expert_parallel": 2},
-    "TP2+SP x PP2": {"num_processes": 4, "tensor_parallel": 2, "sequence_parallel": True, "pipeline_parallel": 2},
-    "TP2+SP x CP2": {"num_processes": 4, "tensor_parallel": 2, "sequence_parallel": True, "context_parallel": 2},
-    "PP2 x EP2": {"num_processes": 4, "pipeline_parallel": 2, "virtual_stages": 2, "expert_parallel": 2},
-}
 
 
 def cases() -> list[Any]:

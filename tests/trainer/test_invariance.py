@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_credit import pair
+from twins import pair
 
 from buffer.types import Batch, Float32, Grid, Scores, SubTrace, SubTraceInfo, SubTraceKind, TokenColumn
 from critic.advantages import advantages

@@ -6,7 +6,7 @@ import asyncio
 from typing import Any
 
 import pytest
-from test_agent import CONTEXT, RESERVE, ROW, STOP, SUMMARY, TINY, TOOL, USER, Player, World, ids, settings_of
+from agents import CONTEXT, RESERVE, ROW, STOP, SUMMARY, TINY, TOOL, USER, Player, World, ids, settings_of
 
 from buffer.tasks import TaskRow
 from buffer.trace import cut

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_agent import TINY, Player, settings_of
+from agents import TINY, Player, settings_of
 
 from buffer.tasks import TaskRow
 from buffer.types import Episode, Status

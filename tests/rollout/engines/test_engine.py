@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pytest
 import torch
+from engines import CONFIG, CONTEXT, VOCAB, make_model, prompts_with_shared_prefixes, reference
 
 from buffer.types import Float32
 from machine.ports import ReservedPort
@@ -38,34 +39,7 @@ from rollout.engines.server import (
 from trainer.publish.broadcast import broadcast, join_update_group, leave_update_group
 
 T = TypeVar("T")
-VOCAB, CONTEXT = 512, 256
-CONFIG = EngineConfig(
-    max_running_requests=64, start_timeout_s=300.0, request_timeout_s=120.0, options={"decode_log_interval": 7}
-)
 LEASH = "rollout.engines.leash"
-
-
-def make_model(folder: Path) -> Any:
-    """A random 0.6M-parameter Qwen3 in `folder`, and the same model in transformers."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        **{"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2},
-        **{"head_dim": 32, "intermediate_size": 320, "vocab_size": VOCAB, "max_position_embeddings": CONTEXT},
-        **{"tie_word_embeddings": True, "bos_token_id": None, "eos_token_id": VOCAB - 1, "initializer_range": 0.08},
-    )
-    model = Qwen3ForCausalLM(config).float().eval()
-    model.save_pretrained(folder)
-    return model
-
-
-def reference(model: Any, prompt: list[int], output: list[int]) -> Float32:
-    """Return transformers' log-probability of each output id, given the prompt and the previous outputs."""
-    with torch.no_grad():
-        logits = model(torch.tensor([prompt + output])).logits[0, len(prompt) - 1 : -1]
-    found = torch.log_softmax(logits, -1).gather(1, torch.tensor(output)[:, None])[:, 0]
-    return found.numpy()
 
 
 @pytest.fixture(scope="module")
@@ -105,17 +79,6 @@ def checksums(weights: dict[str, torch.Tensor]) -> dict[str, str]:
         words = [wholes.get(word, word) for word in name.split(".")]
         fused.setdefault(".".join(words), []).append(weight)
     return {n: hashlib.sha256(torch.cat(parts).numpy().tobytes()).hexdigest()[:16] for n, parts in fused.items()}
-
-
-def prompts_with_shared_prefixes(seed: int) -> list[list[int]]:
-    """Return 60 prompts of 1 to 150 ids; every third begins with the same 40 ids, every fifth repeats another."""
-    rng = np.random.default_rng(seed)
-    shared = rng.integers(0, VOCAB - 1, 40).tolist()
-    prompts: list[list[int]] = []
-    for number in range(60):
-        body = rng.integers(0, VOCAB - 1, rng.integers(1, 111)).tolist()
-        prompts.append(prompts[-5] if number % 5 == 4 and number > 4 else shared * (number % 3 == 0) + body)
-    return prompts
 
 
 # --- fast: pure functions

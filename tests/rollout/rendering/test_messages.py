@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from agents import ROW, Said, World, settings_of
+from agents import byte_tokenizer as plain_tokenizer
 from chat_templates import MARKS, QWEN3, TEMPLATES, chat_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_agent import ROW, Said, World, settings_of
-from test_agent import byte_tokenizer as plain_tokenizer
 
 from buffer.trace import cut
 from buffer.types import Episode, Status, TurnKind

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_engine import CONFIG, CONTEXT, VOCAB, make_model, prompts_with_shared_prefixes, reference
+from engines import CONFIG, CONTEXT, VOCAB, make_model, prompts_with_shared_prefixes, reference
 
 from buffer.types import Bool
 from machine.ports import ReservedPort

@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+from engines import CONFIG
+from layouts import ADAM, LAYOUTS, ONE
 from roles import LIMIT_S, batch_of, layout_of, random_qwen3, running, seven_sub_traces, sub_trace
-from test_engine import CONFIG
-from test_equality import ADAM, LAYOUTS, ONE
 
 from buffer.types import Float32
 from rollout.config import EngineConfig
