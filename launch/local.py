@@ -82,6 +82,8 @@ def join_ray(cluster: ClusterConfig) -> None:
             f"cluster.ray_address={address} can't be joined: {error}; run `ray start` on this machine, "
             "too, and set the same RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH"
         ) from error
+    finally:
+        _retake_sigterm()
 
 
 def _address(address: str) -> str:

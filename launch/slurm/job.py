@@ -5,11 +5,12 @@
     run         `slime train`, which joins that Ray
     end         0: done.  75, a signal, a lost node: the job is put back into the queue.  Else: it has failed
 
-SIGUSR1 (before the time limit) and SIGTERM (preemption) go on to the run, and to no other process of the job.
+SIGUSR1 (before the time limit) and SIGTERM (preemption, by herald.py) go on to the run, and to no other process of it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -97,8 +98,10 @@ class Job:
         for number in (signal.SIGUSR1, signal.SIGTERM):
             signal.signal(number, self._signalled)
         code = 1
+        herald = [*self._step([self._start.node]), sys.executable, "-m", "launch.slurm.herald", str(os.getpid())]
         try:
             try:
+                subprocess.Popen(herald, stdin=subprocess.DEVNULL)
                 address = self._start_ray() if len(self._start.nodes) > 1 else ""
                 code = self._train([*command, f"cluster.ray_address={address}"])
             except SlurmError as error:
@@ -106,6 +109,7 @@ class Job:
             again = self._why_again(code)
         finally:
             end_descendants()
+            self._end_steps()
             token_of(self._folder, self._start.job_id).unlink(missing_ok=True)
         if again and cancelled_file(self._folder, self._start.job_id).exists():
             self._say("the job is cancelled and does not start again")
@@ -170,10 +174,6 @@ class Job:
             file.write(secrets.token_hex(32))
         os.environ.update(ray_environment(token))
         node = [sys.executable, "-m", "launch.slurm.node", str(self._folder), start.node, head, str(self._num_gpus)]
-        count = len(others)
-        # One task, all of the node: a plug-in that binds tasks would leave it a single core.
-        spread = ["srun", "--overlap", "--cpu-bind=none"]
-        spread += [f"--nodes={count}", f"--ntasks={count}", "--ntasks-per-node=1"]
         logs = {name: log_of(self._folder, name, start.job_id) for name in start.nodes}
         seen = {name: log.stat().st_size if log.exists() else 0 for name, log in logs.items()}
 
@@ -183,8 +183,21 @@ class Job:
             self._wait_for_ray(started, {name: (logs[name], seen[name]) for name in names})
 
         begin(node, [start.node])
-        begin([*spread, f"--nodelist={','.join(others)}", *node], others)
+        begin([*self._step(others), *node], others)
         return head
+
+    def _step(self, nodes: Sequence[str]) -> list[str]:
+        """The `srun` of one task a node, which has all of it: one bound by a plug-in would have a single core."""
+        count = len(nodes)
+        where = [f"--nodes={count}", f"--ntasks={count}", "--ntasks-per-node=1", f"--nodelist={','.join(nodes)}"]
+        return ["srun", "--overlap", "--cpu-bind=none", *where]
+
+    def _end_steps(self) -> None:
+        """At once: they do not heed SIGTERM, and Slurm would wait for them."""
+        with contextlib.suppress(SlurmError):  # it ends them itself, later
+            for step in call("squeue", "--steps", "--noheader", "--format=%i", f"--jobs={self._start.job_id}").split():
+                if step.rpartition(".")[2].isdigit():
+                    call("scancel", "--signal=KILL", step)
 
     def _wait_for_ray(self, started: subprocess.Popen[bytes], logs: dict[str, tuple[Path, int]]) -> None:
         """Until each node's log says it, after what was there before."""

@@ -64,7 +64,8 @@ def main(arguments: Sequence[str]) -> None:
     log = os.open(log_of(folder, node, job_id), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, sys.stdout.fileno())
     os.dup2(log, sys.stderr.fileno())
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # for all that is started from here
+    # For all that is started from here: Slurm sends these to whole steps, and the run is still to save its state.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGTERM})
     forget_other_ray()
 
     from launch.local import ray_environment  # reads the environment

@@ -83,7 +83,7 @@ def story(slurm: SlurmCluster, place: Place) -> Story:
     wait(log.exists, "start")
     twice = slime(*command)
     wait(lambda: bool(rows_of(metrics)) and rows_of(metrics)[-1]["step"] >= 1, "step 1")
-    slurm.call("scancel", "--batch", "--signal=USR1", number)  # as before its time limit
+    slurm.call("scancel", "--signal=TERM", number)  # to every process of every step, as a preemption does
     wait(lambda: client.state_of(client.describe(number)) == "PENDING", "requeue")
     waiting, saved = slime("status", str(run_dir))[1], checkpoint.steps(run_dir)
     slurm.call("scontrol", "update", f"jobid={number}", "StartTime=now")
@@ -94,9 +94,10 @@ def story(slurm: SlurmCluster, place: Place) -> Story:
 def test_a_job_saves_before_its_end_and_goes_on(story: Story) -> None:
     (saved,) = story.saved
     assert 1 <= saved < STEPS  # checkpoint.every=10
-    assert f"stopped by SIGUSR1 after step {saved} of {STEPS}; checkpoint of step {saved}" in story.log
-    assert "the run was told to end by SIGUSR1: the job goes back into the queue" in story.log
+    assert f"stopped by SIGTERM after step {saved} of {STEPS}; checkpoint of step {saved}" in story.log
+    assert "the run was told to end by SIGTERM: the job goes back into the queue" in story.log
     assert f"resumed at step {saved}" in story.log
+    assert "*** SIGTERM received" not in story.log  # by Ray, as a crash
     assert [row["step"] for row in rows_of(story.run_dir / "metrics.jsonl")] == list(range(STEPS + 1))
     assert (story.run_dir / "model" / "model.safetensors").is_file()
 

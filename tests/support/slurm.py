@@ -58,6 +58,10 @@ JobRequeue=1
 GresTypes=gpu
 NodeName=node1 NodeHostname={host} NodeAddr=127.0.0.2 Port={ports[1]} CPUs={cpus} RealMemory=8000 Gres=gpu:h100:4
 NodeName=node2 NodeHostname={host} NodeAddr=127.0.0.3 Port={ports[2]} CPUs={cpus} RealMemory=8000 Gres=gpu:h100:4
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=low Nodes=ALL PriorityTier=1 PreemptMode=REQUEUE GraceTime=60 State=UP
+PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF State=UP
 PartitionName=ci Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 GRES = "NodeName=node[1-2] Name=gpu Type=h100 File=/dev/null,/dev/zero,/dev/full,/dev/random\n"
@@ -74,6 +78,8 @@ def unavailable() -> str:
 
 class SlurmCluster:
     """Its nodes are `node1` and `node2`, each with 8 CPUs and four GPUs that are none.
+
+    Jobs of partition `high` preempt those of `low`, a minute after they have told them.
 
     Their addresses are loopbacks other than 127.0.0.1, which Ray takes for any address of the machine.
     """

@@ -55,13 +55,14 @@ def slurm() -> Iterator[SlurmCluster]:
         yield cluster
 
 
-def submit(folder: Path, num_steps: int, run: str = RUN) -> str:
+def submit(folder: Path, num_steps: int, run: str = RUN, partition: str = "ci") -> str:
     folder.mkdir(exist_ok=True)
     (folder / "run.py").write_text(run)
     (folder / "job.py").write_text(JOB)
     command = [sys.executable, str(folder / "job.py"), str(folder), str(num_steps)]
     setup = [f"export PYTHONPATH={ROOT}"]
-    job = BatchJob("test", folder, ROOT, command, 1, 0, 60.0, "10", {"cpus-per-task": "1"}, setup)
+    options = {"cpus-per-task": "1", "partition": partition}
+    job = BatchJob("test", folder, ROOT, command, 1, 0, 60.0, "10", options, setup)
     (folder / "job.sh").write_text(render(job))
     return client.submit(folder / "job.sh")
 
@@ -95,6 +96,24 @@ def test_a_job_that_is_told_to_end_saves_and_starts_again_until_it_is_done(slurm
     for name in ("USR1", "TERM"):
         assert f"the run was told to end by SIG{name}: the job goes back into the queue" in log
     assert client.describe(job_id)["Restarts"] == "2"
+
+
+def test_a_preempted_job_saves_within_its_grace_time_and_starts_again(slurm: SlurmCluster, tmp_path: Path) -> None:
+    """Which is a minute here: what is told at its end comes too late."""
+    job_id = submit(tmp_path, num_steps=1, partition="low")
+    wait(lambda: begun(tmp_path) == "0", "start")
+    wait(lambda: f"{job_id}.0" in slurm.call("squeue", "--steps", "--noheader", "--format=%i"), "herald")
+    (tmp_path / "other.sh").write_text("#!/bin/sh\n")
+    options = ["--parsable", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null"]
+    other = slurm.call("sbatch", *options, str(tmp_path / "other.sh")).strip()
+    wait(lambda: (tmp_path / "checkpoint_1").exists(), "checkpoint")
+    slurm.wait_for(other, "COMPLETED")
+    wait(lambda: slurm.job(job_id)["JobState"] != "COMPLETING", "requeue")
+    slurm.call("scontrol", "update", f"jobid={job_id}", "StartTime=now")
+    slurm.wait_for(job_id, "COMPLETED")
+    log = (tmp_path / f"job_{job_id}.log").read_text()
+    assert "the run was told to end by SIGTERM: the job goes back into the queue" in log
+    assert "start at step 1" in log
 
 
 def test_a_job_whose_node_dies_starts_again(slurm: SlurmCluster, tmp_path: Path) -> None:
