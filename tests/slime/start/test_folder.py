@@ -55,6 +55,18 @@ def test_settings_of_no_consequence_may_change(tmp_path: Path) -> None:
     assert resume_notes(config, run_dir) == []
 
 
+def test_a_run_with_megatrons_settings_in_its_layout_goes_on_in_any(tmp_path: Path) -> None:
+    """As versions wrote it that had them there."""
+    of_then = dump(config_of(tmp_path)).replace("  layout:\n", "  layout:\n    tensor_parallel: 1\n")
+    assert of_then.count("  layout:\n    tensor_parallel: 1\n") == 2
+    folder = tmp_path / "a" / "checkpoints" / "step_000004"
+    folder.mkdir(parents=True)
+    Manifest(4, {}, "/m", of_then).write(folder)
+    config = config_of(tmp_path, "policy.layout.num_processes=2", "policy.megatron.tensor_parallel=2")
+    assert open_run(config) == (tmp_path / "a", 4)
+    assert resume_notes(config, tmp_path / "a") == []
+
+
 def test_changed_settings_are_shown_and_refused_until_they_are_allowed(tmp_path: Path) -> None:
     run_dir = checkpointed(tmp_path)
     changes = ["policy.clip_low=0.1", "policy.optimizer.lr=1e-4", "rollout.max_turns=9"]
