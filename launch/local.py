@@ -108,7 +108,7 @@ def _knock(address: str) -> str:
 
 
 def start_ray(cluster: ClusterConfig) -> None:
-    """Start or join Ray. NodeError: the raylet did not start in `ATTEMPTS` attempts, or see `join_ray`.
+    """Start or join Ray. RuntimeError: the raylet did not start in `ATTEMPTS` attempts. NodeError: see `join_ray`.
 
     Ray has a fixed timeout of 30 s for its raylet, which a loaded machine can miss, so the start is retried.
     """
@@ -141,7 +141,8 @@ def start_ray(cluster: ClusterConfig) -> None:
             ray.shutdown()
             if attempt == ATTEMPTS:
                 stop_ray()
-                raise NodeError(f"Ray did not start in {ATTEMPTS} attempts: {error}") from error
+                # A failure of this start, not a mistake in the request: a launcher may try the same command again.
+                raise RuntimeError(f"Ray did not start in {ATTEMPTS} attempts: {error}") from error
             time.sleep(2.0 * attempt)
         finally:  # also if a signal interrupts the start
             _retake_sigterm()
