@@ -45,8 +45,16 @@ def refusal(*arguments: str) -> str:
         ((PPO,), "policy.kl=k2", "policy.kl_coef=1e-3"),
         ((PPO,), "policy.kl_in=reward", "policy.kl_coef=1e-3"),
         ((PPO,), "policy.correction_bounds=[0.9,1.1]", "policy.correction=icepop"),
-        ((PPO,), "policy.optimizer.final_lr_ratio=0.5", "policy.optimizer.decay_steps=100"),
-        ((PPO,), "critic.optimizer.final_lr_ratio=0.5", "critic.optimizer.decay_steps=100"),
+        (
+            (PPO, "policy.optimizer.decay_steps=0"),
+            "policy.optimizer.final_lr_ratio=0.5",
+            "policy.optimizer.decay_steps=100",
+        ),
+        (
+            (PPO, "critic.optimizer.decay_steps=0"),
+            "critic.optimizer.final_lr_ratio=0.5",
+            "critic.optimizer.decay_steps=100",
+        ),
         ((PPO, "rollout.compaction.max_compactions=0"), "rollout.compaction.keep_steps=1", ""),
         ((PPO, "rollout.compaction.max_compactions=0"), "policy.train_summaries=false", ""),
         ((PPO, "tracking.wandb=false"), "tracking.project=mine", "tracking.wandb=true"),
@@ -131,7 +139,6 @@ def test_on_gpus_everything_but_what_is_switched_off_is_read() -> None:
     switched_off = {
         *("model.name", "cluster.name"),
         *("advantage.lambda_length", "policy.kl", "policy.kl_in", "policy.correction_bounds"),
-        *("policy.optimizer.final_lr_ratio", "critic.optimizer.final_lr_ratio"),
     }
     assert read_by(PPO, *GPU, "model.start=sft_coding") == set(KEYS) - switched_off
     assert read_by(PPO, *GPU) == set(KEYS) - switched_off - below("sft")
