@@ -188,20 +188,23 @@ def test_a_signal_ends_a_run_in_order(
 ) -> None:
     """This also holds if the signal comes twice, as from a terminal, which sends it to a shell and its script."""
     monkeypatch.setattr(supervisor, "TOGETHER_S", LIMIT_S)
-    before = [signal.getsignal(one) for one in supervisor.SIGNALS]
     stopped = []
-    with Failures(tmp_path) as failures:
-        try:
-            with failures.at_once():
-                threading.Timer(0.1, os.kill, (os.getpid(), number)).start()
-                threading.Event().wait(LIMIT_S)
-        finally:
-            os.kill(os.getpid(), number)
-            stopped.append("parts")
+    outside = signal.signal(number, signal.SIG_DFL)  # the tests themselves may run under nohup
+    try:
+        before = [signal.getsignal(one) for one in supervisor.SIGNALS]
+        with Failures(tmp_path) as failures:
+            try:
+                with failures.at_once():
+                    threading.Timer(0.1, os.kill, (os.getpid(), number)).start()
+                    threading.Event().wait(LIMIT_S)
+            finally:
+                os.kill(os.getpid(), number)
+                stopped.append("parts")
+        assert [signal.getsignal(one) for one in supervisor.SIGNALS] == before
+    finally:
+        signal.signal(number, outside)
     assert (failures.exit_code, stopped) == (code, ["parts"])
-    err = capsys.readouterr().err
-    assert err == f"slime: stopped by {number.name} before its first step\n"
-    assert [signal.getsignal(one) for one in supervisor.SIGNALS] == before
+    assert capsys.readouterr().err == f"slime: stopped by {number.name} before its first step\n"
 
 
 def test_ctrl_c_says_where_the_run_stands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
