@@ -39,7 +39,7 @@ class Needs:
 
 
 def ok(check: str, text: str) -> list[Finding]:
-    """Return the one finding of a check that has nothing to complain of."""
+    """Return the finding of a check that found no problem."""
     return [Finding(check, Level.ok, text)]
 
 

@@ -71,4 +71,4 @@ def table(found: Sequence[Finding], columns: int, colors: bool = False) -> str:
         lines += [" " * indent + line for line in rest]
     counts = {name: sum(one.level.value == name for one in found) for name in ("problem", "warning")}
     told = [f"{count} {name}{'s' * (count > 1)}" for name, count in counts.items() if count]
-    return "\n".join([*lines, "", ", ".join(told) or "nothing to complain of"])
+    return "\n".join([*lines, "", ", ".join(told) or "no problems found"])
