@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from slime.cli.common import Refused, say
-from slime.cli.training import Arguments, Recipes, folder_of_recipes
+from slime.cli.training import Arguments, Recipes, checked
 
 if TYPE_CHECKING:
     from launch.kubernetes.pods import KubernetesRun
@@ -46,7 +46,6 @@ def k8s(
     from launch.kubernetes.kubectl import apply as hand_over
     from launch.kubernetes.manifests import as_yaml, manifest, problems
     from launch.kubernetes.pods import KubernetesOptions
-    from slime.config import ConfigError, load, load_start
 
     if apply and dry_run:
         raise Refused("--apply and --dry-run: choose one")
@@ -54,15 +53,10 @@ def k8s(
         raise Refused(f"--retries {retries}: must be a number of at least 0")
     options = KubernetesOptions(image, claim, namespace, queue, priority, wandb_secret, ray_secret, int(retries))
     given = arguments or []
-    try:
-        folder = folder_of_recipes(recipes)
-        loaded = load(given, folder)
-        load_start(loaded, folder)
-    except (ConfigError, ValueError) as error:
-        raise Refused(str(error)) from error
+    config = checked(given, recipes)[0].config  # a missing file may be on the claim
     command = ["slime", "train", *given, *(["--recipes", recipes] if recipes else [])]
-    run = _kubernetes_run(loaded.config, command)
-    if found := [*problems(run, options), *_not_for_pods(loaded.config)]:
+    run = _kubernetes_run(config, command)
+    if found := [*problems(run, options), *_not_for_pods(config)]:
         raise Refused("; ".join(found))
     text = as_yaml(manifest(run, options))
     try:

@@ -71,17 +71,19 @@ def _help(command: str, arguments: list[str], recipes: str | None) -> int:
 
 
 def compose(arguments: list[str], recipes: str | None) -> Config:
-    """Compose and check a configuration for other machines than this one. Refused: see `ConfigError`, or a file is
+    """Compose and check a configuration for other machines than this one. Refused: see `checked`, or a file is
     missing.
     """
-    loaded, absent = _checked(arguments, recipes)[::2]
+    loaded, _, absent = checked(arguments, recipes)
     if absent:
         raise Refused("; ".join(absent))
     return loaded.config
 
 
-def _checked(arguments: list[str], recipes: str | None) -> tuple[Loaded, Config | None, list[str]]:
-    """Compose and check; with the warm start, and with the files that are missing."""
+def checked(arguments: list[str], recipes: str | None) -> tuple[Loaded, Config | None, list[str]]:
+    """Return the checked configuration, that of its warm start, and the files that are missing here. Refused: see
+    `ConfigError`.
+    """
     from slime.config import load, load_start, missing
 
     try:
@@ -97,7 +99,7 @@ def _loaded(arguments: list[str], recipes: str | None, prepares: bool) -> tuple[
     """Compose and check; with the warm start, and with what this machine has against it. `prepares`: as `train` does
     later, make rows and models. Refused: see `ConfigError`.
     """
-    loaded, start, absent = _checked(arguments, recipes)
+    loaded, start, absent = checked(arguments, recipes)
 
     from slime.config import ConfigError
     from slime.start.needs import refusals
