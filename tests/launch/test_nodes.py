@@ -24,6 +24,7 @@ from typing import Any
 
 import psutil
 import pytest
+from processes import every_process
 from runs import START_S, Place, Run, rows_of
 from tree import ROOT
 
@@ -389,7 +390,7 @@ def handshake(url: str, path: str) -> int:
 
 
 def look_at_engine(run_dir: Path) -> Seen:
-    everyone = [(process, process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]
+    everyone = [(process, process.info["cmdline"] or []) for process in every_process(["cmdline"])]
     log = str(run_dir / "logs" / "engine_0.log")
     leash, _ = [  # two processes, one of which follows the other
         process

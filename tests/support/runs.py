@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from processes import every_process
 
 START_S = 900.0  # generous: engines, workers and sandboxes start within a minute on two idle cores
 GONE_S = 120.0
@@ -76,7 +77,7 @@ class Run:
 
         Sandboxes have a clean environment: they are found as children, while their parents live.
         """
-        for process in psutil.process_iter():
+        for process in every_process():
             try:
                 if process.environ().get(MARK) == self.mark:
                     self._known |= {process, *process.children(recursive=True)}

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 
 import psutil
+from processes import every_process
 from tree import ROOT
 
 from machine.ports import ReservedPort
@@ -120,7 +121,7 @@ class SlurmCluster:
     def _steps(self) -> list[psutil.Process]:
         """The jobs' processes and what keeps them, which is a daemon of its own."""
         conf = self.environment["SLURM_CONF"]
-        return [process for process in psutil.process_iter() if _variable(process, "SLURM_CONF") == conf]
+        return [process for process in every_process() if _variable(process, "SLURM_CONF") == conf]
 
     def _start(self) -> None:
         (self.folder / "munge").mkdir(mode=0o700)

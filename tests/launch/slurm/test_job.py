@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from processes import every_process
 from slurm import LIMIT_S, SlurmCluster, unavailable
 from tree import ROOT
 
@@ -80,7 +81,7 @@ def wait(condition: Callable[[], bool], what: str) -> None:
 
 def herald_listens() -> bool:
     """Return whether a herald handles SIGTERM: its interpreter takes a while to start on a busy machine."""
-    for process in psutil.process_iter():
+    for process in every_process():
         with contextlib.suppress(psutil.Error, OSError):
             if "launch.slurm.herald" in process.cmdline() and process.name().startswith("python"):
                 status = Path(f"/proc/{process.pid}/status").read_text()
