@@ -22,9 +22,10 @@ import ray
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]  # compiled, without stubs
 
 from launch.config import ClusterConfig
+from launch.deaths import own_node
 from launch.environment import direct, forget_other_ray
 from launch.nodes import NodeError
-from launch.supervisor import not_by_children, own_node
+from launch.supervisor import not_by_children
 from machine.failures import END_TIMEOUT_S
 
 ATTEMPTS = 3

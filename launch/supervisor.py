@@ -1,7 +1,8 @@
 """Supervision of a run: interrupt it as soon as one of its processes dies or a signal arrives.
 
     with Supervisor(tell) as supervisor:      in the main thread of the driver
-        watch("policy rank 0", actor)         where processes are made
+        watch("policy rank 0", actor)         where processes are made (launch/deaths.py)
+        with supervisor.recoverable():        some deaths wait in `supervisor.deaths` for the loop instead
 
 A thread monitors Ray's own processes, every watched actor and the processes that these actors own. A failure interrupts
 the main thread like Ctrl-C, so it ends every wait: in Ray, in asyncio and in the operating system.
@@ -12,78 +13,25 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import re
 import signal
-import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections import deque
+from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
-from machine.actors import handle
-from machine.failures import end_descendants, ending
-
-if TYPE_CHECKING:
-    from ray import ObjectRef
-    from ray._private.node import Node
-    from ray.actor import ActorHandle
-
-W = TypeVar("W")
+from launch.deaths import KNOCK_TIMEOUT_S, DeathWatch, Effect, ProcessDied, any_watched, forget_all
+from machine.failures import end_descendants
 
 INTERVAL_S = 0.5
 REPEAT_S = 10.0  # an interrupt can be lost where Python ignores exceptions, e.g. in a finalizer
 CLEANUP_S = 180.0  # deadline for an ending run to finish a checkpoint and stop its processes
 TOGETHER_S = 1.0  # a terminal sends Ctrl-C to a shell and to its script: such signals count once
-KNOCK_TIMEOUT_S = 5.0
-MAX_REFUSED = 3  # consecutive refused connections to the head of a joined cluster
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 FROM_LAUNCHERS = (signal.SIGTERM, signal.SIGUSR1)  # time limit or preemption: the run is started again
 TO_BE_CONTINUED = os.EX_TEMPFAIL  # 75: this exit code tells a launcher to start the same command again
 WAKE = signal.SIGURG  # sent by the thread to the main thread; ignored by default, so it is harmless
-HEAD = {"raylet": "Ray's raylet", "gcs_server": "Ray's head (gcs_server)"}
-# Ray reports the exit code of a worker that exits by itself, and writes the signal of a crash to the worker's log.
-EXIT_CODE = re.compile(r"exit code (\d+)")
-CRASHED = re.compile(r"^\*\*\* (SIG[A-Z]+) received", re.MULTILINE)
-
-
-class ProcessDied(RuntimeError):
-    """A process of the run has ended. The message names the process, how it ended and its log."""
-
-    def __init__(self, ending: str, log: Path | str | None) -> None:
-        super().__init__(f"{ending}; log: {log}" if log else ending)
-        self.log = Path(log) if log else None
-
-
-@dataclass(frozen=True)
-class _Watched:
-    name: str
-    ended: ObjectRef[str] | None  # how the actor's own process ended, "" if it was stopped; None: it has no process
-    log: str  # log of the actor's own process
-
-
-_watched: dict[str, _Watched] = {}  # by actor id
-
-
-def watch(
-    name: str, actor: ActorHandle[W] | type[W], ended: ObjectRef[str] | None = None, log: str = ""
-) -> ActorHandle[W]:
-    """Register an actor whose death ends the run, and return it.
-
-    If the actor owns a process, e.g. an engine, the reference `ended` resolves to how that process ended, and `log` is
-    its log.
-    """
-    found = handle(actor)
-    _watched[found._actor_id.hex()] = _Watched(name, ended, log)
-    return found
-
-
-def forget(actors: Sequence[ActorHandle[Any]]) -> None:
-    """Stop watching actors that are about to be stopped."""
-    for actor in actors:
-        _watched.pop(actor._actor_id.hex(), None)
 
 
 def exit_code_of(cause: ProcessDied | signal.Signals | None) -> int:
@@ -134,7 +82,6 @@ class Supervisor:
         self._handlers: dict[signal.Signals, Any] = {}
         self._over = threading.Event()
         self._ending = False
-        self._refused = 0
         self._signalled_s: float | None = None
         self._interrupted_s = 0.0
         self._heed: Callable[[signal.Signals], None] | None = None
@@ -143,14 +90,16 @@ class Supervisor:
         self._cause: ProcessDied | signal.Signals | None = None
         self._timer = threading.Timer(CLEANUP_S, self._give_up)
         self._looking = threading.Lock()
-        self._dead: dict[str, Any] = {}  # dead actors, as reported by Ray's head
+        self._watch = DeathWatch()
+        self._recoverable = False
+        self.deaths: deque[ProcessDied] = deque()  # that the loop has not handled yet; see `recoverable`
 
     def __enter__(self) -> Supervisor:
         if self._active:
             self._handlers = {number: signal.getsignal(number) for number in (*SIGNALS, WAKE)}
             self._take_signals()
             # Two threads: if Ray's head does not answer, the other checks continue.
-            for look in (self._look, self._ask):
+            for look in (self._look, self._watch.ask):
                 threading.Thread(target=self._repeat, args=(look,), name="supervisor", daemon=True).start()
         return self
 
@@ -162,7 +111,7 @@ class Supervisor:
         self.stop_looking()
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        _watched.clear()
+        forget_all()
 
     def _take_signals(self) -> None:
         for number in SIGNALS:
@@ -177,9 +126,13 @@ class Supervisor:
         The wait is needed because an error that the cause leads to may be raised before the cause is detected.
         """
         deadline = time.monotonic() + settle_s
-        while _watched and self._active and self._cause is None and time.monotonic() < deadline:
+        while not self._found and any_watched() and self._active and time.monotonic() < deadline:
             time.sleep(0.05)
-        return self._cause
+        return self._found
+
+    @property
+    def _found(self) -> ProcessDied | signal.Signals | None:
+        return self._cause or next(iter(self.deaths), None)
 
     def stop_looking(self) -> None:
         """Stop the checks before Ray shuts down, when no call of Ray may be running."""
@@ -205,6 +158,19 @@ class Supervisor:
             yield
         finally:
             self._heed, self._asked_until_s = None, math.inf
+
+    @contextlib.contextmanager
+    def recoverable(self) -> Iterator[None]:
+        """Put deaths whose effect is not `Effect.END` into `deaths` during the block, and interrupt nothing.
+
+        The block takes each of them out when it handles it. One that is left is the cause of an error that ends the
+        block.
+        """
+        self._recoverable = True
+        try:
+            yield
+        finally:
+            self._recoverable = False
 
     def _signalled(self, number: int, frame: FrameType | None) -> None:
         now, found = time.monotonic(), signal.Signals(number)
@@ -241,102 +207,18 @@ class Supervisor:
         if self._cause is not None and not self._ending and time.monotonic() > self._interrupted_s + REPEAT_S:
             signal.pthread_kill(self._main, WAKE)
 
-    def _ask(self) -> None:
-        import ray
-        from ray._private import state  # no public call answers without Ray's dashboard
-
-        if ray.is_initialized():
-            job = ray._private.worker.global_worker.current_job_id
-            with contextlib.suppress(ray.exceptions.RayError):
-                self._dead = state.state.actor_table(None, job, "DEAD")
-
     def _death(self) -> ProcessDied | None:
-        """Return the death to report. Ray's own processes come first: if they die, all others die, too."""
-        import ray
-
-        if not ray.is_initialized():
-            return None
-        return self._dead_head() or self._dead_process() or self._dead_actor()
+        """Return a death that ends the run."""
+        while (found := self._watch.look()) is not None:
+            if not self._recoverable or found.effect is Effect.END:
+                return found
+            self.deaths.append(found)
+        return None
 
     def _overdue(self) -> signal.Signals | None:
         """Return the signal that the run did not obey in time."""
         return self.asked if time.monotonic() > self._asked_until_s else None
 
-    def _dead_head(self) -> ProcessDied | None:
-        node = own_node()
-        if node is None:
-            return None
-        for kind, process in node.dead_processes():
-            if kind in HEAD:
-                log = Path(node.get_logs_dir_path()) / f"{kind}.out"
-                return ProcessDied(f"{HEAD[kind]} (pid {process.pid}) {ending(process.returncode)}", log)
-        if node.head:
-            return None
-        self._refused = self._refused + 1 if _refuses(node.gcs_address) else 0
-        if self._refused < MAX_REFUSED:
-            return None
-        return ProcessDied(f"Ray's head (gcs_server) at {node.gcs_address} has ended: it refuses connections", None)
-
-    def _dead_process(self) -> ProcessDied | None:
-        import ray
-
-        by_ref = {one.ended: one for one in list(_watched.values()) if one.ended is not None}
-        ended, _ = ray.wait(list(by_ref), num_returns=len(by_ref), timeout=0) if by_ref else ((), ())
-        for ref in ended:
-            with contextlib.suppress(ray.exceptions.RayError):  # its actor has died
-                if how := ray.get(ref, timeout=INTERVAL_S):
-                    return ProcessDied(f"{by_ref[ref].name} {how}", by_ref[ref].log)
-        return None
-
-    def _dead_actor(self) -> ProcessDied | None:
-        for key, actor in self._dead.items():
-            one = _watched.get(key)
-            if one is None or actor["DeathCause"].HasField("creation_task_failure_context"):
-                continue  # a constructor's error is reported by the code that waits for the actor
-            name = one.name if one.ended is None else f"the process that owns {one.name}"
-            address = actor["Address"]["IPAddress"]
-            log = _log_of(actor["Pid"], address)
-            return ProcessDied(f"{name} (pid {actor['Pid']} on {address}) {_how(actor['DeathCause'], log)}", log)
-        return None
-
     def _give_up(self) -> None:
         end_descendants()
         os._exit(exit_code_of(self.asked or self._cause))
-
-
-def own_node() -> Node | None:
-    """Return what this process has started of Ray, or has joined; None before and after."""
-    import ray
-
-    return ray._private.worker._global_node
-
-
-def _refuses(address: str) -> bool:
-    """Return whether HOST:PORT refuses a connection. No answer counts as False: the network may be slow."""
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), KNOCK_TIMEOUT_S).close()
-    except ConnectionRefusedError:
-        return True
-    except OSError:
-        return False
-    return False
-
-
-def _log_of(pid: int, address: str) -> Path | None:
-    """Return the stderr log of a Ray worker, or None if it ran on another machine."""
-    node = own_node()
-    if node is None or node.node_ip_address != address:
-        return None
-    return next(Path(node.get_logs_dir_path()).glob(f"worker-*-{pid}.err"), None)
-
-
-def _how(cause: Any, log: Path | None) -> str:
-    """Describe how a Ray worker ended."""
-    if cause.HasField("oom_context"):
-        return f"was killed: {' '.join(cause.oom_context.error_message.split())}"
-    if log is not None and (crashed := CRASHED.search(log.read_text(errors="replace"))):
-        return f"crashed by {crashed[1]}"
-    if found := EXIT_CODE.search(cause.actor_died_error_context.error_message):
-        return ending(int(found[1]))
-    return "was killed, e.g. by the out-of-memory killer"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import ray
@@ -43,14 +43,19 @@ class RolloutGroup:
     def _share(self, indices: Sequence[int]) -> list[list[int]]:
         return [list(indices[k :: len(self.workers)]) for k in range(len(self.workers))]
 
-    def evaluate(self, indices: Sequence[int], keep: int) -> list[Played]:
-        """Return held-out episodes, played with training's settings; about `keep` of them include their sub-traces."""
+    def evaluate(self, indices: Sequence[int], keep: int, waiting: Callable[[], None] = lambda: None) -> list[Played]:
+        """Return held-out episodes, played with training's settings; about `keep` of them include their sub-traces.
+
+        Call `waiting` every `POLL_S` until they are played.
+        """
         each = -(-keep // len(self.workers))
         shares = zip(self.workers, self._share(indices), strict=True)
         refs = [call(worker, RolloutWorker.evaluate, share, each) for worker, share in shares]
-        return self.played(refs, "evaluation")
+        return self.played(refs, "evaluation", waiting)
 
-    def played(self, refs: Sequence[ObjectRef[list[Played]]], what: str) -> list[Played]:
+    def played(
+        self, refs: Sequence[ObjectRef[list[Played]]], what: str, waiting: Callable[[], None] = lambda: None
+    ) -> list[Played]:
         """Return the requested episodes; `refs` has one reference per worker. A worker's error is raised at once.
 
         TimeoutError: for `quiet_s`, no worker received an engine's answer or ended an episode.
@@ -61,6 +66,7 @@ class RolloutGroup:
         while late:
             done, late = ray.wait(late, num_returns=len(late), timeout=POLL_S)
             ray.get(done, timeout=60)  # raises a worker's error
+            waiting()
             asked = asked or [call(worker, RolloutWorker.progress) for worker in self.workers]
             if len(ray.wait(asked, num_returns=len(asked), timeout=0)[0]) == len(asked):
                 now, asked = sum(ray.get(asked, timeout=60)), []

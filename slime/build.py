@@ -17,8 +17,8 @@ from critic.estimators import CriticEstimator, EpisodeEstimator, Estimator
 from critic.group import CriticGroup
 from critic.worker import CriticWorker
 from launch.config import Sharing
+from launch.deaths import watch
 from launch.nodes import ProcessOptions
-from launch.supervisor import watch
 from machine.actors import call, handle
 from rollout.engines.group import EngineGroup
 from rollout.engines.server import EngineServer, ServerSettings

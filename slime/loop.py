@@ -79,7 +79,7 @@ def take(config: Config, run: Run, watch: Watch, phase: str = "rollout") -> tupl
     """
 
     def waiting(counts: Counts) -> None:
-        run.rollout.check()
+        run.check()
         run.abandon_if_told()
         watch.rollout(counts)
 
@@ -162,7 +162,7 @@ def observe(done: StepRecord, run: Run, watch: Watch) -> dict[str, float]:
 def evaluate(config: Config, run: Run, watch: Watch, step: int) -> dict[str, float]:
     """Return the held-out pass rate over the episodes with a turn, sampled as in training. Omit it if none has one."""
     with run.clock.phase("eval"):
-        played = run.rollout.evaluate(range(config.eval.num_tasks), config.tracking.sample_episodes)
+        played = run.rollout.evaluate(range(config.eval.num_tasks), config.tracking.sample_episodes, run.check)
     rewards = np.array([one.stats.reward for one in played if one.stats.num_sampled])
     watch.sample_played(step, "eval", [one for one in played if one.sub_traces])
     found = {"eval/num_tasks": float(len(rewards)), "eval/num_without_turn": float(len(played) - len(rewards))}

@@ -19,6 +19,7 @@ from rollout.engines.server import EngineServer
 from rollout.group import RolloutGroup
 from slime.observe.clock import Clock
 from slime.observe.failures import Failures
+from slime.recovery.recovery import Recovery
 from slime.weights import Weights
 from trainer.group import NoReference, PolicyGroup, WorkerGroup
 
@@ -47,6 +48,7 @@ class Run:
     rows: str  # digest of the rows to train on
     clock: Clock = field(default_factory=Clock)  # of the current step
     told_to_end: Callable[[], bool] = lambda: False
+    recovery: Recovery = field(default_factory=Recovery)
 
     @property
     def roles(self) -> list[WorkerGroup]:
@@ -91,6 +93,11 @@ class Run:
         """Raise `Abandoned` if the run was told to end. Call this only before a step changes anything."""
         if self.told_to_end():
             raise Abandoned
+
+    def check(self) -> None:
+        """Raise the error of a rollout worker's loop, and handle the deaths of processes. Call this in every wait."""
+        self.recovery.check()
+        self.rollout.check()
 
     def peak_memory(self) -> dict[str, float]:
         """Return the metric `<role>/peak_memory_gb` of every role that holds a model."""

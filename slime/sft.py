@@ -11,7 +11,7 @@ from typing import NamedTuple
 import ray
 
 from buffer.types import Batch, EpisodeStats, SubTraceInfo
-from launch.supervisor import forget
+from launch.deaths import forget
 from rollout.group import RolloutGroup
 from rollout.worker import Played
 from slime.build import build_policy, build_rollout, list_engines

@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
-from launch.supervisor import ProcessDied, Supervisor, exit_code_of
+from launch.deaths import ProcessDied
+from launch.supervisor import Supervisor, exit_code_of
 from machine.failures import reason
 from slime.observe.standing import Standing, State
 

@@ -87,6 +87,7 @@ VERBS = frozenset(
         "Release",
         "Remove",
         "Report",
+        "Request",
         "Require",
         "Restart",
         "Restore",

@@ -194,7 +194,7 @@ def test_evaluation_plays_the_first_rows_alone(tmp_path: Path, model: Path, caps
 def test_slime_config_shows_them(
     tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("launch.preflight.problems", lambda cluster: [])
+    monkeypatch.setattr("launch.doctor.machine.problems", lambda cluster, machine: [])
     mixed = written(tmp_path / "mixed.jsonl", ["a", long(300)])
     filled = written(tmp_path / "filled.jsonl", [long(300)] * 2)
     places = [f"model.path={model}", "model.start=''", f"cache_dir={tmp_path}"]
@@ -230,7 +230,9 @@ def config_of(*overrides: str) -> Config:
 
 def evaluated(*of: EpisodeStats) -> tuple[dict[str, float], list[str]]:
     watch, played = Notes(), [Played(k, one) for k, one in enumerate(of)]
-    run: Any = SimpleNamespace(clock=Clock(), rollout=SimpleNamespace(evaluate=lambda indices, keep: played))
+    run: Any = SimpleNamespace(
+        clock=Clock(), check=None, rollout=SimpleNamespace(evaluate=lambda indices, keep, waiting: played)
+    )
     return loop.evaluate(config_of(), run, watch, 3), watch.lines  # type: ignore[arg-type]
 
 

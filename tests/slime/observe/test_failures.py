@@ -20,8 +20,9 @@ from tree import ROOT
 
 from buffer.config import BufferConfig
 from buffer.store import Store
-from launch import supervisor
-from launch.supervisor import ProcessDied, Supervisor
+from launch import deaths, supervisor
+from launch.deaths import ProcessDied
+from launch.supervisor import Supervisor
 from machine.failures import MAX_CHARACTERS, ending, reason
 from slime.observe import failures as module
 from slime.observe.failures import Failures
@@ -355,7 +356,7 @@ def test_a_death_is_told_in_place_of_its_consequence(
 ) -> None:
     """A rank that loses its peer complains before the peer's end is seen."""
     seen = threading.Event()
-    monkeypatch.setitem(supervisor._watched, "1", supervisor._Watched("policy rank 1", None, ""))
+    monkeypatch.setitem(deaths._watched, "1", deaths._Watched("policy rank 1", None, ""))
     death = ProcessDied("policy rank 1 was killed", None)
     monkeypatch.setattr(Supervisor, "_death", lambda self: death if seen.is_set() else None)
     with Failures(tmp_path) as failures, failures.at_once():
@@ -381,10 +382,8 @@ def test_a_death_is_told_in_place_of_its_consequence(
 def test_how_a_worker_of_rays_ended(message: str, log: str, words: str, tmp_path: Path) -> None:
     cause = ActorDeathCause(actor_died_error_context={"error_message": message})
     (tmp_path / "worker.err").write_text(log)
-    assert supervisor._how(cause, tmp_path / "worker.err") == words
-    assert supervisor._how(ActorDeathCause(oom_context={"error_message": "node is\nfull"}), None).endswith(
-        "node is full"
-    )
+    assert deaths._how(cause, tmp_path / "worker.err") == words
+    assert deaths._how(ActorDeathCause(oom_context={"error_message": "node is\nfull"}), None).endswith("node is full")
 
 
 @pytest.mark.e2e
@@ -398,7 +397,7 @@ def test_a_dead_actor_is_named_whatever_is_waited_for(
     ranks = [ray_cluster.remote(Rank).options(num_cpus=0).remote() for _ in range(2)]
     with Failures(tmp_path) as failures, failures.at_once():
         for number, rank in enumerate(ranks):
-            supervisor.watch(f"policy rank {number}", rank)
+            deaths.watch(f"policy rank {number}", rank)
         pids = ray_cluster.get([rank.work.remote() for rank in ranks], timeout=LIMIT_S)
         os.kill(pids[1], signal.SIGKILL)
         threading.Event().wait(LIMIT_S)  # for nothing of Ray's

@@ -1,0 +1,1 @@
+"""Recovery of a run whose processes die while it trains."""
