@@ -18,7 +18,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, is_dataclass, replace
 from difflib import get_close_matches
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -85,20 +85,16 @@ def _compose(arguments: list[str], recipes_dir: Path | None) -> tuple[Loaded, li
     command_line = _Layer("command line", _parse_values(values))
     scratch = schema.copy()
     _check_layer(command_line, scratch)
-    store = ConfigStore.instance()
-    store.store(name="_schema", node=schema)
-    run = {"defaults": ["_schema", {"recipe": chosen["recipe"]}, "_self_"]}
-    store.store(name="_run", node=run | {"hydra": {"searchpath": [f"file://{folder}" for folder in folders[1:]]}})
     try:
-        with initialize_config_dir(str(folders[0]), version_base="1.3"):
-            files = _file_layers(chosen, folders)
-            for layer in files:
-                _check_layer(layer, scratch)
-            tree = compose("_run", [*_group_overrides(chosen), *(_quoted(*item) for item in values.items())])
+        files, composed = _files(tuple(chosen.items()), tuple(folders), _texts(folders))
+        for layer in files:
+            _check_layer(layer, scratch)
+        before = OmegaConf.merge(schema, composed)
+        tree = OmegaConf.merge(before, command_line.tree)
+        assert isinstance(tree, DictConfig)
         OmegaConf.update(tree, "recipe", chosen["recipe"])
         OmegaConf.resolve(tree)
         _expand_paths(tree)
-        before = OmegaConf.merge(schema, *(layer.tree for layer in files))
         now, then = (leaves(OmegaConf.to_container(one, enum_to_str=True)) for one in (tree, before))
         given = [key for key in leaves(command_line.tree) if key in now and now[key] != then.get(key)]
         config = _to_object(tree)
@@ -221,6 +217,31 @@ def _split(arguments: list[str], folders: list[Path]) -> tuple[dict[str, str], d
     if "recipe" not in chosen:
         raise ConfigError(f"recipe=NAME is missing; recipes: {', '.join(names(folders, 'recipe'))}")
     return chosen, values
+
+
+def _texts(folders: Sequence[Path]) -> tuple[str, ...]:
+    """Return the contents of all files from which a configuration can be composed."""
+    found = (path for folder in folders for group in GROUPS for path in sorted((folder / group).glob("*.yaml")))
+    return tuple(f"{path}\n{path.read_text(encoding='utf-8', errors='replace')}" for path in found)
+
+
+@lru_cache(maxsize=64)  # Hydra takes a quarter of a second
+def _files(
+    chosen: tuple[tuple[str, str], ...], folders: tuple[Path, ...], texts: tuple[str, ...]
+) -> tuple[list[_Layer], dict[str, Any]]:
+    """Return the YAML files that Hydra composes, in its order, and what it composes from them. Do not modify either.
+
+    `texts`: their contents, on which the result depends. ConfigError: see `_file_layers`.
+    """
+    groups = dict(chosen)
+    run = {"defaults": [{"recipe": groups["recipe"]}, "_self_"]}
+    search = {"hydra": {"searchpath": [f"file://{folder}" for folder in folders[1:]]}}
+    ConfigStore.instance().store(name="_run", node=run | search)
+    with initialize_config_dir(str(folders[0]), version_base="1.3"):
+        layers = _file_layers(groups, list(folders))
+        composed = OmegaConf.to_container(compose("_run", _group_overrides(groups)))
+    assert isinstance(composed, dict)
+    return layers, {str(key): value for key, value in composed.items()}
 
 
 def _group_overrides(chosen: dict[str, str]) -> list[str]:
