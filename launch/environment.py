@@ -3,7 +3,8 @@
 Proxies: variables like `http_proxy` are for external services (Weights & Biases, a user's judge). Requests between
 the processes of a run must not use a proxy, so the run's own addresses are added to `no_proxy`.
 
-Ray: variables of another Ray cluster would make a Ray instance that is started here join that cluster.
+Ray: variables of another Ray cluster would make a Ray instance that is started here join that cluster. RAY_SETTINGS
+are those of every Ray instance that is started for a run, on one machine, in a Slurm job or in pods.
 
 Temporary folders: they contain sockets, and the kernel limits the length of a socket's path.
 """
@@ -39,6 +40,15 @@ OTHER_RAY = (
     "RAY_gcs_storage",
 )
 
+RAY_SETTINGS = {
+    "RAY_AUTH_MODE": "token",  # Ray listens on all interfaces; other users must not submit work
+    "RAY_USAGE_STATS_ENABLED": "0",  # send no data to other machines
+    "RAY_DEDUP_LOGS": "1",
+    # With Ray's default of 15, a busy process next to a worker leaves it 1/30 of a core, and training stalls.
+    "RAY_worker_niceness": "5",
+    "RAY_grpc_enable_http_proxy": "0",  # Ray's processes connect only to each other
+}
+
 SOCKET_PATH_BYTES = 107  # size of Linux's sun_path without the final zero byte
 # The longest socket path below Ray's temporary folder; %s: a process id.
 RAY_SOCKET = "/ray/session_2026-01-31_23-59-59_999999_%s/sockets/plasma_store"
@@ -66,6 +76,11 @@ def direct(addresses: Sequence[str], environment: Mapping[str, str] | None = Non
             # Python treats "*" as every host only if it is the only entry.
             variables[spelling] = "*" if "*" in entries else ",".join(dict.fromkeys((*entries, *hosts)))
     return variables
+
+
+def ray_environment(token_file: Path) -> dict[str, str]:
+    """Return the environment variables of a Ray instance that we start with the secret in `token_file`."""
+    return {**RAY_SETTINGS, "RAY_AUTH_TOKEN_PATH": str(token_file)}
 
 
 def forget_other_ray() -> None:

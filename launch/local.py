@@ -23,7 +23,7 @@ from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-d
 
 from launch.config import ClusterConfig
 from launch.deaths import own_node
-from launch.environment import direct, forget_other_ray
+from launch.environment import direct, forget_other_ray, ray_environment
 from launch.nodes import NodeError
 from launch.supervisor import not_by_children
 from machine.failures import END_TIMEOUT_S
@@ -33,19 +33,6 @@ KNOCK_TIMEOUT_S = 10.0
 TOKEN_FOLDER, TOKEN_FILE = "slime-ray-", "secret"
 _of_ray: set[psutil.Process] = set()  # processes of Ray's start: a killed raylet leaves its agents behind
 OBJECT_STORE_MB = 512  # enough for a laptop run: a token of a sub-trace takes 18 bytes
-
-
-def ray_environment(token_file: Path) -> dict[str, str]:
-    """Return the environment variables of a Ray instance that we start, each with its reason."""
-    return {
-        "RAY_AUTH_MODE": "token",  # Ray listens on all interfaces; other users must not submit work
-        "RAY_AUTH_TOKEN_PATH": str(token_file),
-        "RAY_USAGE_STATS_ENABLED": "0",  # send no data to other machines
-        "RAY_DEDUP_LOGS": "1",
-        # With Ray's default of 15, a busy process next to a worker leaves it 1/30 of a core, and training stalls.
-        "RAY_worker_niceness": "5",
-        "RAY_grpc_enable_http_proxy": "0",  # Ray's processes connect only to each other
-    }
 
 
 def _of_processes(cluster: ClusterConfig) -> dict[str, str]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from launch.environment import RAY_SETTINGS
 from launch.kubernetes.pods import (
     CONTAINER,
     MOUNT,
@@ -28,11 +29,6 @@ REFUSED = 2  # exit code of a run that would be refused again
 MAX_JOB_NAME, MAX_RAY_JOB_NAME = 63, 47  # KubeRay adds to it for the objects that it makes
 NUM_CPUS = "8"  # a bookkeeping number of Ray's: actors ask for none, and it starts as many workers in advance
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
-RAY_ENVIRONMENT = {
-    "RAY_AUTH_MODE": "token",  # Ray does not start where KubeRay is too old to hand it a token
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_worker_niceness": "5",  # with Ray's own 15, training stands still beside any busy process
-}
 
 
 def problems(run: KubernetesRun, options: KubernetesOptions) -> list[str]:
@@ -113,7 +109,8 @@ def ray_job(run: KubernetesRun, options: KubernetesOptions) -> dict[str, Any]:
 def _ray_container(run: KubernetesRun) -> dict[str, Any]:
     hook = ["python", "-m", "launch.kubernetes.stop", run.run_dir, str(run.end_s)]
     return {
-        "env": [{"name": name, "value": value} for name, value in RAY_ENVIRONMENT.items()],
+        # RAY_AUTH_MODE is among them: Ray does not start where KubeRay is too old to hand it a token.
+        "env": [{"name": name, "value": value} for name, value in RAY_SETTINGS.items()],
         "lifecycle": {"preStop": {"exec": {"command": hook}}},
     }
 

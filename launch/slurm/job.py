@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from launch.local import ray_environment
+from launch.environment import ray_environment
 from launch.slurm.client import SlurmError, addresses, call, cancelled_file, describe, state_of
 from launch.slurm.node import log_of, own_address, token_of
 from launch.supervisor import TO_BE_CONTINUED, not_by_children

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.environment import forget_other_ray
+from launch.environment import forget_other_ray, ray_environment
 from launch.slurm.client import addresses
 
 NUM_CPUS = 8  # a bookkeeping number: actors ask for none, and Ray starts as many workers in advance
@@ -67,9 +67,6 @@ def main(arguments: Sequence[str]) -> None:
     # For all that is started from here: Slurm sends these to whole steps, and the run is still to save its state.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGTERM})
     forget_other_ray()
-
-    from launch.local import ray_environment  # reads the environment
-
     os.environ.update(ray_environment(token_of(folder, job_id)))
     host = head.rpartition(":")[0]
     address = host if node == leader else own_address(addresses([node])[node], host)

@@ -16,6 +16,7 @@ import yaml
 from kubernetes_validate import ValidationError, validate
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr as read_by_ray
 
+from launch.environment import RAY_SETTINGS
 from launch.kubernetes.manifests import QUEUE_LABEL, as_yaml, manifest, problems
 from launch.kubernetes.pods import MOUNT, KubernetesOptions, KubernetesRun
 from launch.preflight import MIN_SHM_GB, MIN_SHM_GPU_GB
@@ -247,7 +248,9 @@ def test_secrets_are_named_and_never_held() -> None:
     for ray_secret, expected in (("", {"mode": "token"}), ("ray", {"mode": "token", "secretName": "ray"})):
         made = manifest(FOUR, replace(OPTIONS, ray_secret=ray_secret))
         assert made["spec"]["rayClusterSpec"]["authOptions"] == expected
-        assert {"name": "RAY_AUTH_MODE", "value": "token"} in container(made)["env"]
+        variables = {one["name"]: one.get("value") for one in container(made)["env"]}
+        assert variables.items() >= RAY_SETTINGS.items()
+        assert variables["RAY_AUTH_MODE"] == "token"
 
 
 @each_shape
