@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,12 +23,13 @@ from slime.observe.watch import Watch
 from slime.report import write_report
 from slime.schema import Config, Kind, folder_of
 from slime.start.folder import open_run, record, refuse_other_rows, resume_notes
+from slime.start.manifest import Manifest
 from slime.start.placement import place_run
 from slime.start.prepare import Prepared, make_task, prepare, start_folder, untrained_model
 from slime.steps import train
 
 
-def start_model(config: Config, start: Config | None, failures: Failures) -> Path:
+def start_model(config: Config, start: Config | None, failures: Failures, warnings: Sequence[str] = ()) -> Path:
     """Return the model folder to start from; run the warm start when its result is missing."""
     if start is None:
         return untrained_model(config, make_task(config))
@@ -35,18 +37,18 @@ def start_model(config: Config, start: Config | None, failures: Failures) -> Pat
 
     def make(part: Path) -> None:
         with run_lock(run_dir, wait=True):
-            shutil.copytree(run_sft(start, run_dir, failures), part)
+            shutil.copytree(run_sft(start, run_dir, failures, warnings), part)
 
     made_once(folder, make)
     return folder
 
 
-def run_sft(config: Config, run_dir: Path, failures: Failures) -> Path:
+def run_sft(config: Config, run_dir: Path, failures: Failures, warnings: Sequence[str] = ()) -> Path:
     """Run supervised training and return the exported model folder."""
     inputs = prepare(config)
     start_ray(config.cluster)
     where = place_run(config, run_dir, inputs.model_folder)
-    record(config, run_dir)
+    record(config, run_dir, None, warnings)
     tracker = Tracker(run_dir, run_dir.name, yaml.safe_load(dump(config)), config.tracking, None, failures.aside)
     try:
         with View(run_dir.name, config.steps) as view, failures.at_once():
@@ -58,12 +60,15 @@ def run_sft(config: Config, run_dir: Path, failures: Failures) -> Path:
     return exported
 
 
-def run_ppo(config: Config, run_dir: Path, step: int, inputs: Prepared, failures: Failures) -> None:
-    """Build the run, go on from `step`, train to the end."""
+def run_ppo(
+    config: Config, newest: Manifest | None, inputs: Prepared, failures: Failures, warnings: Sequence[str]
+) -> None:
+    """Build the run, go on from the newest checkpoint, train to the end. `warnings`: of the pre-flight checks."""
     from transformers import AutoTokenizer  # takes seconds to import
 
+    run_dir, step = folder_of(config), newest.step if newest else 0
     where = place_run(config, run_dir, inputs.model_folder)
-    record(config, run_dir)
+    record(config, run_dir, newest, warnings)
     failures.note(State.running)
     history = read_metrics(run_dir) if step else []
     settings = yaml.safe_load(dump(config))
@@ -73,7 +78,7 @@ def run_ppo(config: Config, run_dir: Path, step: int, inputs: Prepared, failures
     t = config.tracking
     watch = Watch(view, tracker, tokenizer, inputs.train_rows, inputs.eval_rows, t.sample_every, t.sample_episodes)
     with view:
-        for note in resume_notes(config, run_dir):
+        for note in resume_notes(config, newest):
             view.note(f"resumed with a change: {note}")
         view.phase("starting engines, workers and sandboxes")
         try:
@@ -104,30 +109,34 @@ def run_ppo(config: Config, run_dir: Path, step: int, inputs: Prepared, failures
         failures.note(State.finished)
 
 
-def main(config: Config, start: Config | None, failures: Failures) -> None:
-    """Run a recipe to its end, or go on with one that was stopped. `start`: the recipe that makes its model."""
+def main(config: Config, start: Config | None, failures: Failures, warnings: Sequence[str] = ()) -> None:
+    """Run a recipe to its end, or go on with one that was stopped.
+
+    `start`: the recipe that makes its model. `warnings`: of the pre-flight checks, for the logs.
+    """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     with run_lock(folder_of(config)):
-        _main(config, start, failures)
+        _main(config, start, failures, warnings)
 
 
-def _main(config: Config, start: Config | None, failures: Failures) -> None:
-    run_dir, step = open_run(config)
+def _main(config: Config, start: Config | None, failures: Failures, warnings: Sequence[str]) -> None:
+    run_dir, newest = open_run(config)
+    step = newest.step if newest else 0
     failures.standing = Standing(run_dir, step, config.steps)
     try:
         with failures.at_once():
             if config.kind is Kind.sft:
-                run_sft(config, run_dir, failures)
+                run_sft(config, run_dir, failures, warnings)
                 failures.note(State.finished)
                 return
             if step >= config.steps:
                 print(f"{run_dir} has finished its {config.steps} steps; report: {write_report(run_dir)}")
                 return
             inputs = prepare(config, start)  # what is wrong is said before the warm start, not after it
-            refuse_other_rows(config, run_dir, inputs.rows_digest)
-            inputs = replace(inputs, model_folder=start_model(config, start, failures))
+            refuse_other_rows(config, newest, inputs.rows_digest)
+            inputs = replace(inputs, model_folder=start_model(config, start, failures, warnings))
             start_ray(config.cluster)
-            run_ppo(config, run_dir, step, inputs, failures)
+            run_ppo(config, newest, inputs, failures, warnings)
     finally:
         with failures.aside("stopping Ray"):
             failures.supervisor.stop_looking()

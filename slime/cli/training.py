@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,6 +19,7 @@ from slime.cli.keys import complete, explained, overview
 if TYPE_CHECKING:
     from slime.config import Loaded
     from slime.schema import Config
+    from slime.start.needs import Preflight
 
 _COMMENT_COLUMN = 48
 
@@ -45,18 +47,18 @@ def train(arguments: Arguments = None, recipes: Recipes = None, help: Help = Fal
     """Train, or continue from the newest checkpoint."""
     if help:
         return _help("train", arguments or [], recipes)
-    loaded, start, against = _loaded(arguments or [], recipes, prepares=False)
-    if against:
-        raise Refused("; ".join(against))
-    return _train(loaded.config, start)
+    loaded, start, found = _loaded(arguments or [], recipes, prepares=False)
+    if found.problems:
+        raise Refused("; ".join(found.problems))
+    return _train(loaded.config, start, found.warnings)
 
 
 def config(arguments: Arguments = None, recipes: Recipes = None, help: Help = False) -> int:
     """Show every value, and whether it can run here."""
     if help:
         return _help("config", arguments or [], recipes)
-    loaded, _, against = _loaded(arguments or [], recipes, prepares=True)
-    _show(loaded, against)
+    loaded, _, found = _loaded(arguments or [], recipes, prepares=True)
+    _show(loaded, found.problems)
     return 0
 
 
@@ -95,14 +97,14 @@ def checked(arguments: list[str], recipes: str | None) -> tuple[Loaded, Config |
         raise Refused(str(error)) from error
 
 
-def _loaded(arguments: list[str], recipes: str | None, prepares: bool) -> tuple[Loaded, Config | None, list[str]]:
+def _loaded(arguments: list[str], recipes: str | None, prepares: bool) -> tuple[Loaded, Config | None, Preflight]:
     """Compose and check; with the warm start, and with what this machine has against it. `prepares`: as `train` does
     later, make rows and models. Refused: see `ConfigError`.
     """
     loaded, start, absent = checked(arguments, recipes)
 
     from slime.config import ConfigError
-    from slime.start.needs import refusals
+    from slime.start.needs import Preflight, preflight
     from slime.start.prepare import prepare
 
     try:
@@ -110,7 +112,8 @@ def _loaded(arguments: list[str], recipes: str | None, prepares: bool) -> tuple[
             prepare(loaded.config, start)
     except ConfigError as error:
         raise Refused(str(error)) from error
-    return loaded, start, [*absent, *refusals(loaded.config)]
+    found = preflight(loaded.config)
+    return loaded, start, Preflight((*absent, *found.problems), found.warnings)
 
 
 def folder_of_recipes(recipes: str | None) -> Path | None:
@@ -118,7 +121,7 @@ def folder_of_recipes(recipes: str | None) -> Path | None:
     return Path(expand(recipes)) if recipes else None
 
 
-def _train(config: Config, start: Config | None) -> int:
+def _train(config: Config, start: Config | None, warnings: Sequence[str]) -> int:
     if not config.cluster.ray_address:
         forget_other_ray()
 
@@ -132,13 +135,13 @@ def _train(config: Config, start: Config | None) -> int:
     with Failures(folder_of(config) / "logs", (ConfigError, LockError, NodeError)) as failures:
         from slime.train import main as run  # takes seconds to import
 
-        run(config, start, failures)
+        run(config, start, failures, warnings)
     if failures.exit_code >= TO_BE_CONTINUED:  # by a signal
         ignore_signals()
     return failures.exit_code
 
 
-def _show(loaded: Loaded, against: list[str]) -> None:
+def _show(loaded: Loaded, against: Sequence[str]) -> None:
     dim, plain = ("\033[2m", "\033[0m") if sys.stdout.isatty() and "NO_COLOR" not in os.environ else ("", "")
     shown = [
         f"{text:<{_COMMENT_COLUMN}}  {dim}# {origin}{plain}" if origin else text

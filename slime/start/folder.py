@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from slime import checkpoint
@@ -10,7 +11,6 @@ from slime.config.keys import all_keys, mapping_of
 from slime.observe.tracking import WANDB_ID_FILE
 from slime.schema import Config, Resume, folder_of
 from slime.start.manifest import Manifest
-from slime.start.needs import warnings
 
 # Settings that may change when a run is resumed.
 _FREE = (
@@ -22,8 +22,11 @@ _FIXED = ("policy.layout.precision", "critic.layout.precision", "seed", "buffer.
 _ROWS = "task.train"
 
 
-def open_run(config: Config) -> tuple[Path, int]:
-    """Return the run's folder and the step to continue from. ConfigError: it can't be used for this run."""
+def open_run(config: Config) -> tuple[Path, Manifest | None]:
+    """Return the run's folder and the manifest of the checkpoint to continue from, None: there is none.
+
+    ConfigError: the folder can't be used for this run.
+    """
     run_dir = folder_of(config)
     saved = run_dir / "config.yaml"
     if saved.exists() and config.resume is Resume.never:
@@ -35,7 +38,7 @@ def open_run(config: Config) -> tuple[Path, int]:
                 f"{run_dir} has no checkpoint, and resume=must begins no run: use resume=auto, or name another folder "
                 "with run= and runs_dir="
             )
-        return run_dir, 0
+        return run_dir, None
     lines = _changes(config, newest)
     if fixed := [line for line in lines if line.startswith(_FIXED)]:
         raise ConfigError(
@@ -48,35 +51,36 @@ def open_run(config: Config) -> tuple[Path, int]:
             f"{run_dir} was started with other settings: {'; '.join(changed)}; set them back, allow them with "
             f"resume_allow=[{keys}], or choose another run= name"
         )
-    return run_dir, newest.step
+    return run_dir, newest
 
 
-def refuse_other_rows(config: Config, run_dir: Path, rows: str) -> None:
+def refuse_other_rows(config: Config, newest: Manifest | None, rows: str) -> None:
     """Refuse a resume with other rows to train on, by their digest, than the checkpoint had. ConfigError."""
-    newest = _newest(run_dir)
     if newest is not None and newest.rows not in ("", rows) and not _allowed(config, _ROWS):
         raise ConfigError(
-            f"{run_dir} was trained on other rows than there are now: put the rows of its task back, allow others with "
-            f"resume_allow=[{_ROWS}], or choose another run= name"
+            f"{folder_of(config)} was trained on other rows than there are now: put the rows of its task back, allow "
+            f"others with resume_allow=[{_ROWS}], or choose another run= name"
         )
 
 
-def resume_notes(config: Config, run_dir: Path) -> list[str]:
+def resume_notes(config: Config, newest: Manifest | None) -> list[str]:
     """Return what is not as it was when the newest checkpoint was written, one line each; [] where there is none."""
-    newest = _newest(run_dir)
     return [*_changes(config, newest), *newest.changed_versions()] if newest else []
 
 
-def record(config: Config, run_dir: Path) -> None:
-    """Write the run's configuration. It is the run's first file, written after all checks have passed."""
+def record(config: Config, run_dir: Path, newest: Manifest | None = None, warnings: Sequence[str] = ()) -> None:
+    """Write the run's configuration, and the warnings of its pre-flight checks.
+
+    These are the run's first files, written after all checks have passed.
+    """
     logs = run_dir / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    if found := warnings(config):
-        (logs / "doctor.log").write_text("\n".join([*found, ""]))
+    if warnings:
+        (logs / "doctor.log").write_text("\n".join([*warnings, ""]))
     part = run_dir / "config.part"
     part.write_text(dump(config))
     part.replace(run_dir / "config.yaml")
-    newest, wandb_id = _newest(run_dir), run_dir / WANDB_ID_FILE
+    wandb_id = run_dir / WANDB_ID_FILE
     if newest and newest.wandb_id and not wandb_id.exists():
         wandb_id.write_text(newest.wandb_id, encoding="utf-8")
 

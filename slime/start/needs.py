@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from launch.doctor.checks import quick
-from launch.doctor.finding import Level, Needs
+from launch.doctor.finding import Finding, Level, Needs
 from slime.config.nodes import trained_roles
 from slime.schema import Config
 from trainer.config import Precision
@@ -14,6 +16,14 @@ from trainer.models.files import headers
 
 OPTIMIZER_BYTES = 12  # of a parameter: fp32 weights and Adam's two moments
 WEIGHT_BYTES = {Precision.fp32: 4, Precision.bf16: 2}
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """Findings of the quick checks, one line each."""
+
+    problems: tuple[str, ...] = ()  # empty: a run can start
+    warnings: tuple[str, ...] = ()
 
 
 def needs(config: Config) -> Needs:
@@ -37,11 +47,18 @@ def _checkpoint_bytes(config: Config) -> int:
     return sum(parameters * (WEIGHT_BYTES[one.layout.precision] + OPTIMIZER_BYTES) for _, one in trained_roles(config))
 
 
-def refusals(config: Config) -> list[str]:
-    """Return the problems that the quick checks find on this machine, one line each; empty: a run can start."""
-    return [one.text for one in quick(needs(config)) if one.level is Level.problem]
+def preflight(config: Config) -> Preflight:
+    """Return what the quick checks find on this machine."""
+    return sorted_out(quick(needs(config)))
 
 
-def warnings(config: Config) -> list[str]:
-    """Return the warnings of the quick checks, one line each."""
-    return [f"{one.check}: {one.text}" for one in quick(needs(config)) if one.level is Level.warning]
+def sorted_out(found: Sequence[Finding]) -> Preflight:
+    """Return findings as lines that name the node where it is another machine."""
+
+    def lines(level: Level, named: bool) -> tuple[str, ...]:
+        listed = [one for one in found if one.level is level]
+        return tuple(
+            f"{f'node {one.node}: ' if one.node else ''}{f'{one.check}: ' if named else ''}{one.text}" for one in listed
+        )
+
+    return Preflight(lines(Level.problem, False), lines(Level.warning, True))

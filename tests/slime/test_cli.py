@@ -114,7 +114,7 @@ def test_train_hands_over_the_run_and_its_start(monkeypatch: pytest.MonkeyPatch,
     from slime import train
 
     seen: list[Any] = []
-    note = lambda config, start, failures: seen.append((config.steps, start and start.recipe))  # noqa: E731
+    note = lambda config, start, failures, warnings: seen.append((config.steps, start and start.recipe))  # noqa: E731
     monkeypatch.setattr(train, "main", note)
     own = tmp_path / "recipe" / "sft_own.yaml"
     own.parent.mkdir()
@@ -131,7 +131,7 @@ def test_a_refusal_inside_training_is_one_line_too(
     from slime import train
     from slime.config import ConfigError
 
-    def refuse(config: Any, start: Any, failures: Any) -> None:
+    def refuse(config: Any, start: Any, failures: Any, warnings: Any) -> None:
         raise ConfigError("steps: 3 -> 4\nsince the last start")
 
     monkeypatch.setattr(train, "main", refuse)

@@ -21,7 +21,7 @@ from launch.preflight import Machine
 from slime import cli
 from slime.cli.doctor import table
 from slime.config import load
-from slime.start.needs import needs, refusals, warnings
+from slime.start.needs import needs, preflight
 from trainer.models.files import headers
 
 UNSHARE = ["unshare", "--user", "--map-root-user", "sh", "-c"]
@@ -100,7 +100,7 @@ def test_a_file_that_hides_a_package_is_found(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "ask.py").write_text(where)
     done = subprocess.run([sys.executable, "-m", "ask"], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.strip() == f"{tmp_path}/torch.py"
-    assert any("torch.py hides" in line for line in refusals(load(["recipe=ppo_coding"], None).config))
+    assert any("torch.py hides" in line for line in preflight(load(["recipe=ppo_coding"], None).config).problems)
 
 
 # Machine -------------------------------------------------------------------------------------------------------------
@@ -140,7 +140,9 @@ def test_proxies_that_do_not_except_this_machine_are_told(monkeypatch: pytest.Mo
     level, text = only(machine.proxies())
     assert level is Level.warning
     assert text.endswith("export no_proxy=localhost,127.0.0.1")
-    assert any(line.startswith("proxies: http_proxy") for line in warnings(load(["recipe=ppo_coding"], None).config))
+    assert any(
+        line.startswith("proxies: http_proxy") for line in preflight(load(["recipe=ppo_coding"], None).config).warnings
+    )
     monkeypatch.setenv("no_proxy", "localhost,127.0.0.1")
     assert only(machine.proxies())[0] is Level.ok
 

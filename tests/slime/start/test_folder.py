@@ -28,6 +28,12 @@ def checkpointed(runs: Path, *overrides: str, step: int = 4, versions: dict[str,
     return runs / "a"
 
 
+def opened(config: Config) -> tuple[Path, int]:
+    """The folder and the step to continue from."""
+    run_dir, newest = open_run(config)
+    return run_dir, newest.step if newest else 0
+
+
 def refusal(config: Config) -> str:
     with pytest.raises(ConfigError) as caught:
         open_run(config)
@@ -37,13 +43,13 @@ def refusal(config: Config) -> str:
 
 def test_what_each_value_of_resume_does(tmp_path: Path) -> None:
     never, auto, must = (config_of(tmp_path, f"resume={value}") for value in ("never", "auto", "must"))
-    assert open_run(never) == open_run(auto) == (tmp_path / "a", 0)
+    assert opened(never) == opened(auto) == (tmp_path / "a", 0)
     assert refusal(must).startswith(f"{tmp_path / 'a'} has no checkpoint, and resume=must begins no run")
     record(auto, tmp_path / "a")  # started, and stopped before its first checkpoint
-    assert open_run(auto) == (tmp_path / "a", 0)
+    assert opened(auto) == (tmp_path / "a", 0)
     assert "has no checkpoint" in refusal(must)
     checkpointed(tmp_path)
-    assert open_run(auto) == open_run(must) == (tmp_path / "a", 4)
+    assert opened(auto) == opened(must) == (tmp_path / "a", 4)
     assert refusal(never) == f"{tmp_path / 'a'} exists: choose another run= name, or resume=auto to go on with it"
 
 
@@ -51,8 +57,8 @@ def test_settings_of_no_consequence_may_change(tmp_path: Path) -> None:
     run_dir = checkpointed(tmp_path)
     layout = ["policy.layout.num_processes=2", "critic.layout.num_processes=2", "critic.megatron.tensor_parallel=2"]
     config = config_of(tmp_path, "steps=99", "eval.every=3", "tracking.wandb=false", "resume=must", *layout)
-    assert open_run(config) == (run_dir, 4)
-    assert resume_notes(config, run_dir) == []
+    assert opened(config) == (run_dir, 4)
+    assert resume_notes(config, open_run(config)[1]) == []
 
 
 def test_a_run_with_megatrons_settings_in_its_layout_goes_on_in_any(tmp_path: Path) -> None:
@@ -63,8 +69,8 @@ def test_a_run_with_megatrons_settings_in_its_layout_goes_on_in_any(tmp_path: Pa
     folder.mkdir(parents=True)
     Manifest(4, {}, "/m", of_then).write(folder)
     config = config_of(tmp_path, "policy.layout.num_processes=2", "policy.megatron.tensor_parallel=2")
-    assert open_run(config) == (tmp_path / "a", 4)
-    assert resume_notes(config, tmp_path / "a") == []
+    assert opened(config) == (tmp_path / "a", 4)
+    assert resume_notes(config, open_run(config)[1]) == []
 
 
 def test_changed_settings_are_shown_and_refused_until_they_are_allowed(tmp_path: Path) -> None:
@@ -78,8 +84,8 @@ def test_changed_settings_are_shown_and_refused_until_they_are_allowed(tmp_path:
     assert "resume_allow=[rollout.max_turns]" in message
     assert "clip_low" not in message
     allowed = config_of(tmp_path, *changes, "resume_allow=[policy,rollout.max_turns]")
-    assert open_run(allowed) == (run_dir, 4)
-    assert len(resume_notes(allowed, run_dir)) == 3
+    assert opened(allowed) == (run_dir, 4)
+    assert len(resume_notes(allowed, open_run(allowed)[1])) == 3
 
 
 def test_changes_count_against_the_checkpoint_and_not_the_last_start(tmp_path: Path) -> None:
@@ -87,7 +93,7 @@ def test_changes_count_against_the_checkpoint_and_not_the_last_start(tmp_path: P
     run_dir = checkpointed(tmp_path)
     changed = config_of(tmp_path, "policy.clip_low=0.1", "resume_allow=[policy.clip_low]")
     record(changed, run_dir)
-    assert open_run(changed) == open_run(config_of(tmp_path)) == (run_dir, 4)
+    assert opened(changed) == opened(config_of(tmp_path)) == (run_dir, 4)
     assert "policy.clip_low" in refusal(config_of(tmp_path, "policy.clip_low=0.1"))
 
 
@@ -96,8 +102,8 @@ def test_a_setting_that_is_no_more_is_noted(tmp_path: Path) -> None:
     config, folder = config_of(tmp_path), tmp_path / "a" / "checkpoints" / "step_000004"
     folder.mkdir(parents=True)
     Manifest(4, {}, "/m", dump(config) + "old: 3\n").write(folder)
-    assert open_run(config) == (tmp_path / "a", 4)
-    assert resume_notes(config, tmp_path / "a") == ["old: 3 -> (absent)"]
+    assert opened(config) == (tmp_path / "a", 4)
+    assert resume_notes(config, open_run(config)[1]) == ["old: 3 -> (absent)"]
     assert "task.options.mine: (absent) -> 1" in refusal(config_of(tmp_path, "task.options.mine=1"))
 
 
@@ -119,28 +125,30 @@ def test_what_the_checkpoint_depends_on_can_not_be_allowed(tmp_path: Path, key: 
 
 
 def test_other_rows_are_refused_before_anything_starts(tmp_path: Path) -> None:
-    run_dir = checkpointed(tmp_path)
-    refuse_other_rows(config_of(tmp_path), run_dir, "digest")
+    checkpointed(tmp_path)
+    _, newest = open_run(config_of(tmp_path))
+    refuse_other_rows(config_of(tmp_path), newest, "digest")
     with pytest.raises(ConfigError, match=r"was trained on other rows.*resume_allow=\[task\.train\]"):
-        refuse_other_rows(config_of(tmp_path), run_dir, "another")
-    refuse_other_rows(config_of(tmp_path, "resume_allow=[task]"), run_dir, "another")
-    refuse_other_rows(config_of(tmp_path), tmp_path / "new", "another")
+        refuse_other_rows(config_of(tmp_path), newest, "another")
+    refuse_other_rows(config_of(tmp_path, "resume_allow=[task]"), newest, "another")
+    refuse_other_rows(config_of(tmp_path), None, "another")
 
 
 def test_packages_that_changed_are_noted(tmp_path: Path) -> None:
     now = manifest.installed_versions()
-    run_dir = checkpointed(tmp_path, versions=now | {"torch": "1.0", "old": "3"})
+    checkpointed(tmp_path, versions=now | {"torch": "1.0", "old": "3"})
     notes = [f"torch was 1.0 and is {now['torch']}", "old was 3 and is not installed"]
-    assert resume_notes(config_of(tmp_path), run_dir) == notes
-    assert resume_notes(config_of(tmp_path), tmp_path / "new") == []
+    assert resume_notes(config_of(tmp_path), open_run(config_of(tmp_path))[1]) == notes
+    assert resume_notes(config_of(tmp_path), None) == []
 
 
 def test_the_run_in_wandb_is_the_checkpoints(tmp_path: Path) -> None:
     run_dir = checkpointed(tmp_path)
-    record(config_of(tmp_path), run_dir)
+    _, newest = open_run(config_of(tmp_path))
+    record(config_of(tmp_path), run_dir, newest)
     assert (run_dir / "wandb_id").read_text() == "abc"
     (run_dir / "wandb_id").write_text("of the run")
-    record(config_of(tmp_path), run_dir)
+    record(config_of(tmp_path), run_dir, newest)
     assert (run_dir / "wandb_id").read_text() == "of the run"
 
 
@@ -151,8 +159,8 @@ def test_a_checkpoint_of_the_first_format_is_read(tmp_path: Path) -> None:
     state.write_text(json.dumps({"step": 4, "buffer": {"step": 4}, "model_folder": "/m"}))
     read = manifest.read(state.parent)
     assert read == Manifest(4, {"step": 4}, "/m", config=(run_dir / "config.yaml").read_text())
-    assert open_run(config_of(tmp_path)) == (run_dir, 4)
-    refuse_other_rows(config_of(tmp_path), run_dir, "any")
+    assert opened(config_of(tmp_path)) == (run_dir, 4)
+    refuse_other_rows(config_of(tmp_path), read, "any")
     assert "clip_low" in refusal(config_of(tmp_path, "policy.clip_low=0.1"))
 
 
@@ -173,3 +181,8 @@ def test_a_manifest_that_can_not_be_read_is_refused_in_a_line(tmp_path: Path, te
     assert message.startswith(f"{state}: ")
     assert reason in message
     assert message.endswith("move that folder away to go on from the checkpoint before it")
+
+
+def test_the_warnings_of_a_start_are_in_its_logs(tmp_path: Path) -> None:
+    record(config_of(tmp_path), tmp_path / "a", warnings=["ports: slow", "proxies: one"])
+    assert (tmp_path / "a" / "logs" / "doctor.log").read_text() == "ports: slow\nproxies: one\n"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -210,7 +210,7 @@ def test_the_warm_start_runs_once_with_the_model_that_is_named(
 ) -> None:
     trained: list[tuple[str, str]] = []
 
-    def run_sft(config: Config, run_dir: Path, failures: Failures) -> Path:
+    def run_sft(config: Config, run_dir: Path, failures: Failures, warnings: Sequence[str]) -> Path:
         trained.append((config.model.path, run_dir.name))
         return Path(shutil.copytree(config.model.path, run_dir / "model"))
 
