@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-MEASURED = ("time", "_gb", "seconds", "per_s", "straggler")  # substrings of the names of measured metrics
+MEASURED = ("time", "_gb", "seconds", "per_s", "straggler", "recovery")  # substrings of names: measured or counted
 SMALL = (
     *("recipe=ppo_coding", "run=same", "model.start=", "tracking.wandb=false", "checkpoint.every=0", "eval.every=0"),
     *("buffer.episodes_per_step=16", "critic.warmup_episodes=0", "eval.num_tasks=1"),

@@ -33,7 +33,7 @@ from launch.local import start_ray, stop_ray
 from slime import loop
 from slime.build import build_estimator, build_policy
 from slime.config import load
-from slime.run import Run
+from slime.run import Roles, Run
 from slime.schema import Config
 from slime.start.placement import placement
 from trainer.group import NoReference
@@ -188,10 +188,7 @@ class Bench:
             servers=[],
             model_folder=folder,
             rows="",
-            policy=self.policy,
-            reference=NoReference(),
-            estimator=self.estimator,
-            trainers=self.groups,
+            models=Roles(self.policy, NoReference(), self.estimator),
             weights=weights,
         )
         self._watch: Any = SimpleNamespace(sample=lambda *rest: None)

@@ -79,14 +79,19 @@ def watch(
     its log.
     """
     found = handle(actor)
-    _watched[found._actor_id.hex()] = _Watched(name, ended, log, effect)
+    _watched[actor_id(found)] = _Watched(name, ended, log, effect)
     return found
+
+
+def actor_id(actor: ActorHandle[Any]) -> str:
+    """Return the id by which a death names its actor (`ProcessDied.actor_id`)."""
+    return str(actor._actor_id.hex())
 
 
 def forget(actors: Sequence[ActorHandle[Any]]) -> None:
     """Stop watching actors that are about to be stopped."""
     for actor in actors:
-        _watched.pop(actor._actor_id.hex(), None)
+        _watched.pop(actor_id(actor), None)
 
 
 def forget_all() -> None:

@@ -17,12 +17,16 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType, TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from launch import deaths
 from launch.deaths import KNOCK_TIMEOUT_S, DeathWatch, Effect, ProcessDied, any_watched, forget_all
 from machine.failures import end_descendants
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
 
 INTERVAL_S = 0.5
 REPEAT_S = 10.0  # an interrupt can be lost where Python ignores exceptions, e.g. in a finalizer
@@ -171,6 +175,14 @@ class Supervisor:
             yield
         finally:
             self._recoverable = False
+
+    def forget(self, actors: Sequence[ActorHandle[Any]]) -> None:
+        """Stop watching actors that are about to be stopped, and drop their deaths."""
+        with self._looking:
+            deaths.forget(actors)
+            ids = set(map(deaths.actor_id, actors))
+            for death in [one for one in self.deaths if one.actor_id in ids]:
+                self.deaths.remove(death)
 
     def _signalled(self, number: int, frame: FrameType | None) -> None:
         now, found = time.monotonic(), signal.Signals(number)

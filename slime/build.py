@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from critic.estimators import CriticEstimator, EpisodeEstimator, Estimator
 from critic.group import CriticGroup
 from critic.worker import CriticWorker
 from launch.config import Sharing
-from launch.deaths import watch
+from launch.deaths import Effect, watch
 from launch.nodes import ProcessOptions
 from machine.actors import call, handle
 from rollout.engines.group import EngineGroup
@@ -25,7 +26,8 @@ from rollout.engines.server import EngineServer, ServerSettings
 from rollout.group import RolloutGroup
 from rollout.worker import RolloutSettings, RolloutWorker
 from slime.config.nodes import CRITIC, POLICY, REFERENCE
-from slime.run import Run
+from slime.recovery.ranks import Builder
+from slime.run import Roles, Run
 from slime.schema import Config
 from slime.start.placement import Placement
 from slime.start.prepare import Prepared
@@ -62,7 +64,7 @@ def _ranks(
         )
 
     ranks = [cls.options(**options.ray()).remote(settings(rank), role) for rank, options in enumerate(where)]
-    return [watch(f"{name} rank {rank}", actor) for rank, actor in enumerate(ranks)]
+    return [watch(f"{name} rank {rank}", actor, effect=Effect.RESTART) for rank, actor in enumerate(ranks)]
 
 
 def build_policy(config: Config, folder: Path, where: Placement) -> PolicyGroup:
@@ -149,14 +151,12 @@ def build_rollout(config: Config, inputs: Prepared, engines: EngineGroup, where:
     return RolloutGroup(watched, max(config.rollout.engine.request_timeout_s, config.buffer.take_timeout_s))
 
 
-def build_weights(
-    config: Config, policy: PolicyGroup, engines: EngineGroup, trainers: Sequence[WorkerGroup]
-) -> Weights:
+def build_weights(config: Config, roles: Roles, engines: EngineGroup) -> Weights:
     """Return the publisher of weights from the policy to the engines, not connected."""
     limit_s = config.cluster.start_timeout_s
     if config.cluster.sharing is Sharing.all:
-        return SharedGpuWeights(policy, engines, limit_s, trainers)
-    return Weights(policy, engines, "nccl" if config.cluster.gpus_per_node else "gloo", limit_s)
+        return SharedGpuWeights(roles.policy, engines, limit_s, roles.groups)
+    return Weights(roles.policy, engines, "nccl" if config.cluster.gpus_per_node else "gloo", limit_s)
 
 
 def share_devices(config: Config, trainers: Sequence[WorkerGroup]) -> None:
@@ -167,20 +167,49 @@ def share_devices(config: Config, trainers: Sequence[WorkerGroup]) -> None:
             one.shared_device = device
 
 
+def build_roles(config: Config, folder: Path, where: Placement) -> Roles:
+    """Return the processes that hold a model, not started."""
+    roles = Roles(
+        build_policy(config, folder, where),
+        build_reference(config, folder, where),
+        build_estimator(config, folder, where),
+    )
+    share_devices(config, roles.groups)
+    return roles
+
+
+def start_roles(config: Config, folder: Path, where: Placement) -> Roles:
+    """Build the processes that hold a model, start them and wait until all of them answer."""
+    limit_s = config.cluster.start_timeout_s
+    roles = build_roles(config, folder, where)
+    for pending in [group.start(limit_s) for group in roles.groups]:
+        pending.result(limit_s)
+    return roles
+
+
+def build_buffer(config: Config, num_rows: int, where: Placement) -> BufferHandle:
+    """Return the data buffer, empty."""
+    cls = ray.remote(BufferActor).options(max_concurrency=ASYNC_CALLS, **where.buffer.ray())
+    actor = cls.remote(config.buffer, num_rows, config.seed)
+    return BufferHandle(watch("the data buffer", actor, effect=Effect.RESTART))
+
+
+def rebuilder(config: Config, inputs: Prepared, where: Placement) -> Builder:
+    """Return the constructors of the processes that a running job may start again."""
+    return Builder(
+        roles=partial(start_roles, config, inputs.model_folder, where),
+        buffer=partial(build_buffer, config, len(inputs.train_rows), where),
+    )
+
+
 def build(config: Config, inputs: Prepared, run_dir: Path, where: Placement) -> Run:
     """Start all processes in parallel and wait until all of them answer."""
     limit_s, engine = config.cluster.start_timeout_s, config.rollout.engine
     key = secrets.token_hex(32) if where.spans_nodes else ""  # engines that other machines can reach require a key
     servers = build_servers(config, inputs.model_folder, run_dir, where, key)
-    policy = build_policy(config, inputs.model_folder, where)
-    reference = build_reference(config, inputs.model_folder, where)
-    estimator = build_estimator(config, inputs.model_folder, where)
-    frozen = [reference] if isinstance(reference, PolicyGroup) else []
-    trainers: list[WorkerGroup] = [policy, *frozen, *estimator.roles]
-    share_devices(config, trainers)
-    starting = [role.start(limit_s) for role in trainers]
-    buffer_class = ray.remote(BufferActor).options(max_concurrency=ASYNC_CALLS, **where.buffer.ray())
-    buffer = watch("the data buffer", buffer_class.remote(config.buffer, len(inputs.train_rows), config.seed))
+    roles = build_roles(config, inputs.model_folder, where)
+    starting = [group.start(limit_s) for group in roles.groups]
+    buffer = build_buffer(config, len(inputs.train_rows), where)
     # Each server enforces its own deadline and reports its log; this deadline covers the actors around them.
     urls = ray.get([call(server, EngineServer.start) for server in servers], timeout=limit_s + engine.start_timeout_s)
     engines = list_engines(config, inputs, urls, key)
@@ -189,18 +218,6 @@ def build(config: Config, inputs: Prepared, run_dir: Path, where: Placement) -> 
     for pending in starting:
         pending.result(limit_s)
     ray.get(ready, timeout=limit_s)
-    weights = build_weights(config, policy, engines, trainers)
+    weights = build_weights(config, roles, engines)
     weights.connect()
-    return Run(
-        BufferHandle(buffer),
-        rollout,
-        engines,
-        policy,
-        reference,
-        estimator,
-        weights,
-        servers,
-        trainers,
-        inputs.model_folder,
-        inputs.rows_digest,
-    )
+    return Run(buffer, rollout, engines, roles, weights, servers, inputs.model_folder, inputs.rows_digest)

@@ -168,27 +168,27 @@ def newest(run_dir: Path) -> Manifest | None:
     return manifest.read(_folder(run_dir, found[-1])) if found else None
 
 
-def load(run_dir: Path, run: Run) -> int:
-    """Load the newest checkpoint into the run and return its step, 0 when there is none.
+def load(run_dir: Path, run: Run) -> Manifest | None:
+    """Load the newest checkpoint into the training roles and return its manifest, None when there is none.
 
-    CheckpointError: it can't be read, or is not of this model.
+    The buffer's state is loaded later, when the engines have the checkpoint's weights: an episode that is claimed
+    before would be sampled with others. CheckpointError: the checkpoint can't be read, or is not of this model.
     """
     found = steps(run_dir)
     if not found:
-        return 0
+        return None
     folder = _folder(run_dir, found[-1])
     try:
         taken = manifest.read(folder)
         loading = [role.load(folder / role.name) for role in run.roles]
         for pending in loading:
             pending.result()
-        run.buffer.load_state_dict(dict(taken.buffer))
     except (ValueError, OSError, RayError) as error:
         earlier = f"step {found[-2]}" if len(found) > 1 else "the beginning"
         raise CheckpointError(
             f"{folder} can't be loaded: {_reason(error)}; move the folder away to go on from {earlier}"
         ) from error
-    return taken.step
+    return taken
 
 
 def export(run_dir: Path, step: int | None, out: Path) -> Path:

@@ -155,6 +155,7 @@ def observe(done: StepRecord, run: Run, watch: Watch) -> dict[str, float]:
         **observed.correction_metrics(sub_traces, done.corrections),
         **done.updates,
         **run.peak_memory(),
+        **run.recovery.metrics(),
         "weights/version": float(run.weights.version),
     }
 

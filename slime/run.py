@@ -28,6 +28,21 @@ class Abandoned(Exception):
     """A step was abandoned before it changed anything, because the run was told to end."""
 
 
+@dataclass(frozen=True)
+class Roles:
+    """The groups of processes that hold a model."""
+
+    policy: PolicyGroup
+    reference: PolicyGroup | NoReference
+    estimator: Estimator
+
+    @property
+    def groups(self) -> list[WorkerGroup]:
+        """Return all groups, including frozen ones."""
+        frozen = [self.reference] if isinstance(self.reference, PolicyGroup) else []
+        return [self.policy, *frozen, *self.estimator.roles]
+
+
 STOP_TIMEOUT_S = 30.0  # for engines and sandboxes; processes that are left then end with their actor
 
 
@@ -38,22 +53,41 @@ class Run:
     buffer: BufferHandle
     rollout: RolloutGroup
     engines: EngineGroup
-    policy: PolicyGroup
-    reference: PolicyGroup | NoReference
-    estimator: Estimator
+    models: Roles
     weights: Weights
     servers: list[ActorHandle[EngineServer]]
-    trainers: list[WorkerGroup]  # all groups of processes that hold a model, including frozen ones
     model_folder: Path  # model that the run starts from
     rows: str  # digest of the rows to train on
     clock: Clock = field(default_factory=Clock)  # of the current step
     told_to_end: Callable[[], bool] = lambda: False
     recovery: Recovery = field(default_factory=Recovery)
+    _playing: BufferHandle | None = None  # buffer whose tickets are played
+
+    @property
+    def policy(self) -> PolicyGroup:
+        """Return the policy's processes."""
+        return self.models.policy
+
+    @property
+    def reference(self) -> PolicyGroup | NoReference:
+        """Return the processes of the frozen starting model."""
+        return self.models.reference
+
+    @property
+    def estimator(self) -> Estimator:
+        """Return the source of advantages, which may have processes."""
+        return self.models.estimator
 
     @property
     def roles(self) -> list[WorkerGroup]:
         """Return the groups of processes that train. A checkpoint stores their state."""
         return [self.policy, *self.estimator.roles]
+
+    def play(self) -> None:
+        """Let the rollout workers play the buffer's tickets, unless they do so already."""
+        if self._playing is not self.buffer:
+            self.rollout.run(self.buffer)
+            self._playing = self.buffer
 
     def score(self, batch: Batch) -> Scores:
         """Return values and log-probabilities of a batch under the current weights; the roles work in parallel."""
@@ -101,7 +135,7 @@ class Run:
 
     def peak_memory(self) -> dict[str, float]:
         """Return the metric `<role>/peak_memory_gb` of every role that holds a model."""
-        return {name: gb for role in self.trainers for name, gb in role.peak_memory().items()}
+        return {name: gb for role in self.models.groups for name, gb in role.peak_memory().items()}
 
     def stop(self, failures: Failures) -> None:
         """Stop engines and sandboxes; the shutdown of Ray ends the remaining processes."""

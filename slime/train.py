@@ -13,7 +13,7 @@ import yaml
 from launch.local import start_ray, stop_ray
 from launch.lock import made_once, run_lock
 from slime import sft
-from slime.build import build
+from slime.build import build, rebuilder
 from slime.config import dump
 from slime.observe.failures import Failures
 from slime.observe.standing import Standing, State
@@ -86,7 +86,7 @@ def run_ppo(
                 run = build(config, inputs, run_dir, where)
             try:
                 with failures.at_once():
-                    done = train(config, run, watch, run_dir, step, failures)
+                    done = train(config, run, watch, run_dir, step, failures, rebuilder(config, inputs, where))
                     if done < config.steps:
                         failures.to_be_continued()
             finally:

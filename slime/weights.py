@@ -36,6 +36,7 @@ class Weights:
         self.timeout_s = timeout_s
         self._backend = backend
         self.version = -1
+        self._updating = False  # whether engines wait for the rest of an update
         self._held: Checksums = []  # where changes are sent: of what the engines were left with
 
     def connect(self) -> None:
@@ -57,6 +58,25 @@ class Weights:
                 )
             )
         joining.result(self.timeout_s)
+
+    def reconnect(self, policy: PolicyGroup, trainers: Sequence[WorkerGroup]) -> None:
+        """Make the group anew after the policy's processes were replaced. The next publication sends whole weights.
+
+        `trainers`: all groups of processes that hold a model. The engines do not generate before that publication.
+        """
+        self.policy = policy
+        asyncio.run(self._disconnect())
+        self.connect()
+
+    async def _disconnect(self) -> None:
+        """Let every engine leave the group and end an update that its sender did not complete."""
+        self._held = []
+        async with self.engines.clients() as clients:
+            await _all(clients, lambda client: client.pause(self.engines.config.pause.value))
+            if self._updating:
+                await _all(clients, EngineClient.end_update)
+                self._updating = False
+            await _all(clients, lambda client: client.destroy_group(GROUP))
 
     def lend_memory(self) -> None:
         """Let training use the engines' memory where both share a GPU; nothing to do here."""
@@ -129,6 +149,7 @@ class Weights:
             await _all(clients, lambda client: client.pause(mode.value))
             if scramble:
                 await _all(clients, EngineClient.scramble)
+            self._updating = True
             await _all(clients, EngineClient.begin_update)
             for bucket in self._buckets:
                 names, dtypes, shapes = (list(column) for column in zip(*bucket, strict=True))
@@ -141,6 +162,7 @@ class Weights:
         thread.shutdown(wait=False)
         await asyncio.gather(sent, receive())  # whichever fails first is the reason
         await _all(clients, EngineClient.end_update)
+        self._updating = False
         await _all(clients, EngineClient.resume)
 
 
@@ -171,6 +193,14 @@ class SharedGpuWeights(Weights):
             self._lent = False
             self._held = []  # no base for changes
         return super().publish(version)
+
+    def reconnect(self, policy: PolicyGroup, trainers: Sequence[WorkerGroup]) -> None:
+        """Let the engines take their memory back, then see `Weights.reconnect`."""
+        if self._lent:
+            asyncio.run(self._engines(EngineClient.resume_memory))
+            self._lent = False
+        self._trainers = list(trainers)
+        super().reconnect(policy, trainers)
 
     async def _engines(self, ask: Callable[[EngineClient], Awaitable[None]]) -> None:
         async with self.engines.clients() as clients:

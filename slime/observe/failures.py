@@ -8,15 +8,16 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
-from launch.deaths import ProcessDied
+from launch.deaths import Effect, ProcessDied
 from launch.supervisor import Supervisor, exit_code_of
 from machine.failures import reason
 from slime.observe.standing import Standing, State
+from slime.recovery.recovery import RanksLost
 
 LOG_FILE = "error.log"
 LOG_TAIL_LINES = 30  # of a process that has died
@@ -61,15 +62,38 @@ class Failures:
         return isinstance(error, Exception | KeyboardInterrupt)
 
     @contextmanager
-    def at_once(self) -> Iterator[None]:
-        """Tell an error of this block before anything is stopped, then let it pass."""
+    def at_once(self, unless: Callable[[BaseException], bool] = lambda error: False) -> Iterator[None]:
+        """Tell an error of this block before anything is stopped, then let it pass; `unless` the run recovers."""
         try:
             yield
         except self._refused:
             raise
         except (Exception, KeyboardInterrupt) as error:
-            self._tell(error)
+            if not unless(error):
+                self._tell(error)
             raise
+
+    @contextmanager
+    def ranks_lost(self) -> Iterator[None]:
+        """Raise RanksLost in place of an error of this block that follows from the death of a training process."""
+        try:
+            yield
+        except RanksLost:
+            raise
+        except Exception as error:
+            death = self._restartable(error)
+            if death is None:
+                raise
+            raise RanksLost(death) from error
+
+    def recovers(self, error: BaseException) -> bool:
+        """Return whether an error follows from the death of a training process."""
+        return isinstance(error, RanksLost) or self._restartable(error) is not None
+
+    def _restartable(self, error: BaseException) -> ProcessDied | None:
+        """Wait until the death that an error follows from is detected."""
+        self.supervisor.cause(_settle_s(error))
+        return next((death for death in self.supervisor.deaths if death.effect is Effect.RESTART), None)
 
     @contextmanager
     def aside(self, what: str) -> Iterator[None]:
@@ -107,8 +131,7 @@ class Failures:
     def _tell(self, error: BaseException) -> None:
         self.supervisor.end()
         if not self.exit_code:
-            settle_s = SETTLE_LOST_S if _LOST.search(reason(error)) else SETTLE_S
-            cause = self.supervisor.cause(settle_s)
+            cause = self.supervisor.cause(_settle_s(error))
             where = self._keep(error, "the run ended by")
             self._say(cause or error, where)
         self._keep(error, "the run ended by")
@@ -146,6 +169,10 @@ class Failures:
         except OSError as full:
             return f"its traceback could not be written to {self.log}: {full.strerror}"
         return f"traceback: {self.log}"
+
+
+def _settle_s(error: BaseException) -> float:
+    return SETTLE_LOST_S if _LOST.search(reason(error)) else SETTLE_S
 
 
 def _print(text: str) -> None:

@@ -98,16 +98,29 @@ class Tracker:
         self._time_before_s = max((float(row.get("time_s", 0.0)) for row in history), default=0.0)
         self._started_s = time.monotonic()
         self._aside = aside
-        self._metrics = (run_dir / METRICS_FILE).open("ab")
-        self._episodes = (run_dir / EPISODES_FILE).open("ab")
+        self._run_dir = run_dir
+        self._open()
         self._wandb = (
             _Wandb(run_dir, run, config, tracking.project, resume_step is not None) if tracking.wandb else None
         )
+
+    def _open(self) -> None:
+        self._metrics = (self._run_dir / METRICS_FILE).open("ab")
+        self._episodes = (self._run_dir / EPISODES_FILE).open("ab")
 
     @property
     def elapsed_s(self) -> float:
         """Return seconds since the run first started; time between a stop and its resume does not count."""
         return self._time_before_s + time.monotonic() - self._started_s
+
+    def rewind(self, step: int) -> list[dict[str, float]]:
+        """Remove what was written for the steps after `step`, which happen again, and return the rows that are left."""
+        for file in (self._metrics, self._episodes):
+            file.close()
+            _prepare(Path(file.name), step)
+        self._open()
+        self._last_step = min(self._last_step, step)
+        return read_metrics(self._run_dir)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one step. ValueError: a metric that is not a finite number, or a step that is already there."""

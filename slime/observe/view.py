@@ -191,6 +191,15 @@ class View:
             self._plain_step()
         self._refresh()
 
+    def rewind(self, history: Sequence[Mapping[str, float]]) -> None:
+        """Return to an earlier step: `history` are the metrics of the steps that are not repeated."""
+        self.last, self.rewards, self.pass_rates, self._step_times_s = {}, [], [], []
+        self.step_number = 0
+        for metrics in history:
+            self._remember(metrics)
+        self.step_started_s = time.monotonic()
+        self._refresh()
+
     def note(self, text: str) -> None:
         """Print a line that stays: a checkpoint, a warning."""
         if self._live is None:

@@ -77,6 +77,10 @@ class Watch:
         """Print a line that stays."""
         self.view.note(text)
 
+    def rewind(self, step: int) -> None:
+        """Remove the steps after `step`, which happen again."""
+        self.view.rewind(self.tracker.rewind(step))
+
     def rollout(self, counts: Counts) -> None:
         """Show the progress of the episodes that training waits for."""
         self.view.rollout(counts.finished, counts.wanted, counts.in_flight, counts.tokens_per_s)

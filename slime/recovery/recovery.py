@@ -6,7 +6,7 @@ queue in `Recovery.check`, which the loop calls wherever it waits for episodes, 
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -41,6 +41,7 @@ class Recovery:
         """Prepare the recovery. `deaths`: the queue of the supervisor; None: every death ends the run."""
         self._deaths: deque[ProcessDied] = deque() if deaths is None else deaths
         self._replacers = list(replacers)
+        self._counts = Counter({"recovery/restarts": 0})
 
     def check(self) -> None:
         """Handle every death that was found and let ready successors join.
@@ -58,3 +59,11 @@ class Recovery:
             self._deaths.popleft()
         for one in self._replacers:
             one.advance()
+
+    def count(self, name: str) -> None:
+        """Count a recovery under the name of its metric."""
+        self._counts[name] += 1
+
+    def metrics(self) -> dict[str, float]:
+        """Return the number of recoveries of each kind since this process began."""
+        return {name: float(count) for name, count in self._counts.items()}

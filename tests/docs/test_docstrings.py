@@ -86,6 +86,7 @@ VERBS = frozenset(
         "Reissue",
         "Release",
         "Remove",
+        "Replace",
         "Report",
         "Request",
         "Require",

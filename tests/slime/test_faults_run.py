@@ -39,8 +39,7 @@ def test_a_killed_engine_is_named_and_takes_the_run_with_it(place: Place) -> Non
     before = tokens(place)
     with Run(place, *RUN, "run=killed") as run:
         run.wait_until(lambda: "... eval" in run.output, "first evaluation", START_S)
-        (scheduler,) = [one for one in run.processes() if "sglang::scheduler" in " ".join(one.cmdline())]
-        scheduler.kill()
+        run.one("sglang::scheduler").kill()
         assert run.process.wait(LIMIT_S) == 1, run.tail()
         assert run.left_over() == []
     logs = place.run_dir("killed") / "logs"

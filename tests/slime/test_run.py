@@ -7,9 +7,11 @@ import inspect
 import json
 import math
 import os
+import re
 import signal
 import socket
 import subprocess
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,6 +55,7 @@ EVERY_STEP = {
     *("policy/engine_logprob_diff_max", "critic/loss", "critic/explained_variance", "weights/version"),
     *("weights/lag_max", "time/rollout_s", "time/values_s", "time/update_s", "time/publish_s"),
 }
+AGAIN = "all training processes started again in"
 RAY_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")  # they give a killed raylet a minute to come back
 EVALUATION = {"eval/pass_rate", "eval/num_tasks"}
 
@@ -90,21 +93,21 @@ def whole_run(diary: Diary, monkeypatch: pytest.MonkeyPatch, folder: Path, begin
     monkeypatch.setattr(loop, "train_step", diary.train_step)
     monkeypatch.setattr(loop, "evaluate", diary.evaluate)
     monkeypatch.setattr(checkpoint, "Checkpoints", lambda run_dir, run, keep: nullcontext(diary))
-    monkeypatch.setattr(checkpoint, "load", lambda run_dir, run: note("load") or begin)
+    found = SimpleNamespace(step=begin, buffer={"step": begin}) if begin else None
+    monkeypatch.setattr(checkpoint, "load", lambda run_dir, run: note("load") or found)
     run: Any = SimpleNamespace(
         weights=SimpleNamespace(publish=lambda version: note(f"publish {version}"), verify=lambda: note("verify")),
-        rollout=SimpleNamespace(run=lambda buffer: note("play")),
-        buffer=SimpleNamespace(actor=None),
+        play=lambda: note("play"),
+        buffer=SimpleNamespace(state_dict=dict, load_state_dict=lambda state: note(f"buffer {state}")),
         clock=SimpleNamespace(),
         estimator=SimpleNamespace(roles=[]),
         policy=SimpleNamespace(export=lambda folder: note("export") or SimpleNamespace(result=list)),
     )
-    view = SimpleNamespace(note=lambda text: None)
-    watch: Any = SimpleNamespace(step=diary.step, view=view, phase=lambda name: None)
+    watch: Any = SimpleNamespace(step=diary.step, note=lambda text: None, phase=lambda name: None)
     numbers = ["steps=5", "eval.every=3", "checkpoint.every=2", "critic.warmup_episodes=0"]
     config = load(["recipe=ppo_coding", *numbers], None).config
     with Failures(folder) as failures:
-        return train_run(config, run, watch, folder, begin, failures)
+        return train_run(config, run, watch, folder, begin, failures, builder=SimpleNamespace())  # type: ignore[arg-type]
     raise AssertionError("it has failed")
 
 
@@ -114,7 +117,8 @@ def whole_run(diary: Diary, monkeypatch: pytest.MonkeyPatch, folder: Path, begin
         (
             0,
             [
-                *("publish 0", "verify", "play", "evaluate 0", "log 0 with pass rate", "train 1", "check"),
+                *("load", "publish 0", "verify", "buffer {}", "play"),
+                *("evaluate 0", "log 0 with pass rate", "train 1", "check"),
                 *("log 1", "train 2", "check", "log 2", "save 2", "train 3", "evaluate 3", "check"),
                 *("log 3 with pass rate", "train 4", "check", "log 4", "save 4", "train 5", "evaluate 5", "check"),
                 *("log 5 with pass rate", "export", "save 5"),
@@ -123,7 +127,7 @@ def whole_run(diary: Diary, monkeypatch: pytest.MonkeyPatch, folder: Path, begin
         (
             4,
             [
-                *("load", "publish 4", "verify", "play", "train 5", "evaluate 5", "check"),
+                *("load", "publish 4", "verify", "buffer {'step': 4}", "play", "train 5", "evaluate 5", "check"),
                 *("log 5 with pass rate", "export", "save 5"),
             ],
         ),
@@ -234,7 +238,7 @@ def test_a_warm_start_has_its_folder_alone_and_is_cached_whole(tmp_path: Path, m
     asked = loaded.config, load_start(loaded), Failures(tmp_path)
     ran: list[Path] = []
 
-    def run_sft(warm_start: Any, run_dir: Path, failures: Any) -> Path:
+    def run_sft(warm_start: Any, run_dir: Path, failures: Any, warnings: Sequence[str]) -> Path:
         with pytest.raises(LockError, match=f"{run_dir} is in use by"), run_lock(run_dir):
             pass
         ran.append(run_dir)
@@ -295,6 +299,9 @@ def story(place: Place, warm_start: Path) -> Story:
         first.wait_until((run_dir / "run.lock").exists, "lock", START_S)
         with Run(place, *arguments) as beside:
             refused = beside.process.wait(timeout=START_S), beside.output
+        first.wait_until(lambda: bool(rows_of(metrics)) and rows_of(metrics)[-1]["step"] >= 1, "step 1", START_S)
+        first.one("ray::BufferActor").kill()
+        first.wait_until(lambda: AGAIN in first.output, "restart", START_S)
         first.wait_until(lambda: bool(rows_of(metrics)) and rows_of(metrics)[-1]["step"] >= 2, "step 2", START_S)
         priorities = {process.name(): process.nice() for process in first.processes()}
         assert any("bwrap" in name for name in priorities), priorities
@@ -306,6 +313,8 @@ def story(place: Place, warm_start: Path) -> Story:
         gone = first.left_over(but=RAY_AGENTS)
         newest, at_kill = max(checkpoint.steps(run_dir)), rows_of(metrics)
         with Run(place, *arguments) as second:
+            second.wait_until(lambda: "resumed at step" in second.output, "resume", START_S)
+            second.one("ray::CriticWorker").kill()
             second.finish()
             gone_too = second.left_over()
         gone += first.left_over()
@@ -373,6 +382,15 @@ def test_a_killed_and_resumed_run_is_the_one_that_was_not_killed(story: Story, u
     assert episodes[0] == episodes[1]
     models = [hashlib.sha256((folder / "model" / "model.safetensors").read_bytes()).hexdigest() for folder in folders]
     assert models[0] == models[1]
+
+
+@pytest.mark.e2e
+def test_training_processes_and_buffer_that_die_start_again_in_the_same_job(story: Story) -> None:
+    for output, name in zip(story.outputs, ("the data buffer", "critic rank 0"), strict=False):
+        assert re.search(rf"{name} \(pid \d+ on \S+\) was killed.*; all training processes start again", output)
+        assert AGAIN in output
+        assert "Traceback" not in output
+    assert rows_of(story.run_dir / "metrics.jsonl")[-1]["recovery/restarts"] == 1
 
 
 @pytest.mark.e2e

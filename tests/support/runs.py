@@ -85,6 +85,12 @@ class Run:
                 continue
         return [process for process in self._known if alive(process)]
 
+    def one(self, name: str) -> psutil.Process:
+        """Return the process of the run whose command line contains the name. AssertionError: there is not just one."""
+        found = [process for process in self.processes() if name in " ".join(process.cmdline())]
+        assert len(found) == 1, f"{len(found)} processes are called {name}: {self.tail()}"
+        return found[0]
+
     def wait_until(self, condition: Callable[[], bool], what: str, limit_s: float) -> None:
         """Wait until the condition holds.
 

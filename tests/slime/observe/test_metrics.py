@@ -274,7 +274,7 @@ POLICY = {
 CRITIC = {"loss", "clip_fraction", "grad_norm", "lr"}
 NO_METRICS = {"tokens"}  # what divides them
 PHASES = {"rollout", "values", "update", "publish", "eval", "step", "other"}
-LITERAL = re.compile(r"\"((?:policy|critic|advantage|rollout|weights|eval|time|sft)/[a-z0-9_/]+)\"")
+LITERAL = re.compile(r"\"((?:policy|critic|advantage|rollout|weights|eval|time|sft|recovery)/[a-z0-9_/]+)\"")
 
 
 def told_by_workers(path: Path) -> Iterator[str]:
@@ -307,7 +307,7 @@ def logged() -> set[str]:
         *(f"{role}/peak_memory_gb" for role in ("policy", "reference", "critic")),
         *(f"time/{name}_s" for name in PHASES),
     }
-    for path in ("slime/loop.py", "slime/run.py", "slime/sft.py", "critic/estimators.py"):
+    for path in ("slime/loop.py", "slime/run.py", "slime/sft.py", "slime/recovery/recovery.py", "critic/estimators.py"):
         names |= set(LITERAL.findall((ROOT / path).read_text()))
     return names
 

@@ -70,6 +70,21 @@ def test_resume_removes_what_happens_again(tmp_path: Path) -> None:
     assert [row["step"] for row in lines(tmp_path / "episodes.jsonl")] == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
+def test_a_running_process_can_go_back_to_a_step(tmp_path: Path) -> None:
+    track = tracker(tmp_path)
+    for step in range(4):
+        track.log(step, {"x": step})
+        track.episodes(step, "train", [EPISODE])
+    assert [row["step"] for row in track.rewind(1)] == [0, 1]
+    track.log(2, {"x": 20})
+    assert track.rewind(-1) == []
+    track.log(0, {"x": 7})
+    track.episodes(0, "train", [EPISODE])
+    track.close()
+    assert [(row["step"], row["x"]) for row in read_metrics(tmp_path)] == [(0, 7)]
+    assert [row["step"] for row in lines(tmp_path / "episodes.jsonl")] == [0]
+
+
 def test_starting_anew_keeps_the_old_files_apart(tmp_path: Path) -> None:
     track = tracker(tmp_path)
     track.log(0, {"x": 1})

@@ -116,6 +116,17 @@ def test_panel_tells_what_matters() -> None:
         assert part in text, part
 
 
+def test_steps_that_happen_again_are_forgotten() -> None:
+    view = View("demo", 45, plain=True, console=Console(file=io.StringIO()))
+    rows = [METRICS | {"step": step} | EVAL for step in range(1, 5)]
+    for row in rows:
+        view.step(row)
+    view.rewind(rows[:2])
+    assert (view.step_number, len(view.rewards), [step for step, _ in view.pass_rates]) == (2, 2, [1, 2])
+    view.rewind([])
+    assert (view.step_number, view.rewards, view.pass_rates, view.eta_s) == (0, [], [], None)
+
+
 def test_history_goes_on_after_a_resume() -> None:
     console = Console(file=io.StringIO(), width=80)
     view = View("demo", 45, plain=True, history=[METRICS | {"step": s} | EVAL for s in range(1, 8)], console=console)
