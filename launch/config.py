@@ -27,7 +27,7 @@ class ClusterConfig:
     )
     sharing: Sharing = setting(Sharing.none, "Which roles are placed on the same GPU.")
     min_memory_gb: float = setting(
-        8.0, "Free memory that a run needs to start.", bounds="[0, inf)", unit="GB (1e9 bytes)"
+        8.0, "Free memory that a run needs to start, on each node.", bounds="[0, inf)", unit="GB (1e9 bytes)"
     )
     min_disk_gb: float = setting(
         4.0, "Free disk space that a run needs to start.", bounds="[0, inf)", unit="GB (1e9 bytes)"

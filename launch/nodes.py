@@ -142,7 +142,7 @@ def look_around(nodes: Sequence[Node], run_dir: Path, model_folder: Path, wait_s
     task = ray.remote(look)
     try:
         asked = [
-            task.options(num_cpus=0, max_retries=0, scheduling_strategy=_on(node)).remote(
+            task.options(num_cpus=0, max_retries=0, scheduling_strategy=on_node(node)).remote(
                 node.address, str(marker), str(config), _digest(config), addresses
             )
             for node in nodes
@@ -195,7 +195,8 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
 
 
-def _on(node: Node) -> Any:
+def on_node(node: Node) -> Any:
+    """Return Ray's option that pins a process to a node."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     return NodeAffinitySchedulingStrategy(node.id, soft=False)
@@ -215,7 +216,7 @@ class ProcessOptions:
             return found
         if self.node.environment:
             found["runtime_env"] = {"env_vars": dict(self.node.environment)}
-        return found | {"scheduling_strategy": _on(self.node)}
+        return found | {"scheduling_strategy": on_node(self.node)}
 
     @property
     def address(self) -> str:

@@ -48,7 +48,7 @@ def run_sft(config: Config, run_dir: Path, failures: Failures, warnings: Sequenc
     inputs = prepare(config)
     start_ray(config.cluster)
     where = place_run(config, run_dir, inputs.model_folder)
-    record(config, run_dir, None, warnings)
+    record(config, run_dir, None, [*warnings, *where.warnings])
     tracker = Tracker(run_dir, run_dir.name, yaml.safe_load(dump(config)), config.tracking, None, failures.aside)
     try:
         with View(run_dir.name, config.steps) as view, failures.at_once():
@@ -68,7 +68,7 @@ def run_ppo(
 
     run_dir, step = folder_of(config), newest.step if newest else 0
     where = place_run(config, run_dir, inputs.model_folder)
-    record(config, run_dir, newest, warnings)
+    record(config, run_dir, newest, [*warnings, *where.warnings])
     failures.note(State.running)
     history = read_metrics(run_dir) if step else []
     settings = yaml.safe_load(dump(config))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from launch.doctor import machine, software
+from collections.abc import Sequence
+
+from launch.doctor import machine, nodes, software
 from launch.doctor.collective import all_reduce
 from launch.doctor.finding import Finding, Needs
+from launch.nodes import Node
 
 TOUCH_BYTES = 4096  # enough to see whether a folder can be written to
 
@@ -15,9 +18,16 @@ def quick(needs: Needs) -> list[Finding]:
 
 
 def full(needs: Needs) -> list[Finding]:
-    """Return findings of all checks of this machine; some tens of seconds on a busy one."""
-    num_gpus = 0 if needs.cluster.ray_address else needs.cluster.gpus_per_node
-    return [*_of_software(needs), *_of_machine(needs, machine.WRITE_BYTES), *all_reduce(num_gpus)]
+    """Return findings of all checks of this machine and of the nodes of a Ray cluster; takes tens of seconds."""
+    here = [*_of_software(needs), *_of_machine(needs, machine.WRITE_BYTES)]
+    if needs.cluster.ray_address:
+        return [*here, *nodes.joined(needs)]
+    return [*here, *all_reduce(needs.cluster.gpus_per_node)]
+
+
+def of_nodes(needs: Needs, found: Sequence[Node]) -> list[Finding]:
+    """Return findings of the quick checks of nodes of the Ray cluster that this process has joined."""
+    return nodes.check(needs, found, TOUCH_BYTES, all_reduce=False)
 
 
 def _of_software(needs: Needs) -> list[Finding]:

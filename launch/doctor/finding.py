@@ -19,12 +19,12 @@ class Level(str, Enum):
 
 @dataclass(frozen=True)
 class Finding:
-    """The outcome of one check on one machine."""
+    """The outcome of one check on one machine, or on several that all have the same."""
 
     check: str
     level: Level
     text: str  # one line; with the cure unless all is well
-    node: str = ""  # its address; "" for this machine
+    node: str = ""  # address, or several with commas; "" for this machine
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,9 @@ class Needs:
     sandbox: bool = True  # False: tools may run without one
     checkpoint_bytes: int = 0  # of one checkpoint of all roles; 0: not known
     kept: int = 0  # checkpoints that stay on disk
+    num_rollout_workers: int = 0  # distributed round-robin over the nodes
+    cache_dir: Path | None = None
+    model_folder: Path | None = None  # None: the task makes its own model in cache_dir
 
 
 def ok(check: str, text: str) -> list[Finding]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from launch.config import ClusterConfig
 from launch.doctor.finding import Finding, Needs, ok, problem, warning
+from launch.doctor.shared import existing
 from launch.environment import LOOPBACKS, NO_PROXIES
 from launch.nodes import LOOPBACK
 from launch.preflight import Machine, problems
@@ -111,7 +112,7 @@ def namespaces(required: bool = True) -> list[Finding]:
 
 def runs_folder(folder: Path, size: int = WRITE_BYTES) -> list[Finding]:
     """Check that the runs' folder can be written to, and how fast; a folder that is not there is left so."""
-    there = _existing(folder)
+    there = existing(folder)
     try:
         with tempfile.TemporaryFile(dir=there, prefix=".doctor-") as file:
             began = time.perf_counter()
@@ -132,15 +133,9 @@ def checkpoints(needs: Needs) -> list[Finding]:
     """Check that the disk holds the planned checkpoints: those that are kept, and one that is being written."""
     if not needs.checkpoint_bytes:
         return ok("checkpoints", "their size is not known before the model is made")
-    there = _existing(needs.runs_dir)
+    there = existing(needs.runs_dir)
     free, wanted = shutil.disk_usage(there).free / 1e9, needs.checkpoint_bytes * (needs.kept + 1) / 1e9
     shown = f"{needs.kept} + 1 checkpoints take {wanted:.1f} GB, {free:.1f} GB are free in {there}"
     if wanted > free:
         return problem("checkpoints", f"{shown}: free some, choose another runs_dir, or a smaller checkpoint.keep")
     return ok("checkpoints", shown)
-
-
-def _existing(folder: Path) -> Path:
-    """The folder, or the nearest above it that is there."""
-    folder = folder.absolute()
-    return next(one for one in (folder, *folder.parents) if one.exists())

@@ -1,6 +1,6 @@
 """One rank of a trial all-reduce, in a process of its own.
 
-    python -m launch.doctor.rank RANK SIZE HOST PORT SECONDS BACKEND
+    python -m launch.doctor.rank RANK SIZE HOST PORT SECONDS BACKEND GPU
 
 It prints `joined` when it has reached rank 0, and `summed` when the sum is right.
 """
@@ -13,7 +13,7 @@ from datetime import timedelta
 JOINED, SUMMED = "joined", "summed"
 
 
-def main(rank: int, size: int, host: str, port: int, timeout_s: float, backend: str) -> None:
+def main(rank: int, size: int, host: str, port: int, timeout_s: float, backend: str, gpu: int) -> None:
     """Add up the numbers 1 ... `size`, one of each rank. RuntimeError: the sum is wrong, or a rank did not come."""
     import torch
     from torch import distributed
@@ -22,7 +22,7 @@ def main(rank: int, size: int, host: str, port: int, timeout_s: float, backend: 
     store = distributed.TCPStore(host, port, size, rank == 0, limit, wait_for_workers=False)
     print(JOINED, flush=True)
     distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
-    device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
+    device = torch.device("cuda", gpu) if backend == "nccl" else torch.device("cpu")
     number = torch.full((1024,), rank + 1.0, device=device)
     distributed.all_reduce(number)
     if number.unique().tolist() != [size * (size + 1) / 2]:
@@ -33,4 +33,4 @@ def main(rank: int, size: int, host: str, port: int, timeout_s: float, backend: 
 
 if __name__ == "__main__":
     given = sys.argv[1:]
-    main(int(given[0]), int(given[1]), given[2], int(given[3]), float(given[4]), given[5])
+    main(int(given[0]), int(given[1]), given[2], int(given[3]), float(given[4]), given[5], int(given[6]))

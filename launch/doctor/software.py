@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 import re
 import sys
@@ -17,6 +18,10 @@ from launch.doctor.finding import Finding, ok, problem, warning
 MIN_PYTHON, TOO_NEW_PYTHON = (3, 11), (3, 13)
 OWN = ("slime", "launch", "recipes", "critic", "trainer", "rollout", "buffer", "machine")
 OTHERS = ("torch", "ray", "sglang", "megatron", "transformers", "numpy", "hydra", "omegaconf", "safetensors", "wandb")
+
+
+DRIVER, SOURCE = "the CUDA driver", "slime's own source (digest)"
+COMPARED = ("torch", "ray", "sglang", "megatron-core", "transformers")  # the same on all nodes
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,21 @@ def packages(known: Sequence[Versions] = KNOWN) -> list[Finding]:
             )
             wrong += warning("packages", text)
     return wrong or ok("packages", ", ".join(found))
+
+
+def versions() -> dict[str, str]:
+    """Return what should be the same on all nodes: Python, packages, the CUDA driver, and the project's own files."""
+    found = {"python": ".".join(map(str, sys.version_info[:3])), DRIVER: _dotted(driver_cuda())}
+    for name in COMPARED:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    home, files = Path(__file__).resolve().parents[2], hashlib.sha256()
+    for name in OWN:
+        for path in sorted((home / name).rglob("*.py")):
+            files.update(path.relative_to(home).as_posix().encode() + path.read_bytes())
+    return found | {SOURCE: files.hexdigest()[:12]}
 
 
 def _key(release: str) -> tuple[int, ...]:

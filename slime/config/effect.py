@@ -45,8 +45,6 @@ def _idle(config: Config) -> Iterator[Idle]:
         if not getattr(config, role).optimizer.decay_steps:
             key = f"{role}.optimizer"
             yield [f"{key}.final_lr_ratio"], f"with {key}.decay_steps=0, a constant rate: use decay_steps above 0"
-    if config.cluster.ray_address:
-        yield ["cluster.min_memory_gb"], "with cluster.ray_address, which joins other machines: leave it out"
     if not config.tracking.wandb:
         yield ["tracking.project"], "with tracking.wandb=false: leave it out, or use tracking.wandb=true"
     if not config.rollout.compaction.max_compactions:

@@ -34,6 +34,9 @@ def needs(config: Config) -> Needs:
         sandbox=not config.rollout.sandbox.allow_unsafe,
         checkpoint_bytes=_checkpoint_bytes(config),
         kept=config.checkpoint.keep,
+        num_rollout_workers=config.rollout.num_workers,
+        cache_dir=Path(config.cache_dir),
+        model_folder=Path(config.model.path) if config.model.path else None,
     )
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launch.config import Sharing
-from launch.nodes import Node, ProcessOptions, find_nodes, look_around
+from launch.doctor.checks import of_nodes
+from launch.nodes import Node, NodeError, ProcessOptions, find_nodes, look_around
 from slime.config.nodes import (
     CRITIC,
     ENGINES,
@@ -20,6 +21,7 @@ from slime.config.nodes import (
     trained_roles,
 )
 from slime.schema import Config
+from slime.start.needs import needs, sorted_out
 from trainer.config import RoleConfig
 
 SHARE = 0.2  # fraction of a GPU that Ray assigns to each role on a shared GPU; bookkeeping only
@@ -36,6 +38,7 @@ class Placement:
     rollout: tuple[ProcessOptions, ...]
     buffer: ProcessOptions
     spans_nodes: bool  # whether other machines can reach the run's servers
+    warnings: tuple[str, ...] = ()  # of the checks of the nodes
 
 
 def placement(config: Config, nodes: Sequence[Node] = ()) -> Placement:
@@ -76,8 +79,12 @@ def placement(config: Config, nodes: Sequence[Node] = ()) -> Placement:
 def place_run(config: Config, run_dir: Path, model_folder: Path) -> Placement:
     """Return the run's placement on this machine, or on the checked nodes of the Ray cluster that it has joined.
 
-    NodeError: see launch/nodes.py.
+    NodeError: see launch/nodes.py and launch/doctor/nodes.py.
     """
     if not config.cluster.ray_address:
         return placement(config)
-    return placement(config, look_around(find_nodes(config.cluster), run_dir, model_folder))
+    nodes = look_around(find_nodes(config.cluster), run_dir, model_folder)
+    found = sorted_out(of_nodes(needs(config), nodes))
+    if found.problems:
+        raise NodeError("; ".join(found.problems))
+    return replace(placement(config, nodes), warnings=found.warnings)

@@ -300,12 +300,13 @@ class Cluster:
     environment: dict[str, str]
     started: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
-    def start(self, *arguments: str) -> None:
+    def start(self, *arguments: str, inside: Sequence[str] = (), **variables: str) -> None:
+        """Start a node; `inside`: the command that runs its command."""
         log = self.folder / f"node_{len(self.started)}.log"
-        command = [str(Path(sys.executable).with_name("ray")), "start", "--block", *arguments]
+        command = [*inside, str(Path(sys.executable).with_name("ray")), "start", "--block", *arguments]
         command += ["--num-cpus=1", f"--num-gpus={NODE_GPUS}", f"--object-store-memory={100 << 20}"]
         # A node's variables are those of its processes; one core for each.
-        environment = {**os.environ, **self.environment, "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, **self.environment, "OMP_NUM_THREADS": "1", **variables}
         environment.pop("CUDA_VISIBLE_DEVICES", None)  # empty here, and then a node may not claim GPUs
         with log.open("wb") as out:
             self.started.append(
@@ -479,6 +480,7 @@ def test_processes_lie_where_they_were_placed(story: Story) -> None:
         ("EngineServer", second),
         *(("PolicyWorker", node) for node in (first, first, second)),
         ("RolloutWorker", first),
+        *(("NodeCheck", node) for node in NODES),  # before the others
     ]
     assert {state for *_, state in story.actors} == {"DEAD"}  # nothing of the run outlives it on the cluster
 
@@ -510,3 +512,59 @@ def test_gpus_are_taken_on_the_node_that_was_meant(story: Story) -> None:
     assert story.addresses == [first, second]
     assert story.probes == [(first, 2), (first, 1), (second, 1), (second, 1), (second, 1)]
     assert f"{first} with 0 free GPUs, {second} with 0 free GPUs" in story.full
+
+
+# slime doctor --------------------------------------------------------------------------------------------------------
+
+BAD_NODE = "127.0.0.4"
+BAD_INTERFACE = "nosuch0"
+
+
+def doctor(cluster: Cluster, folder: Path, num_nodes: int) -> tuple[int, dict[str, list[tuple[str, str, str]]]]:
+    """Return the exit code and, by check, node, level and text of the findings about nodes."""
+    settings = [f"cluster.ray_address={cluster.address}", f"cluster.num_nodes={num_nodes}", f"runs_dir={folder}"]
+    settings += [f"cache_dir={folder}", "cluster.min_memory_gb=0", "cluster.min_disk_gb=0", "rollout.num_workers=2"]
+    done = subprocess.run(
+        [sys.executable, "-m", "slime.cli", "doctor", "recipe=ppo_coding", *settings, "--json"],
+        env={**os.environ, **cluster.environment, "PYTHONPATH": str(ROOT)},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    assert done.stdout.startswith("["), done.stderr
+    found: dict[str, list[tuple[str, str, str]]] = {}
+    for one in json.loads(done.stdout):
+        if one["node"]:
+            found.setdefault(one["check"], []).append((one["node"], one["level"], one["text"]))
+    return done.returncode, found
+
+
+@pytest.mark.e2e
+def test_nodes_that_are_fit_are_found_so(cluster: Cluster, tmp_path: Path) -> None:
+    code, found = doctor(cluster, tmp_path, 2)
+    assert [one for many in found.values() for one in many if one[1] == "problem"] == []
+    assert code == 0
+    both = ", ".join(NODES)
+    for check in ("versions", "shared folders", "clock", "network", "resources", "sandbox"):
+        assert {node for node, *_ in found[check]} == {both}, check
+    assert f"runs_dir,cache_dir={tmp_path} is read at " in found["shared folders"][0][2]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.e2e
+def test_a_node_that_is_not_fit_is_named(cluster: Cluster, tmp_path: Path) -> None:
+    """It has another disk in the place of the runs' folder, and no interface for gloo."""
+    mounted = f'mount -t tmpfs none {tmp_path} && exec "$@"'
+    inside = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mounted, "sh"]
+    node = [f"--node-ip-address={BAD_NODE}", f"--address={cluster.address}"]
+    cluster.start(*node, inside=inside, GLOO_SOCKET_IFNAME=BAD_INTERFACE)
+    code, found = doctor(cluster, tmp_path, 3)
+    assert code == 1
+    (folders,), (reduced,) = found["shared folders"], found["all-reduce"]
+    assert folders[:2] == (BAD_NODE, "problem")
+    assert folders[2].startswith(f"runs_dir,cache_dir={tmp_path} does not show the files of the machine")
+    assert reduced[:2] == (BAD_NODE, "problem")
+    assert BAD_INTERFACE in reduced[2]
+    assert {one[1] for check in ("versions", "network") for one in found[check]} == {"ok"}

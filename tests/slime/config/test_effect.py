@@ -64,7 +64,6 @@ def refusal(*arguments: str) -> str:
         ((PPO,), "policy.layout.offload=role", ""),
         ((PPO,), "critic.layout.offload=optimizer", ""),
         ((PPO, "model.start="), "sft.batch_sub_traces=8", "model.start=sft_coding"),
-        ((PPO, "cluster.ray_address=auto"), "cluster.min_memory_gb=1", "cluster.ray_address="),
         ((SFT,), "model.start=sft_other", ""),
         ((SFT,), "buffer.slots=256", ""),
         ((SFT,), "policy.loss=dis", ""),
