@@ -42,6 +42,11 @@ class EndedRank:
     node: str = ""  # its address; "" for this machine
 
 
+def running(node: str) -> EndedRank:
+    """Return a rank that was left waiting for another one."""
+    return EndedRank(None, (JOINED,), node)
+
+
 def all_reduce(num_gpus: int = 0, timeout_s: float = TIMEOUT_S) -> list[Finding]:
     """Check that processes can add up numbers within `timeout_s`: two over gloo, or one for each GPU over NCCL."""
     size = num_gpus or 2

@@ -14,7 +14,7 @@ MAX_NAMED = 3  # nodes in a finding
 
 
 @dataclass(frozen=True)
-class Clock:
+class NodeClock:
     """A node's clock against this machine's, seconds."""
 
     ahead_s: float
@@ -94,7 +94,7 @@ def judged_replies(offered: shared.Offer, replies: Mapping[str, shared.Reply]) -
     return on(replies, ok("shared folders", speed))
 
 
-def clocks(known: Mapping[str, Clock | None]) -> list[Finding]:
+def clocks(known: Mapping[str, NodeClock | None]) -> list[Finding]:
     """Return the findings of the nodes' clocks, None: not told. A skew counts beyond what the round trip explains."""
     texts = {}
     for node, clock in known.items():

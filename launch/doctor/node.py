@@ -68,7 +68,7 @@ class NodeCheck:
         return [shared.reply(one, name) for one in offers]
 
     def listen(self) -> int:
-        """Listen on a free port of this node's address, telling each caller the address, and return the port."""
+        """Return a port of this node's address, on which each caller is told that address."""
         self._server = socket.create_server((self._address, 0), backlog=1024)
         threading.Thread(target=self._greet, daemon=True).start()
         return int(self._server.getsockname()[1])
@@ -81,7 +81,7 @@ class NodeCheck:
                 caller.sendall(self._address.encode())
 
     def reach(self, ports: Mapping[str, int]) -> dict[str, str]:
-        """Connect to each address at its port and return the problems by address; none: {}."""
+        """Return why addresses are not reached at their ports, by address; {} if all are."""
         with ThreadPoolExecutor(CONNECTIONS) as pool:
             told = pool.map(lambda one: _greeting(*one), ports.items())
             return {address: said for address, said in zip(ports, told, strict=True) if said}

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from launch.doctor import shared, software
-from launch.doctor.collective import TIMEOUT_S, backend_of, judged
-from launch.doctor.compare import Clock, alike, clocks, differing, judged_replies, on, unreached
+from launch.doctor.collective import TIMEOUT_S, EndedRank, backend_of, judged, running
+from launch.doctor.compare import NodeClock, alike, clocks, differing, judged_replies, on, unreached
 from launch.doctor.finding import Finding, Needs, problem
 from launch.doctor.machine import WRITE_BYTES
 from launch.doctor.node import NodeCheck
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 ANSWER_WAIT_S = 120.0  # a node's first Python process may read its packages from a slow shared disk
 ROUND_TRIPS = 5
+SETTLE_S = 5.0  # between ranks that fail for the same reason
 
 
 def joined(needs: Needs) -> list[Finding]:
@@ -71,22 +72,27 @@ def check(needs: Needs, nodes: Sequence[Node], num_bytes: int, all_reduce: bool)
         for node in nodes
     }
     try:
-        return _Nodes(actors, needs).check(num_bytes, all_reduce)
+        return NodeChecks(actors, needs).check(num_bytes, all_reduce)
     finally:
         for actor in actors.values():
             with suppress(ray.exceptions.RayError):
                 ray.kill(actor)
 
 
-class _Nodes:
+class NodeChecks:
     """The actors on the nodes that answer, by address, and what was found."""
 
-    def __init__(self, actors: Mapping[str, ActorHandle[NodeCheck]], needs: Needs) -> None:
+    def __init__(
+        self, actors: Mapping[str, ActorHandle[NodeCheck]], needs: Needs, wait_s: float = ANSWER_WAIT_S
+    ) -> None:
+        """Prepare the checks. `wait_s`: for an answer of a node."""
+        self._wait_s = wait_s
         self._actors = dict(actors)
         self._needs = needs
         self._found: list[Finding] = []
 
     def check(self, num_bytes: int, all_reduce: bool) -> list[Finding]:
+        """Return the findings; see the function `check`."""
         self._look()
         self._folders(num_bytes)
         self._found += clocks({address: self._clock(address) for address in self._actors})
@@ -95,18 +101,19 @@ class _Nodes:
             self._all_reduce()
         return self._found
 
-    def _ask(
-        self, check: str, ask: Callable[[str, ActorHandle[NodeCheck]], ObjectRef[T]], wait_s: float = ANSWER_WAIT_S
-    ) -> dict[str, T]:
+    def _ask(self, check: str, ask: Callable[[str, ActorHandle[NodeCheck]], ObjectRef[T]]) -> dict[str, T]:
         """Ask all nodes at once and return their answers; a node without one is named and asked no more."""
         asked = {address: ask(address, actor) for address, actor in self._actors.items()}
-        deadline = time.monotonic() + wait_s
+        deadline = time.monotonic() + self._wait_s
         answers = {}
         for address, pending in asked.items():
             try:
                 answers[address] = _get(pending, deadline - time.monotonic())
             except NodeError as error:
-                why = str(error) or f"has not answered in {wait_s:g} s: see whether the machine and its Ray are alive"
+                why = (
+                    str(error)
+                    or f"has not answered in {self._wait_s:g} s: see whether the machine and its Ray are alive"
+                )
                 self._found += on([address], problem(check, why))
                 del self._actors[address]
         return answers
@@ -155,17 +162,17 @@ class _Nodes:
             for offered in offers:
                 shared.remove(offered)
 
-    def _clock(self, address: str) -> Clock | None:
+    def _clock(self, address: str) -> NodeClock | None:
         """None: the node does not answer."""
-        best: Clock | None = None
+        best: NodeClock | None = None
         for _ in range(ROUND_TRIPS):
             before = time.time()
             try:
-                there = _get(call(self._actors[address], NodeCheck.clock), ANSWER_WAIT_S)
+                there = _get(call(self._actors[address], NodeCheck.clock), self._wait_s)
             except NodeError:
                 return best
             after = time.time()
-            clock = Clock(there - (before + after) / 2, (after - before) / 2)
+            clock = NodeClock(there - (before + after) / 2, (after - before) / 2)
             best = clock if best is None or clock.within_s < best.within_s else best
         return best
 
@@ -181,21 +188,36 @@ class _Nodes:
         ranks = {address: list(range(n * each, (n + 1) * each)) for n, address in enumerate(self._actors)}
         run = NodeCheck.run_gpu_ranks if gpus else NodeCheck.run_ranks
         try:
-            port = _get(call(self._actors[first], NodeCheck.reserve_port), ANSWER_WAIT_S)
+            port = _get(call(self._actors[first], NodeCheck.reserve_port), self._wait_s)
         except NodeError as error:
-            self._found += on(
-                [first], problem("all-reduce", str(error) or f"no port in {ANSWER_WAIT_S:g} s: try again")
-            )
+            self._found += on([first], problem("all-reduce", str(error) or f"no port in {self._wait_s:g} s: try again"))
             return
         began = time.monotonic()
-        ended = self._ask(
-            "all-reduce",
-            lambda address, actor: call(actor, run, ranks[address], size, first, port, TIMEOUT_S),
-            TIMEOUT_S + ANSWER_WAIT_S,
-        )
-        if len(ended) == len(ranks):
-            listed = [one for address in ranks for one in ended[address]]
-            self._found += judged(listed, backend_of(gpus), time.monotonic() - began)
+        asked = {
+            address: call(actor, run, ranks[address], size, first, port, TIMEOUT_S)
+            for address, actor in self._actors.items()
+        }
+        ended = self._ended(asked)
+        listed = [one for address in asked for one in ended.get(address) or [running(address)] * each]
+        self._found += judged(listed, backend_of(gpus), time.monotonic() - began)
+
+    def _ended(self, asked: Mapping[str, ObjectRef[list[EndedRank]]]) -> dict[str, list[EndedRank]]:
+        """Return what has become of the ranks. Those that wait for a failed one are not waited for."""
+        import ray
+
+        deadline = time.monotonic() + TIMEOUT_S + self._wait_s
+        ended: dict[str, list[EndedRank]] = {}
+        waiting = dict(asked)
+        while waiting and time.monotonic() < deadline:
+            done, _ = ray.wait(list(waiting.values()), timeout=max(0.0, deadline - time.monotonic()))
+            for address in [address for address, pending in waiting.items() if pending in done]:
+                try:
+                    ended[address] = _get(waiting.pop(address), self._wait_s)
+                except NodeError as error:
+                    ended[address] = [EndedRank(1, (str(error),), address)]
+                if any(one.code for one in ended[address]):
+                    deadline = min(deadline, time.monotonic() + SETTLE_S)
+        return ended
 
 
 def _get(pending: ObjectRef[T], wait_s: float) -> T:

@@ -7,9 +7,12 @@ It prints `joined` when it has reached rank 0, and `summed` when the sum is righ
 
 from __future__ import annotations
 
+import ctypes
+import signal
 import sys
 from datetime import timedelta
 
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 JOINED, SUMMED = "joined", "summed"
 
 
@@ -32,5 +35,6 @@ def main(rank: int, size: int, host: str, port: int, timeout_s: float, backend: 
 
 
 if __name__ == "__main__":
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # ranks that wait do not outlive the process that checks
     given = sys.argv[1:]
     main(int(given[0]), int(given[1]), given[2], int(given[3]), float(given[4]), given[5], int(given[6]))
