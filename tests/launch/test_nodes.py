@@ -478,9 +478,9 @@ def test_processes_lie_where_they_were_placed(story: Story) -> None:
     assert where == [
         ("BufferActor", first),
         ("EngineServer", second),
+        *(("NodeCheck", node) for node in NODES),  # before all others
         *(("PolicyWorker", node) for node in (first, first, second)),
         ("RolloutWorker", first),
-        *(("NodeCheck", node) for node in NODES),  # before the others
     ]
     assert {state for *_, state in story.actors} == {"DEAD"}  # nothing of the run outlives it on the cluster
 
