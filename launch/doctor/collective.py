@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
-from launch.doctor.finding import Finding, ok, problem
+from launch.doctor.finding import Finding, named, ok, problem
 from launch.doctor.rank import JOINED, SUMMED
 from launch.nodes import LOOPBACK
 from machine.ports import ReservedPort
@@ -113,7 +113,8 @@ def judged(ranks: Sequence[EndedRank], backend: str, took_s: float) -> list[Find
     late = [rank for rank, one in enumerate(ranks) if JOINED not in one.lines]
     rest = [rank for rank, one in enumerate(ranks) if SUMMED not in one.lines]
     if not rest and not failed:
-        return ok("all-reduce", f"{name} in {took_s:.1f} s, start included")
+        done = ok("all-reduce", f"{name} in {took_s:.1f} s, start included")
+        return [replace(one, node=named(list(nodes))) for one in done]
     if failed:
         rest = [next((rank for rank in failed if rank in late), failed[0])]  # others fail because it does
         one = ranks[rest[0]]
@@ -123,5 +124,5 @@ def judged(ranks: Sequence[EndedRank], backend: str, took_s: float) -> list[Find
         text = f"rank {rest[0]} did not come in {took_s:.0f} s"
     else:
         text = f"ranks {', '.join(map(str, rest))} came and did not finish in {took_s:.0f} s"
-    blamed = ", ".join(dict.fromkeys(ranks[rank].node for rank in rest))
+    blamed = named(list(dict.fromkeys(ranks[rank].node for rank in rest)))
     return [replace(one, node=blamed) for one in problem("all-reduce", f"{name}: {text}: {CURES[backend]}")]

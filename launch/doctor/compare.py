@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from launch.doctor import shared, software
-from launch.doctor.finding import Finding, Level, ok, problem, warning
+from launch.doctor.finding import Finding, Level, named, ok, problem, warning
 from launch.doctor.machine import SLOW_MB_S, WRITE_BYTES
 
 MAX_SKEW_S = 1.0
-MAX_NAMED = 3  # nodes in a finding
 
 
 @dataclass(frozen=True)
@@ -19,12 +18,6 @@ class NodeClock:
 
     ahead_s: float
     within_s: float  # half of the round trip: how far off `ahead_s` may be
-
-
-def named(addresses: Sequence[str]) -> str:
-    """Return the addresses, at most MAX_NAMED of them in full."""
-    more = len(addresses) - MAX_NAMED
-    return ", ".join(addresses[:MAX_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def on(addresses: Iterable[str], found: Iterable[Finding]) -> list[Finding]:
@@ -52,7 +45,7 @@ def alike(found: Mapping[str, Sequence[Finding]]) -> list[Finding]:
     for by_node in many.values():
         first = next(iter(by_node.values()))
         same = all(one.text == first.text for one in by_node.values())
-        text = first.text if same else f"{first.text}; the other nodes have enough, too"
+        text = first.text if same else f"{first.text} (the first node; the others have no problem, either)"
         shown += on(by_node, [replace(first, text=text)])
     return shown
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
 from launch.config import ClusterConfig
+
+MAX_NAMED = 3  # nodes in a finding
 
 
 class Level(str, Enum):
@@ -54,3 +57,9 @@ def warning(check: str, text: str) -> list[Finding]:
 def problem(check: str, text: str) -> list[Finding]:
     """Return one problem."""
     return [Finding(check, Level.problem, text)]
+
+
+def named(addresses: Sequence[str]) -> str:
+    """Return the addresses, at most MAX_NAMED of them in full."""
+    more = len(addresses) - MAX_NAMED
+    return ", ".join(addresses[:MAX_NAMED]) + (f" and {more} more" if more > 0 else "")

@@ -547,7 +547,7 @@ def test_nodes_that_are_fit_are_found_so(cluster: Cluster, tmp_path: Path) -> No
     assert [one for many in found.values() for one in many if one[1] == "problem"] == []
     assert code == 0
     both = ", ".join(NODES)
-    for check in ("versions", "shared folders", "clock", "network", "resources", "sandbox"):
+    for check in ("versions", "shared folders", "clock", "network", "resources", "sandbox", "all-reduce"):
         assert {node for node, *_ in found[check]} == {both}, check
     assert f"runs_dir,cache_dir={tmp_path} is read at " in found["shared folders"][0][2]
     assert list(tmp_path.iterdir()) == []

@@ -14,8 +14,8 @@ import pytest
 from launch.config import ClusterConfig
 from launch.doctor import shared
 from launch.doctor.collective import EndedRank, judged
-from launch.doctor.compare import NodeClock, alike, clocks, differing, judged_replies, named, unreached
-from launch.doctor.finding import Finding, Level, Needs, ok, problem
+from launch.doctor.compare import NodeClock, alike, clocks, differing, judged_replies, unreached
+from launch.doctor.finding import Finding, Level, Needs, named, ok, problem
 from launch.doctor.machine import WRITE_BYTES
 from launch.doctor.node import NodeCheck, NodeView
 from launch.doctor.nodes import NodeChecks
