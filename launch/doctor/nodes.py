@@ -14,6 +14,7 @@ follow.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -49,7 +50,10 @@ def joined(needs: Needs) -> list[Finding]:
         start_ray(needs.cluster)
         return check(needs, find_nodes(needs.cluster), WRITE_BYTES, all_reduce=True)
     except NodeError as error:
-        return problem("nodes", str(error))
+        in_slurm = "; `slime submit slurm` starts Ray on its job's nodes and checks them" * (
+            "SLURM_JOB_ID" in os.environ
+        )
+        return problem("nodes", f"{error}{in_slurm}")
     finally:
         stop_ray()
 

@@ -522,11 +522,17 @@ BAD_INTERFACE = "nosuch0"
 
 def doctor(cluster: Cluster, folder: Path, num_nodes: int) -> tuple[int, dict[str, list[tuple[str, str, str]]]]:
     """Return the exit code and, by check, node, level and text of the findings about nodes."""
-    settings = [f"cluster.ray_address={cluster.address}", f"cluster.num_nodes={num_nodes}", f"runs_dir={folder}"]
+    return doctor_at(cluster.address, cluster.environment, folder, num_nodes)
+
+
+def doctor_at(
+    address: str, environment: dict[str, str], folder: Path, num_nodes: int
+) -> tuple[int, dict[str, list[tuple[str, str, str]]]]:
+    settings = [f"cluster.ray_address={address}", f"cluster.num_nodes={num_nodes}", f"runs_dir={folder}"]
     settings += [f"cache_dir={folder}", "cluster.min_memory_gb=0", "cluster.min_disk_gb=0", "rollout.num_workers=2"]
     done = subprocess.run(
         [sys.executable, "-m", "slime.cli", "doctor", "recipe=ppo_coding", *settings, "--json"],
-        env={**os.environ, **cluster.environment, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, **environment, "PYTHONPATH": str(ROOT)},
         cwd=folder,
         capture_output=True,
         text=True,
@@ -536,9 +542,19 @@ def doctor(cluster: Cluster, folder: Path, num_nodes: int) -> tuple[int, dict[st
     assert done.stdout.startswith("["), done.stderr
     found: dict[str, list[tuple[str, str, str]]] = {}
     for one in json.loads(done.stdout):
-        if one["node"]:
+        if one["node"] or one["check"] == "nodes":
             found.setdefault(one["check"], []).append((one["node"], one["level"], one["text"]))
     return done.returncode, found
+
+
+@pytest.mark.e2e
+def test_a_cluster_that_is_not_there_is_a_problem_with_its_cure(tmp_path: Path) -> None:
+    with ReservedPort(LOOPBACK) as port:
+        code, found = doctor_at(f"{LOOPBACK}:{port.number}", {"SLURM_JOB_ID": "7"}, tmp_path, 2)
+    ((_, level, text),) = found["nodes"]
+    assert (code, level, list(found)) == (1, "problem", ["nodes"])
+    assert f"cluster.ray_address={LOOPBACK}:{port.number}: can't connect" in text
+    assert text.endswith("`slime submit slurm` starts Ray on its job's nodes and checks them")
 
 
 @pytest.mark.e2e
