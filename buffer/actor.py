@@ -74,6 +74,12 @@ class BufferActor:
         finally:
             self._notify()
 
+    async def hand_back(self, ticket: Ticket) -> bool:
+        """Reissue the ticket of an episode that could not go on (`Store.hand_back`)."""
+        known = self._store.hand_back(ticket)
+        self._notify()
+        return known
+
     async def lost(self, worker: str) -> int:
         """Reissue the tickets of a dead worker and end its pending claims. Return the number of tickets."""
         self._deaths[worker] = self._deaths.get(worker, 0) + 1

@@ -37,6 +37,10 @@ class BufferHandle:
         """Report an episode that failed outside the task. Return False if its ticket was issued again meanwhile."""
         return await call(self.actor, BufferActor.fail, ticket, reason, trace)
 
+    async def hand_back(self, ticket: Ticket) -> bool:
+        """Hand back the ticket of an episode that lost its engine. Return False if it was issued again meanwhile."""
+        return await call(self.actor, BufferActor.hand_back, ticket)
+
     def take(self, waiting: Callable[[Counts], None]) -> Batch:
         """Return the next step's batch (`BufferActor.take`). Call `waiting` every `POLL_S` until it is ready."""
         asked = call(self.actor, BufferActor.take)

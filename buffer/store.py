@@ -168,6 +168,16 @@ class Store:
             raise error
         return True
 
+    def hand_back(self, ticket: Ticket) -> bool:
+        """Reissue the ticket of an episode that could not go on, e.g. without its engine. This is no failure of it.
+
+        Return False if the ticket was issued again meanwhile or is already finished.
+        """
+        state = self._in_flight(ticket)
+        if state is not None:
+            self._reissue(state)
+        return state is not None
+
     def expire(self, now_s: float) -> list[Ticket]:
         """Reissue the tickets that were claimed at least `claim_timeout_s` ago and not returned. Return them."""
         oldest_s = now_s - self._config.claim_timeout_s

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import ray
+from ray.exceptions import RayActorError
 
 from machine.actors import call
 from rollout.worker import Played, RolloutWorker, Tickets
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
 POLL_S = 1.0
+TOLD_TIMEOUT_S = 60.0  # for a call that waits for nothing
 
 
 class RolloutGroup:
@@ -34,6 +37,12 @@ class RolloutGroup:
     def run(self, buffer: Tickets) -> None:
         """Start playing the buffer's tickets on every worker."""
         self._running = [call(worker, RolloutWorker.run, buffer) for worker in self.workers]
+
+    def set_engines(self, urls: Sequence[str]) -> None:
+        """Let every worker use exactly the engines at `urls` from now on. A worker that has died is left out."""
+        for told in [call(worker, RolloutWorker.set_engines, urls) for worker in self.workers]:
+            with contextlib.suppress(RayActorError):
+                ray.get(told, timeout=TOLD_TIMEOUT_S)
 
     def check(self) -> None:
         """Raise the error of a worker whose loop has ended; a loop should end only when stopped."""

@@ -12,10 +12,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import itertools
 import random
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -30,6 +31,7 @@ from machine.failures import reason
 from rollout.agents.player import Attempt, Sampled, Sampler
 from rollout.agents.script import ScriptedSampler
 from rollout.config import RolloutConfig
+from rollout.engines.client import EngineUnreachable
 from rollout.engines.group import EngineGroup
 from rollout.engines.router import EngineRouter, Lease
 from rollout.environment import Demonstrator, Environment, require_kind
@@ -40,6 +42,7 @@ from rollout.seeds import Domain, turn_seed
 from rollout.task import Task
 
 STOP_TIMEOUT_S = 10.0  # for lanes to release their sandboxes
+UNREACHABLE_S = 1.0  # pause after an episode that lost its engine
 EVAL_ATTEMPTS = 3  # an evaluation episode that fails is played again
 
 
@@ -76,6 +79,9 @@ class Tickets(Protocol):
 
     async def fail(self, ticket: Ticket, reason: str, trace: str) -> bool:
         """Hand back the ticket of an episode that infrastructure broke."""
+
+    async def hand_back(self, ticket: Ticket) -> bool:
+        """Hand back the ticket of an episode that lost its engine."""
 
 
 class EngineSampler:
@@ -144,12 +150,12 @@ class RolloutWorker:
         self._engines = s.engines.router()
         self._pool = make_pool(s.config.sandbox)  # in the event loop's thread: sandboxes end when their thread ends
 
-    @contextlib.contextmanager
-    def _sampler(self, domain: Domain, number: int, attempt: int) -> Iterator[Sampler]:
+    @contextlib.asynccontextmanager
+    async def _sampler(self, domain: Domain, number: int, attempt: int) -> AsyncIterator[Sampler]:
         """Yield a sampler that holds one engine for all turns of an episode."""
         assert self._engines is not None, "start() comes first"
         seed_of_turn = functools.partial(turn_seed, self.settings.seed, domain, number)
-        with self._engines.lease(number, attempt) as engine:
+        async with self._engines.lease(number, attempt) as engine:
             yield EngineSampler(engine, self._renderer.stop_ids, seed_of_turn)
 
     async def _play(self, row: TaskRow, index: int, sampler: Sampler, name: str) -> Played:
@@ -166,6 +172,11 @@ class RolloutWorker:
         sub_traces = cut(episode)
         engine_s = sampler.waited_s if isinstance(sampler, EngineSampler) else 0.0
         return Played(index, stats_of(episode, sub_traces, time.monotonic() - began, engine_s), sub_traces)
+
+    async def set_engines(self, urls: Sequence[str]) -> None:
+        """Replace the engines by those at `urls`. Episodes of an engine that is left out are played again."""
+        assert self._engines is not None, "start() comes first"
+        await self._engines.use(urls)
 
     async def progress(self) -> int:
         """Return a counter that grows with each engine answer and each ended episode."""
@@ -188,8 +199,12 @@ class RolloutWorker:
                 continue
             name = ticket.episode_id
             try:
-                with self._sampler(Domain.train, ticket.number, ticket.attempt) as sampler:
+                async with self._sampler(Domain.train, ticket.number, ticket.attempt) as sampler:
                     played = await self._play(self._train_rows[ticket.row], ticket.row, sampler, name)
+            except EngineUnreachable:
+                await buffer.hand_back(ticket)
+                await asyncio.sleep(UNREACHABLE_S)
+                continue
             except Exception as error:  # noqa: BLE001 (an episode's failure is data)
                 await buffer.fail(ticket, reason(error), traceback.format_exc())
                 continue
@@ -206,16 +221,18 @@ class RolloutWorker:
         async def one(place: int, index: int) -> Played:
             async with gate:
                 row = self._eval_rows[index]
-                for attempt in range(EVAL_ATTEMPTS):
+                num_failures, attempts = 0, itertools.count()
+                while True:
                     try:
-                        with self._sampler(Domain.eval, index, attempt) as sampler:
+                        async with self._sampler(Domain.eval, index, next(attempts)) as sampler:
                             played = await self._play(row, index, sampler, f"eval-{index}")
+                        return played if place < keep else Played(index, played.stats)
+                    except EngineUnreachable:
+                        await asyncio.sleep(UNREACHABLE_S)
                     except Exception as error:  # noqa: BLE001 (raised again with its row, as a RuntimeError)
-                        if attempt + 1 == EVAL_ATTEMPTS:
+                        num_failures += 1
+                        if num_failures == EVAL_ATTEMPTS:
                             raise _failed(f"evaluation row {row.id!r} failed {EVAL_ATTEMPTS} times", error) from None
-                        continue
-                    return played if place < keep else Played(index, played.stats)
-            raise AssertionError("unreachable")
 
         return list(await asyncio.gather(*(one(place, index) for place, index in enumerate(indices))))
 

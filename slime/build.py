@@ -89,32 +89,29 @@ def build_estimator(config: Config, folder: Path, where: Placement) -> Estimator
     return CriticEstimator(CriticGroup(ranks, config.critic, config.cluster.start_timeout_s), config.advantage)
 
 
-def build_servers(
-    config: Config, folder: Path, run_dir: Path, where: Placement, key: str = ""
-) -> list[ActorHandle[EngineServer]]:
-    """Return engine servers; each starts its SGLang process when constructed. `key`: see `ServerSettings`."""
-    engine, cls = config.rollout.engine, ray.remote(EngineServer)
-    servers = [
-        cls.options(max_concurrency=SERVER_CALLS, **options.ray()).remote(
-            ServerSettings(
-                engine,
-                str(folder.resolve()),
-                config.rollout.compaction.context_tokens,
-                str(engine_log(run_dir, number).resolve()),
-                cpu=config.cluster.gpus_per_node == 0,
-                threads=config.cluster.threads_per_process,
-                seed=config.seed + number,
-                host=options.address,
-                key=key,
-                yields_memory=config.cluster.sharing is Sharing.all,
-            )
-        )
-        for number, options in enumerate(where.engines)
-    ]
-    return [
-        watch(f"engine {number}", server, call(handle(server), EngineServer.watch), str(engine_log(run_dir, number)))
-        for number, server in enumerate(servers)
-    ]
+def build_server(
+    config: Config, folder: Path, run_dir: Path, where: Placement, number: int, *, key: str = ""
+) -> ActorHandle[EngineServer]:
+    """Return an engine server, which starts its SGLang process when constructed. `key`: see `ServerSettings`."""
+    options, shared = where.engines[number], config.cluster.sharing is Sharing.all
+    log = engine_log(run_dir, number)
+    cls = ray.remote(EngineServer).options(max_concurrency=SERVER_CALLS, **options.ray())
+    settings = ServerSettings(
+        config.rollout.engine,
+        str(folder.resolve()),
+        config.rollout.compaction.context_tokens,
+        str(log.resolve()),
+        cpu=config.cluster.gpus_per_node == 0,
+        threads=config.cluster.threads_per_process,
+        seed=config.seed + number,
+        host=options.address,
+        key=key,
+        yields_memory=shared,
+    )
+    server = handle(cls.remote(settings))
+    # Another engine could not start on a GPU whose memory training may use at that time.
+    effect = Effect.END if shared else Effect.REPLACE
+    return watch(f"engine {number}", server, call(server, EngineServer.watch), str(log), effect=effect)
 
 
 def engine_log(run_dir: Path, number: int) -> Path:
@@ -194,9 +191,10 @@ def build_buffer(config: Config, num_rows: int, where: Placement) -> BufferHandl
     return BufferHandle(watch("the data buffer", actor, effect=Effect.RESTART))
 
 
-def rebuilder(config: Config, inputs: Prepared, where: Placement) -> Builder:
+def rebuilder(config: Config, inputs: Prepared, run_dir: Path, where: Placement, run: Run) -> Builder:
     """Return the constructors of the processes that a running job may start again."""
     return Builder(
+        engine=partial(build_server, config, inputs.model_folder, run_dir, where, key=run.engines.key),
         roles=partial(start_roles, config, inputs.model_folder, where),
         buffer=partial(build_buffer, config, len(inputs.train_rows), where),
     )
@@ -206,8 +204,9 @@ def build(config: Config, inputs: Prepared, run_dir: Path, where: Placement) -> 
     """Start all processes in parallel and wait until all of them answer."""
     limit_s, engine = config.cluster.start_timeout_s, config.rollout.engine
     key = secrets.token_hex(32) if where.spans_nodes else ""  # engines that other machines can reach require a key
-    servers = build_servers(config, inputs.model_folder, run_dir, where, key)
-    roles = build_roles(config, inputs.model_folder, where)
+    folder, numbers = inputs.model_folder, range(len(where.engines))
+    servers = [build_server(config, folder, run_dir, where, number, key=key) for number in numbers]
+    roles = build_roles(config, folder, where)
     starting = [group.start(limit_s) for group in roles.groups]
     buffer = build_buffer(config, len(inputs.train_rows), where)
     # Each server enforces its own deadline and reports its log; this deadline covers the actors around them.
@@ -220,4 +219,4 @@ def build(config: Config, inputs: Prepared, run_dir: Path, where: Placement) -> 
     ray.get(ready, timeout=limit_s)
     weights = build_weights(config, roles, engines)
     weights.connect()
-    return Run(buffer, rollout, engines, roles, weights, servers, inputs.model_folder, inputs.rows_digest)
+    return Run(buffer, rollout, engines, roles, weights, servers, folder, inputs.rows_digest)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import ray
 from ray.actor import ActorHandle
+from ray.exceptions import RayError
 
 from buffer.handle import BufferHandle
 from buffer.types import Batch, Float32, Scores, SubTrace, Targets
@@ -121,7 +122,21 @@ class Run:
     def publish(self, step: int) -> None:
         """Publish the policy's weights to the running engines as version `step`."""
         with self.clock.phase("publish"):
-            self.weights.publish(step)
+            self.recovery.check()
+            self.send_weights(step)
+
+    def send_weights(self, version: int) -> None:
+        """Publish the policy's weights; if an engine dies meanwhile, publish them to the others again."""
+        while True:
+            try:
+                self.weights.publish(version)
+            except (RuntimeError, TimeoutError, RayError):
+                if not self.recovery.engine_died():
+                    raise
+                self.recovery.check()
+            else:
+                self.recovery.joined()
+                return
 
     def abandon_if_told(self) -> None:
         """Raise `Abandoned` if the run was told to end. Call this only before a step changes anything."""
@@ -129,8 +144,13 @@ class Run:
             raise Abandoned
 
     def check(self) -> None:
-        """Raise the error of a rollout worker's loop, and handle the deaths of processes. Call this in every wait."""
+        """Raise the error of a rollout worker's loop, and handle the deaths of processes.
+
+        Call this in every wait in which the policy holds the weights that were published last.
+        """
         self.recovery.check()
+        if self.recovery.joining:
+            self.send_weights(self.weights.version)
         self.rollout.check()
 
     def peak_memory(self) -> dict[str, float]:

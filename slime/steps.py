@@ -10,6 +10,7 @@ from launch.deaths import ProcessDied
 from slime import checkpoint, loop
 from slime.observe.failures import Failures
 from slime.observe.watch import Watch
+from slime.recovery.engines import EngineReplacer
 from slime.recovery.ranks import Builder, Restarts
 from slime.recovery.recovery import RanksLost, Recovery
 from slime.run import Abandoned, Run
@@ -41,7 +42,7 @@ def train(
     """
     run.clock.on_phase = watch.phase
     first = run.buffer.state_dict()
-    run.recovery = Recovery(failures.supervisor.deaths)
+    run.recovery = Recovery(failures.supervisor.deaths, [EngineReplacer(run, builder.engine, watch.note)])
     restarts = Restarts(run, builder, failures.supervisor, run_dir, watch.note)
     death: ProcessDied | None = None
     with failures.supervisor.recoverable():
@@ -68,7 +69,7 @@ def begin(run: Run, watch: Watch, run_dir: Path, step: int, first: Mapping[str, 
     assert loaded == step, f"checkpoint of step {loaded}, expected {step}"
     if taken is not None:
         watch.note(f"resumed at step {step}")
-    run.weights.publish(step)
+    run.send_weights(step)
     run.weights.verify()
     run.buffer.load_state_dict(dict(taken.buffer if taken is not None else first))
     run.play()

@@ -86,7 +86,8 @@ def run_ppo(
                 run = build(config, inputs, run_dir, where)
             try:
                 with failures.at_once():
-                    done = train(config, run, watch, run_dir, step, failures, rebuilder(config, inputs, where))
+                    builder = rebuilder(config, inputs, run_dir, where, run)
+                    done = train(config, run, watch, run_dir, step, failures, builder)
                     if done < config.steps:
                         failures.to_be_continued()
             finally:

@@ -9,9 +9,11 @@ rank 0, the engines' tensor-parallel ranks follow. Nothing but names and shapes 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TypeVar
 
 from rollout.config import PauseMode
@@ -28,7 +30,11 @@ Checksums = list[list[dict[str, str]]]  # [engine][tensor-parallel rank] {engine
 
 
 class Weights:
-    """The one path from policy to engines."""
+    """Publish the policy's weights to the engines.
+
+    All members of the group must be alive in a publication. After `use_engines` or `use_policy`, the next publication
+    first makes the group anew and then sends whole weights.
+    """
 
     def __init__(self, policy: PolicyGroup, engines: EngineGroup, backend: str, timeout_s: float) -> None:
         self.policy = policy
@@ -36,13 +42,16 @@ class Weights:
         self.timeout_s = timeout_s
         self._backend = backend
         self.version = -1
+        self._members: tuple[str, ...] = ()  # engines in the group
+        self._regroup = False  # whether the group must be made anew
         self._updating = False  # whether engines wait for the rest of an update
-        self._held: Checksums = []  # where changes are sent: of what the engines were left with
+        self._held: Checksums = []  # hashes of what each engine holds, if changes are sent
 
     def connect(self) -> None:
-        """Make the group that weights travel over."""
+        """Make the group in which weights are sent."""
         self._buckets = buckets(self.policy.weight_names().result(self.timeout_s))
-        asyncio.run(self._connect())
+        if self.engines.urls:
+            asyncio.run(self._connect())
 
     async def _connect(self) -> None:
         host, port = self.policy.address().result(self.timeout_s)
@@ -58,25 +67,35 @@ class Weights:
                 )
             )
         joining.result(self.timeout_s)
+        self._members = self.engines.urls
 
-    def reconnect(self, policy: PolicyGroup, trainers: Sequence[WorkerGroup]) -> None:
-        """Make the group anew after the policy's processes were replaced. The next publication sends whole weights.
+    def use_engines(self, urls: Sequence[str]) -> None:
+        """Publish to the engines at `urls` from the next publication on. None at all: there is nothing to send."""
+        self.engines, self._regroup = replace(self.engines, urls=tuple(urls)), True
 
-        `trainers`: all groups of processes that hold a model. The engines do not generate before that publication.
-        """
-        self.policy = policy
+    def use_policy(self, policy: PolicyGroup, trainers: Sequence[WorkerGroup]) -> None:
+        """Publish the weights of these processes from now on. `trainers`: all groups of processes that hold a model."""
+        self.policy, self._regroup = policy, True
+
+    def _reconnect(self) -> None:
+        # The policy leaves first: that ends the broadcast in which an engine may wait for a member that has died.
+        self.policy.leave_engines().result(self.timeout_s)
         asyncio.run(self._disconnect())
+        self._held = []
         self.connect()
+        self._regroup = False
 
     async def _disconnect(self) -> None:
-        """Let every engine leave the group and end an update that its sender did not complete."""
-        self._held = []
-        async with self.engines.clients() as clients:
-            await _all(clients, lambda client: client.pause(self.engines.config.pause.value))
+        """Let the living engines end an incomplete update and leave the group.
+
+        They stay paused if they were: with half of an update they must not generate.
+        """
+        left = replace(self.engines, urls=tuple(url for url in self.engines.urls if url in self._members))
+        async with left.clients() as clients:
             if self._updating:
-                await _all(clients, EngineClient.end_update)
-                self._updating = False
+                await asyncio.gather(*(_end_update(client) for client in clients))
             await _all(clients, lambda client: client.destroy_group(GROUP))
+        self._members, self._updating = (), False
 
     def lend_memory(self) -> None:
         """Let training use the engines' memory where both share a GPU; nothing to do here."""
@@ -88,7 +107,10 @@ class Weights:
         does not hold what the last one left there.
         """
         began = time.perf_counter()
-        asyncio.run(self._publish(version))
+        if self._regroup:
+            self._reconnect()
+        if self.engines.urls:
+            asyncio.run(self._publish(version))
         self.version = version
         return time.perf_counter() - began
 
@@ -109,6 +131,7 @@ class Weights:
             await self._swap(clients, version, changes)
             if self.engines.config.delta:
                 self._held = await _all(clients, EngineClient.checksums)
+            await self._check_version(clients, version)
 
     async def _verify(self) -> None:
         async with self.engines.clients() as clients:
@@ -121,16 +144,20 @@ class Weights:
 
     async def _check_base(self, clients: Sequence[EngineClient]) -> None:
         """RuntimeError: what an engine holds is not what changes would be added to."""
-        versions = await _all(clients, EngineClient.version)
-        for url, version in zip(self.engines.urls, versions, strict=True):
-            if version != self.version:
-                raise RuntimeError(
-                    f"engine {url} holds weights of version {version}, changes are those since version "
-                    f"{self.version}: start the run again, which sends whole weights first"
-                )
+        await self._check_version(clients, self.version)
         self._refuse(
             self._held, await _all(clients, EngineClient.checksums), f"no longer holds version {self.version} in"
         )
+
+    async def _check_version(self, clients: Sequence[EngineClient], version: int) -> None:
+        """RuntimeError: an engine holds other weights than those of `version`."""
+        versions = await _all(clients, EngineClient.version)
+        for url, held in zip(self.engines.urls, versions, strict=True):
+            if held != version:
+                raise RuntimeError(
+                    f"engine {url} holds weights of version {held}, the last publication was version {version}: start "
+                    "the run again, which sends whole weights first"
+                )
 
     def _refuse(self, expected: Checksums, found: Checksums, what: str) -> None:
         for url, wanted, held in zip(self.engines.urls, expected, found, strict=True):
@@ -194,13 +221,10 @@ class SharedGpuWeights(Weights):
             self._held = []  # no base for changes
         return super().publish(version)
 
-    def reconnect(self, policy: PolicyGroup, trainers: Sequence[WorkerGroup]) -> None:
-        """Let the engines take their memory back, then see `Weights.reconnect`."""
-        if self._lent:
-            asyncio.run(self._engines(EngineClient.resume_memory))
-            self._lent = False
+    def use_policy(self, policy: PolicyGroup, trainers: Sequence[WorkerGroup]) -> None:
+        """See `Weights.use_policy`."""
+        super().use_policy(policy, trainers)
         self._trainers = list(trainers)
-        super().reconnect(policy, trainers)
 
     async def _engines(self, ask: Callable[[EngineClient], Awaitable[None]]) -> None:
         async with self.engines.clients() as clients:
@@ -213,6 +237,11 @@ def different(wanted: Sequence[dict[str, str]], held: Sequence[dict[str, str]]) 
     """
     pairs = zip(wanted, held, strict=True)
     return sorted({name for one, two in pairs for name in one.keys() | two.keys() if one.get(name) != two.get(name)})
+
+
+async def _end_update(client: EngineClient) -> None:
+    with contextlib.suppress(RuntimeError):  # the update had not begun on this engine, or has ended there
+        await client.end_update()
 
 
 async def _all(clients: Sequence[EngineClient], ask: Callable[[EngineClient], Awaitable[T]]) -> list[T]:

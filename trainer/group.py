@@ -276,6 +276,10 @@ class PolicyGroup(WorkerGroup):
         """Let rank 0 join the group over which weights go to the engines; resolved when all engines have joined."""
         return self._ask_first(PolicyWorker.join_engines, host, port, world_size, name, backend, timeout_s)
 
+    def leave_engines(self) -> Pending[None]:
+        """Let rank 0 leave the group over which weights go to the engines, if it is in one."""
+        return self._ask_first(PolicyWorker.leave_engines)
+
     def send_weights(self, changes: bool, keep_base: bool) -> Pending[int]:
         """Broadcast the weights to the engines; the result is the bytes sent. See `PolicyWorker.send_weights`."""
         return self._pending(PolicyWorker.send_weights, self._send(PolicyWorker.send_weights, changes, keep_base), sum)

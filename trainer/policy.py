@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from trainer.config import PolicyConfig
 from trainer.engine import EngineSettings, MakeEngine, Memory, SummedLoss, megatron, needs
 from trainer.losses import TokenLoss
 from trainer.models.folder import write_folder
-from trainer.publish.broadcast import Weight, buckets, join_update_group, send
+from trainer.publish.broadcast import Weight, buckets, join_update_group, leave_update_group, send
 from trainer.publish.delta import Base
 from trainer.worker import UpdateResult, Worker
 
@@ -111,6 +112,14 @@ class PolicyWorker(Worker):
         """Join, on rank 0, the group over which weights go to the engines; this process is rank 0 of that group."""
         self.update_group = join_update_group(host, port, 0, world_size, name, backend, timeout_s)
 
+    def leave_engines(self) -> None:
+        """Leave the group over which weights go to the engines, on rank 0, if it is in one."""
+        group, self.update_group = self.update_group, None
+        if group is not None:
+            leave_update_group(group)
+            del group
+            gc.collect()
+
     @needs(Memory.weights)
     def send_weights(self, changes: bool = False, keep_base: bool = False) -> int:
         """Broadcast the weights to the engines, one bucket at a time (`buckets` of `weight_names`); return bytes sent.
@@ -124,7 +133,10 @@ class PolicyWorker(Worker):
             return 0
         if keep_base and not changes:
             self.base = Base()
-        return send(tensors, buckets(self.weight_names()), self.update_group, self.base, changes)
+        try:
+            return send(tensors, buckets(self.weight_names()), self.update_group, self.base, changes)
+        finally:
+            deque(tensors, maxlen=0)  # after an error, the other ranks still wait in the gather
 
     @needs(Memory.weights)
     def export(self, folder: str) -> None:

@@ -103,6 +103,7 @@ class EngineClient:
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._seen_version = -1  # newest version that has sampled a token for this client
         self._session: aiohttp.ClientSession | None = None
+        self._closed = False
 
     async def __aenter__(self) -> EngineClient:
         return self
@@ -113,6 +114,8 @@ class EngineClient:
         await self.close()
 
     async def close(self) -> None:
+        """End the connections. A call that waits for an answer raises EngineUnreachable, and so does a later call."""
+        self._closed = True
         if self._session is not None:
             await self._session.close()
             self._session = None
@@ -311,6 +314,8 @@ class EngineClient:
         """Return the answer's JSON, or its text. Only a failed connection is retried: nothing was sent over it."""
         deadline = time.monotonic() + self.connect_timeout_s
         while True:
+            if self._closed:
+                raise EngineUnreachable(f"{endpoint}: {self.url} is no longer used")
             try:
                 answer = await self._attempt(method, endpoint, body)
                 self.answered += 1

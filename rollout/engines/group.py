@@ -29,7 +29,7 @@ class EngineGroup:
 
     def router(self) -> EngineRouter:
         """Return a router, with its own clients, for the episodes of one process."""
-        return EngineRouter([self._client(url, self.config.request_timeout_s) for url in self.urls])
+        return EngineRouter(self.urls, lambda url: self._client(url, self.config.request_timeout_s))
 
     @contextlib.asynccontextmanager
     async def clients(self) -> AsyncIterator[list[EngineClient]]:

@@ -7,14 +7,15 @@
 An engine is lost when it can't be reached, or when it answers nothing at all during the whole time limit of a request;
 slow answers to other requests count as progress. It is no longer lost when it answers a request: of an episode that is
 still open on it, or a probe of one token. If all engines are lost, or there is only one, the router uses them anyway.
-A router counts the episodes of its own process only.
+A router counts the episodes of its own process only. Engines come and go (`EngineRouter.use`), and a new episode waits
+while there is none.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -37,10 +38,11 @@ class Client(Protocol):
 
 @dataclass(eq=False)
 class _Engine:
+    url: str
     client: Client
-    number: int
     num_episodes: int = 0  # number of open episodes
     lost: bool = False
+    gone: bool = False  # no longer used
 
 
 @dataclass(eq=False)
@@ -60,22 +62,45 @@ class Lease:
 class EngineRouter:
     """Assigns an engine to each episode. Use it within one event loop."""
 
-    def __init__(self, clients: Sequence[Client], probe_interval_s: float = PROBE_INTERVAL_S) -> None:
-        self._engines = [_Engine(client, number) for number, client in enumerate(clients)]
+    def __init__(
+        self, urls: Sequence[str], client_of: Callable[[str], Client], probe_interval_s: float = PROBE_INTERVAL_S
+    ) -> None:
+        """Use the engines at `urls`. `client_of` makes the client of one."""
+        self._client_of = client_of
+        self._engines = [_Engine(url, client_of(url)) for url in urls]
+        self._arrived = asyncio.Event()  # of an engine, while there is none
+        self._answered_before = 0  # by engines that are no longer used
         self._probe_interval_s = probe_interval_s
         self._probes: set[asyncio.Task[None]] = set()
 
     @property
     def answered(self) -> int:
         """Return the number of calls that the engines have answered, as a measure of progress."""
-        return sum(engine.client.answered for engine in self._engines)
+        return self._answered_before + sum(engine.client.answered for engine in self._engines)
 
-    @contextlib.contextmanager
-    def lease(self, number: int, attempt: int = 0) -> Iterator[Lease]:
-        """Hold an engine for one episode.
+    async def use(self, urls: Sequence[str]) -> None:
+        """Replace the engines by those at `urls`; known ones are kept.
+
+        Requests to an engine that is left out end by EngineUnreachable.
+        """
+        known = {engine.url: engine for engine in self._engines}
+        self._engines = [known.pop(url) if url in known else _Engine(url, self._client_of(url)) for url in urls]
+        if urls:
+            self._arrived.set()
+            self._arrived = asyncio.Event()
+        for engine in known.values():
+            self._answered_before += engine.client.answered
+            engine.gone = True
+            await engine.client.close()
+
+    @contextlib.asynccontextmanager
+    async def lease(self, number: int, attempt: int = 0) -> AsyncIterator[Lease]:
+        """Hold an engine for one episode. Wait while there is none.
 
         `number` and `attempt` of the episode's ticket rotate the choice, so that a retry prefers another engine.
         """
+        while not self._engines:
+            await self._arrived.wait()
         engine = self._choose(number + attempt)
         engine.num_episodes += 1
         try:
@@ -84,9 +109,9 @@ class EngineRouter:
             engine.num_episodes -= 1
 
     def _choose(self, turn: int) -> _Engine:
-        usable = [engine for engine in self._engines if not engine.lost] or self._engines
         count = len(self._engines)
-        return min(usable, key=lambda engine: (engine.num_episodes, (engine.number - turn) % count))
+        places = [place for place, engine in enumerate(self._engines) if not engine.lost] or range(count)
+        return self._engines[min(places, key=lambda place: (self._engines[place].num_episodes, (place - turn) % count))]
 
     async def generate(
         self, engine: _Engine, prompt_ids: Sequence[int], max_new_tokens: int, stop_ids: Sequence[int], *, seed: int
@@ -115,7 +140,7 @@ class EngineRouter:
 
     async def _probe(self, engine: _Engine) -> None:
         """Request one token from a lost engine until it answers."""
-        while engine.lost:
+        while engine.lost and not engine.gone:
             await asyncio.sleep(self._probe_interval_s)
             with contextlib.suppress(RuntimeError, TimeoutError):
                 await engine.client.generate(PROBE_IDS, 1, [])

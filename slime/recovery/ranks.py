@@ -21,8 +21,11 @@ from launch.deaths import ProcessDied, actor_id
 from slime import checkpoint
 
 if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+
     from buffer.handle import BufferHandle
     from launch.supervisor import Supervisor
+    from rollout.engines.server import EngineServer
     from slime.run import Roles, Run
 
 MAX_RESTARTS = 3  # without a new checkpoint in between
@@ -32,6 +35,7 @@ MAX_RESTARTS = 3  # without a new checkpoint in between
 class Builder:
     """Constructs processes of a run once more, on the same places."""
 
+    engine: Callable[[int], ActorHandle[EngineServer]]  # by its number; it begins to start
     roles: Callable[[], Roles]  # started, and all of them answer
     buffer: Callable[[], BufferHandle]
 
@@ -69,7 +73,7 @@ class Restarts:
         if buffer_died:
             run.buffer = self._builder.buffer()
         run.models = self._builder.roles()
-        run.weights.reconnect(run.models.policy, run.models.groups)
+        run.weights.use_policy(run.models.policy, run.models.groups)
         run.recovery.count("recovery/restarts")
         self._note(f"all training processes started again in {time.monotonic() - began:.0f} s")
         return step

@@ -6,11 +6,15 @@ queue in `Recovery.check`, which the loop calls wherever it waits for episodes, 
 
 from __future__ import annotations
 
+import time
 from collections import Counter, deque
 from collections.abc import Sequence
 from typing import Protocol
 
 from launch.deaths import Effect, ProcessDied
+
+SETTLE_S = 15.0  # from the first consequence of a death to its detection; SGLang lives 6 s without its scheduler
+POLL_S = 0.1
 
 
 class RanksLost(Exception):
@@ -33,6 +37,13 @@ class Replacer(Protocol):
     def advance(self) -> None:
         """Let successors that are ready join the run. RuntimeError: one could not start."""
 
+    @property
+    def joining(self) -> bool:
+        """Return whether a successor waits for a publication of weights."""
+
+    def joined(self) -> None:
+        """Note a publication of weights, in which all successors that waited for it took part."""
+
 
 class Recovery:
     """Handles the deaths of a run's processes in the main thread."""
@@ -41,7 +52,7 @@ class Recovery:
         """Prepare the recovery. `deaths`: the queue of the supervisor; None: every death ends the run."""
         self._deaths: deque[ProcessDied] = deque() if deaths is None else deaths
         self._replacers = list(replacers)
-        self._counts = Counter({"recovery/restarts": 0})
+        self._counts = Counter({"recovery/restarts": 0, "recovery/engines": 0})
 
     def check(self) -> None:
         """Handle every death that was found and let ready successors join.
@@ -59,6 +70,26 @@ class Recovery:
             self._deaths.popleft()
         for one in self._replacers:
             one.advance()
+
+    @property
+    def joining(self) -> bool:
+        """Return whether a successor waits for a publication of weights."""
+        return any(one.joining for one in self._replacers)
+
+    def joined(self) -> None:
+        """Note a publication of weights."""
+        for one in self._replacers:
+            one.joined()
+
+    def engine_died(self) -> bool:
+        """Return whether a process that can be replaced has died. Wait until its death is detected.
+
+        Call this after an error that such a death may have led to.
+        """
+        deadline = time.monotonic() + SETTLE_S
+        while not self._deaths and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+        return any(death.effect is Effect.REPLACE for death in self._deaths)
 
     def count(self, name: str) -> None:
         """Count a recovery under the name of its metric."""

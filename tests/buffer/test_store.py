@@ -132,6 +132,15 @@ def test_failed_tickets_come_first_and_run_out() -> None:
         store.fail(ticket, "sandbox gone")
 
 
+def test_a_ticket_that_is_handed_back_has_not_failed() -> None:
+    store = Store(config(1, slots=1), 9, seed=0, max_failures=0)
+    for attempt in range(3):
+        ticket = store.claim(0.0, "a")
+        assert ticket == Ticket(0, store.row(0), attempt)
+        assert store.hand_back(ticket)
+        assert not store.hand_back(ticket)  # it waits for a worker
+
+
 def test_expired_and_lost_tickets_are_issued_again() -> None:
     store = Store(config(1, slots=3, claim_timeout_s=10), 9, seed=0)
     tickets = [store.claim(float(k), worker) for k, worker in enumerate("aba")]

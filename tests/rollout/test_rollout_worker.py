@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import pickle
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -15,8 +16,9 @@ from agents import play as play_alone
 from buffer.store import Ticket
 from buffer.trace import cut
 from buffer.types import EpisodeStats
+from rollout.engines.client import EngineUnreachable
 from rollout.environment import Demonstrator
-from rollout.worker import EVAL_ATTEMPTS, RolloutWorker, stats_of
+from rollout.worker import EVAL_ATTEMPTS, Played, RolloutWorker, stats_of
 
 LIMIT_S = 60.0
 
@@ -55,6 +57,10 @@ class Buffer:
 
     async def fail(self, *told: Any) -> bool:
         self.failures.append(told)
+        return True
+
+    async def hand_back(self, ticket: Ticket) -> bool:
+        self.failures.append(("handed back", ticket))
         return True
 
     async def add(self, *told: Any) -> bool:
@@ -107,6 +113,36 @@ def test_a_failed_episode_is_one_line_and_its_trace() -> None:
     assert reason.startswith("Odd: odd 3 b (test_rollout_worker.py:")
     assert "\n" not in reason
     assert 'raise Odd(3, "b")' in trace
+
+
+def test_an_episode_that_loses_its_engine_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rollout.worker.UNREACHABLE_S", 0.0)
+
+    async def main() -> list[tuple[Any, ...]]:
+        async def loses(*_: object) -> Any:
+            raise EngineUnreachable("gone")
+
+        buffer, made = Buffer(), worker(loses)
+        running = asyncio.create_task(made.run(buffer))
+        await asyncio.wait_for(buffer.idle.wait(), LIMIT_S)
+        await made.stop()
+        await asyncio.wait_for(running, LIMIT_S)
+        return buffer.failures
+
+    assert asyncio.run(main()) == [("handed back", Ticket(4, 0, 0))]
+
+
+def test_an_evaluation_plays_again_what_lost_its_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rollout.worker.UNREACHABLE_S", 0.0)
+    lost = itertools.repeat(EngineUnreachable("gone"), EVAL_ATTEMPTS + 1)
+    found = Played(0, EpisodeStats(1.0))
+
+    async def play(*_: object) -> Any:
+        if (error := next(lost, None)) is not None:
+            raise error
+        return found
+
+    assert asyncio.run(worker(play).evaluate([0], 1)) == [found]
 
 
 def test_stopping_ends_episodes_before_what_they_stand_on() -> None:

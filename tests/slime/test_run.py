@@ -96,7 +96,10 @@ def whole_run(diary: Diary, monkeypatch: pytest.MonkeyPatch, folder: Path, begin
     found = SimpleNamespace(step=begin, buffer={"step": begin}) if begin else None
     monkeypatch.setattr(checkpoint, "load", lambda run_dir, run: note("load") or found)
     run: Any = SimpleNamespace(
-        weights=SimpleNamespace(publish=lambda version: note(f"publish {version}"), verify=lambda: note("verify")),
+        weights=SimpleNamespace(verify=lambda: note("verify")),
+        send_weights=lambda version: note(f"publish {version}"),
+        engines=SimpleNamespace(urls=()),
+        servers=[],
         play=lambda: note("play"),
         buffer=SimpleNamespace(state_dict=dict, load_state_dict=lambda state: note(f"buffer {state}")),
         clock=SimpleNamespace(),
@@ -107,7 +110,7 @@ def whole_run(diary: Diary, monkeypatch: pytest.MonkeyPatch, folder: Path, begin
     numbers = ["steps=5", "eval.every=3", "checkpoint.every=2", "critic.warmup_episodes=0"]
     config = load(["recipe=ppo_coding", *numbers], None).config
     with Failures(folder) as failures:
-        return train_run(config, run, watch, folder, begin, failures, builder=SimpleNamespace())  # type: ignore[arg-type]
+        return train_run(config, run, watch, folder, begin, failures, builder=SimpleNamespace(engine=None))  # type: ignore[arg-type]
     raise AssertionError("it has failed")
 
 
@@ -299,6 +302,8 @@ def story(place: Place, warm_start: Path) -> Story:
         first.wait_until((run_dir / "run.lock").exists, "lock", START_S)
         with Run(place, *arguments) as beside:
             refused = beside.process.wait(timeout=START_S), beside.output
+        first.wait_until(lambda: "... eval" in first.output, "first evaluation", START_S)
+        first.one("sglang::scheduler").kill()
         first.wait_until(lambda: bool(rows_of(metrics)) and rows_of(metrics)[-1]["step"] >= 1, "step 1", START_S)
         first.one("ray::BufferActor").kill()
         first.wait_until(lambda: AGAIN in first.output, "restart", START_S)
@@ -382,6 +387,17 @@ def test_a_killed_and_resumed_run_is_the_one_that_was_not_killed(story: Story, u
     assert episodes[0] == episodes[1]
     models = [hashlib.sha256((folder / "model" / "model.safetensors").read_bytes()).hexdigest() for folder in folders]
     assert models[0] == models[1]
+
+
+@pytest.mark.e2e
+def test_an_engine_that_dies_is_replaced_while_the_run_goes_on(story: Story) -> None:
+    """The engine's scheduler is killed while episodes are in flight, as by the out-of-memory killer."""
+    died = (
+        r"engine 0 has ended, because its process scheduler_0 was killed by SIGKILL, e.g. by the out-of-memory killer"
+    )
+    log = re.escape(str(story.run_dir / "logs" / "engine_0.log"))
+    assert re.search(rf"{died}; log: {log}; another engine 0 is started", " ".join(story.outputs[0].split()))
+    assert "engine 0 serves again after" in story.outputs[0]
 
 
 @pytest.mark.e2e

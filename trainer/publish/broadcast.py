@@ -111,5 +111,10 @@ def send(
 
 
 def leave_update_group(group: distributed.ProcessGroup) -> None:
-    """Free the group's connections."""
+    """Free the group's connections, when the caller has dropped its last reference, too.
+
+    With NCCL a member may have died, and its peers' kernels would wait for it: the communicator is aborted.
+    """
+    if distributed.get_backend(group) == "nccl":
+        group.abort()
     distributed.destroy_process_group(group)

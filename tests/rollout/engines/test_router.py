@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from contextlib import ExitStack
+from contextlib import AsyncExitStack
 from typing import Any
 
 import pytest
@@ -39,7 +39,7 @@ class Client:
 def run(count: int, work: Callable[[EngineRouter, list[Client]], Awaitable[None]], interval_s: float = 3600.0) -> None:
     async def main() -> None:
         clients = [Client(number) for number in range(count)]
-        router = EngineRouter(clients, interval_s)
+        router = EngineRouter([str(number) for number in range(count)], lambda url: clients[int(url)], interval_s)
         await asyncio.wait_for(work(router, clients), LIMIT_S)
         await router.close()
         assert all(client.closed for client in clients)
@@ -49,7 +49,7 @@ def run(count: int, work: Callable[[EngineRouter, list[Client]], Awaitable[None]
 
 async def engine_of(router: EngineRouter, number: int, attempt: int = 0) -> int:
     """Return the number of the engine that answers an episode of one turn."""
-    with router.lease(number, attempt) as lease:
+    async with router.lease(number, attempt) as lease:
         return await turn(lease)
 
 
@@ -60,8 +60,8 @@ async def turn(lease: Lease) -> int:
 
 def test_equal_engines_are_used_in_rotation_and_episodes_stay_where_they_are() -> None:
     async def work(router: EngineRouter, clients: list[Client]) -> None:
-        with ExitStack() as stack:
-            leases = [stack.enter_context(router.lease(number)) for number in range(6)]
+        async with AsyncExitStack() as stack:
+            leases = [await stack.enter_async_context(router.lease(number)) for number in range(6)]
             for _ in range(3):
                 assert [await turn(lease) for lease in leases] == [0, 1, 2, 0, 1, 2]
         assert router.answered == 18
@@ -71,8 +71,8 @@ def test_equal_engines_are_used_in_rotation_and_episodes_stay_where_they_are() -
 
 def test_a_new_episode_goes_where_the_fewest_are_open() -> None:
     async def work(router: EngineRouter, clients: list[Client]) -> None:
-        with router.lease(0), router.lease(1):
-            with router.lease(2) as third:  # both have one episode; the ticket's number decides
+        async with router.lease(0), router.lease(1):
+            async with router.lease(2) as third:  # both have one episode; the ticket's number decides
                 assert await turn(third) == 0
                 assert await engine_of(router, 4) == 1  # by its number it would be 0
             assert await engine_of(router, 4) == 0
@@ -88,9 +88,9 @@ def test_a_retry_never_goes_back_to_a_lost_engine(error: Exception) -> None:
         clients[1].error = error
         with pytest.raises(type(error)):
             await engine_of(router, 1)
-        with ExitStack() as stack:
+        async with AsyncExitStack() as stack:
             for number in range(8):
-                stack.enter_context(router.lease(number))
+                await stack.enter_async_context(router.lease(number))
             for attempt in range(1, 9):
                 assert await engine_of(router, 1, attempt) in (0, 2)
         assert len(clients[1].asked) == 1
@@ -129,7 +129,7 @@ def test_an_error_in_the_request_says_nothing_about_the_engine() -> None:
 
 def test_a_lost_engine_is_found_again_by_an_open_episode() -> None:
     async def work(router: EngineRouter, clients: list[Client]) -> None:
-        with router.lease(1) as lease:
+        async with router.lease(1) as lease:
             clients[1].error = EngineUnreachable("gone")
             with pytest.raises(EngineUnreachable):
                 await turn(lease)
@@ -154,6 +154,32 @@ def test_a_lost_engine_is_found_again_by_a_probe() -> None:
         assert clients[1].asked[1:4] == [PROBE_IDS] * 3
 
     run(2, work, interval_s=0.0)
+
+
+def test_engines_come_and_go() -> None:
+    async def work(router: EngineRouter, clients: list[Client]) -> None:
+        clients.append(Client(2))
+        async with router.lease(1) as lease:
+            assert await turn(lease) == 1
+            await router.use(["0", "2"])
+            assert [client.closed for client in clients] == [False, True, False]
+            assert [await engine_of(router, number) for number in range(4)] == [0, 2, 0, 2]
+        assert router.answered == 5
+
+    run(2, work)
+
+
+def test_an_episode_waits_while_there_is_no_engine() -> None:
+    async def work(router: EngineRouter, clients: list[Client]) -> None:
+        await router.use([])
+        waiting = asyncio.create_task(engine_of(router, 0))
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert not waiting.done()
+        await router.use(["0"])
+        assert await waiting == 0
+
+    run(1, work)
 
 
 @pytest.mark.parametrize("count", [1, 2])

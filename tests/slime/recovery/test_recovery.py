@@ -33,6 +33,11 @@ class Engines:
     def advance(self) -> None:
         self.seen.append("advanced")
 
+    joining = False
+
+    def joined(self) -> None:
+        self.seen.append("joined")
+
 
 def test_each_death_is_handled_once_and_ready_successors_join_at_every_check() -> None:
     engines, deaths = Engines(), deque([ENGINE])
