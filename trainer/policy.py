@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from trainer.config import PolicyConfig
 from trainer.engine import EngineSettings, MakeEngine, Memory, SummedLoss, megatron, needs
 from trainer.losses import TokenLoss
 from trainer.models.folder import write_folder
-from trainer.publish.broadcast import Weight, buckets, join_update_group, leave_update_group, send
+from trainer.publish.broadcast import UpdateGroup, Weight, buckets
 from trainer.publish.delta import Base
 from trainer.worker import UpdateResult, Worker
 
@@ -32,7 +31,7 @@ class PolicyWorker(Worker):
         super().__init__(make_engine(settings, None, ()))
         self.settings = settings
         self.config = config
-        self.update_group: Any = None
+        self.update_group: UpdateGroup | None = None
         self.base: Base | None = None  # the weights that the engines hold, if only changes are sent
 
     @needs(Memory.weights)
@@ -110,15 +109,13 @@ class PolicyWorker(Worker):
 
     def join_engines(self, host: str, port: int, world_size: int, name: str, backend: str, timeout_s: float) -> None:
         """Join, on rank 0, the group over which weights go to the engines; this process is rank 0 of that group."""
-        self.update_group = join_update_group(host, port, 0, world_size, name, backend, timeout_s)
+        self.update_group = UpdateGroup(host, port, world_size, name=name, backend=backend, timeout_s=timeout_s)
 
     def leave_engines(self) -> None:
         """Leave the group over which weights go to the engines, on rank 0, if it is in one."""
-        group, self.update_group = self.update_group, None
-        if group is not None:
-            leave_update_group(group)
-            del group
-            gc.collect()
+        if self.update_group is not None:
+            self.update_group.leave()
+            self.update_group = None
 
     @needs(Memory.weights)
     def send_weights(self, changes: bool = False, keep_base: bool = False) -> int:
@@ -134,7 +131,7 @@ class PolicyWorker(Worker):
         if keep_base and not changes:
             self.base = Base()
         try:
-            return send(tensors, buckets(self.weight_names()), self.update_group, self.base, changes)
+            return self.update_group.send(tensors, buckets(self.weight_names()), self.base, changes)
         finally:
             deque(tensors, maxlen=0)  # after an error, the other ranks still wait in the gather
 

@@ -7,6 +7,7 @@ same with torch.distributed alone; importing SGLang for it would cost a trainer 
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
 from collections.abc import Iterable, Sequence
@@ -76,9 +77,15 @@ def join_update_group(
 def broadcast(tensors: Iterable[torch.Tensor], group: distributed.ProcessGroup) -> None:
     """Send each tensor from rank 0 to the group, in order, and wait until all are sent.
 
-    RuntimeError: torch lost a member, or the group's timeout has passed.
+    RuntimeError: torch lost a member, or the group's timeout has passed. With gloo at most one tensor is under way: if
+    a member dies, a later one could block for the whole timeout, since members that fail stop receiving.
     """
-    works = [distributed.broadcast(tensor.contiguous(), 0, group=group, async_op=True) for tensor in tensors]
+    one_by_one = distributed.get_backend(group) == "gloo"
+    works = []
+    for tensor in tensors:
+        works.append(distributed.broadcast(tensor.contiguous(), 0, group=group, async_op=True))
+        if one_by_one:
+            works.pop().wait()
     for work in works:
         work.wait()
 
@@ -118,3 +125,39 @@ def leave_update_group(group: distributed.ProcessGroup) -> None:
     if distributed.get_backend(group) == "nccl":
         group.abort()
     distributed.destroy_process_group(group)
+
+
+class UpdateGroup:
+    """The group as its rank 0 holds it: one reference, which `leave` drops.
+
+    While a reference exists, members that wait in a broadcast do not notice that rank 0 is gone.
+    """
+
+    def __init__(self, host: str, port: int, world_size: int, *, name: str, backend: str, timeout_s: float) -> None:
+        """See `join_update_group`."""
+        self._group: distributed.ProcessGroup | None = join_update_group(
+            host, port, 0, world_size, name, backend, timeout_s
+        )
+
+    def send(
+        self,
+        tensors: Iterable[tuple[str, torch.Tensor]],
+        plan: Sequence[Sequence[Weight]],
+        base: Base | None,
+        changes: bool,
+    ) -> int:
+        """Broadcast named tensors and return bytes sent; see `send`. RuntimeError: a member was lost."""
+        assert self._group is not None, "this process has left the group"
+        try:
+            return send(tensors, plan, self._group, base, changes)
+        except RuntimeError as error:
+            reason = str(error)
+        raise RuntimeError(f"sending weights: {reason}")  # the first error's traceback would keep the group
+
+    def leave(self) -> None:
+        """Leave the group. Members that wait in a broadcast then fail."""
+        group, self._group = self._group, None
+        if group is not None:
+            leave_update_group(group)
+            del group
+            gc.collect()

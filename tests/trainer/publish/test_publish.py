@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from rollout.engines.client import EngineClient, Generation
 from rollout.engines.group import EngineGroup
 from rollout.engines.server import EngineServer, ServerSettings
 from slime.weights import Weights
-from trainer.publish.broadcast import Weight, buckets, join_update_group, leave_update_group, send
+from trainer.publish.broadcast import UpdateGroup, Weight, buckets
 from trainer.publish.delta import Base
 
 
@@ -47,6 +48,7 @@ class Trainer:
         self.omitted = ""  # name of a tensor that is not sent
         self.base: Base | None = None
         self.sent: list[int] = []  # bytes of each publication
+        self.half_way: Callable[[], None] = lambda: None  # called in the middle of a publication
 
     def weights(self) -> dict[str, torch.Tensor]:
         state = self.model.state_dict()
@@ -60,13 +62,22 @@ class Trainer:
             return "127.0.0.1", port.number
 
     def join_engines(self, host: str, port: int, world_size: int, name: str, backend: str, timeout_s: float) -> None:
-        self.group = join_update_group(host, port, 0, world_size, name, backend, timeout_s)
+        self.group = UpdateGroup(host, port, world_size, name=name, backend=backend, timeout_s=timeout_s)
+
+    def leave_engines(self) -> None:
+        self.group.leave()
 
     def send_weights(self, changes: bool, keep_base: bool) -> None:
         if keep_base and not changes:
             self.base = Base()
         plan = buckets(self.weight_names(), self.limit)
-        self.sent.append(send(self.weights().items(), plan, self.group, self.base, changes))
+        self.sent.append(self.group.send(self.stream(), plan, self.base, changes))
+
+    def stream(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for number, item in enumerate(self.weights().items()):
+            if number == len(self.weights()) // 2:
+                self.half_way()
+            yield item
 
     def step(self, size: float, share: float = 1.0, seed: int = 1) -> None:
         """Moves a share of all weights by normal noise."""
@@ -91,19 +102,27 @@ pytestmark = pytest.mark.e2e
 
 
 @pytest.fixture(scope="module")
-def published(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Weights, Trainer]]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("publish")
+
+
+@pytest.fixture(scope="module")
+def servers() -> list[EngineServer]:
+    """The engines, as soon as `published` has started them."""
+    return []
+
+
+def server_in(folder: Path, number: int) -> EngineServer:
+    log = str(folder / f"{number}.log")
+    return EngineServer(ServerSettings(ENGINES, str(folder / "model"), CONTEXT, log, cpu=True, seed=number))
+
+
+@pytest.fixture(scope="module")
+def published(folder: Path, servers: list[EngineServer]) -> Iterator[tuple[Weights, Trainer]]:
     """Two engines that have been sent a trainer's weights once."""
-    folder = tmp_path_factory.mktemp("publish")
     trainer = Trainer(make_model(folder / "model"))
     with ExitStack() as stack:
-        servers = [
-            EngineServer(
-                ServerSettings(
-                    ENGINES, str(folder / "model"), CONTEXT, str(folder / f"{number}.log"), cpu=True, seed=number
-                )
-            )
-            for number in range(2)
-        ]
+        servers += [server_in(folder, number) for number in range(2)]
         for server in servers:
             stack.callback(server.stop)
         engines = EngineGroup(tuple(server.start() for server in servers), VOCAB, CONTEXT, ENGINES)
@@ -112,7 +131,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Weight
         plan(weights, trainer)
         weights.publish(1)
         yield weights, trainer
-    leave_update_group(trainer.group)
+    trainer.leave_engines()
 
 
 def plan(weights: Weights, trainer: Trainer) -> None:
@@ -301,3 +320,36 @@ def test_changes_of_another_base_are_refused(published: tuple[Weights, Trainer])
     with pytest.raises(RuntimeError, match=rf"no longer holds version {weights.version} in: .* and \d+ more"):
         weights.publish(weights.version + 1)
     assert len(trainer.sent) == sent + 1  # neither refusal sent anything
+
+
+def test_an_engine_dies_in_a_publication_and_another_takes_its_place(
+    published: tuple[Weights, Trainer], servers: list[EngineServer], folder: Path
+) -> None:
+    """The other engine waits in a broadcast for a member that is gone. It then holds the half of an update."""
+    weights, trainer = published
+    use(weights)
+    plan(weights, trainer)
+    trainer.step(0.02, seed=8)
+    trainer.half_way = servers[1].stop
+    with pytest.raises((RuntimeError, TimeoutError)):
+        weights.publish(weights.version + 1)
+    trainer.half_way = lambda: None
+
+    weights.use_engines(weights.engines.urls[:1])
+    weights.publish(weights.version + 1)
+    weights.verify()
+
+    another = server_in(folder, 2)
+    try:
+        weights.use_engines([*weights.engines.urls, another.start()])
+        weights.publish(weights.version)  # as while the loop waits for episodes: the same weights again
+        weights.verify()
+
+        async def answers() -> list[Generation]:
+            async with clients_of(weights) as clients:
+                assert [await client.version() for client in clients] == [weights.version] * 2
+                return await all_of(clients, prompts_with_shared_prefixes(seed=5)[:4], 10)
+
+        assert {one.finish_reason for one in asyncio.run(answers())} <= {"length", "stop"}
+    finally:
+        another.stop()
