@@ -1,8 +1,8 @@
 """The data buffer as an asynchronous actor: a thin shell around buffer.store that adds a clock and waiting.
 
-`BufferActor` is a plain class; its users wrap it with `ray.remote`. It holds lengths, versions and references of
-sub-traces, never the tokens. All methods run on one event loop and do not await while they change the store, so no
-lock is needed.
+`BufferActor` is a plain class; its users wrap it with `ray.remote`. It puts finished sub-traces into Ray's store, so
+that they outlive the worker that played them, and keeps lengths, versions and references. All methods run on one event
+loop and do not await while they change the store, so no lock is needed.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import ray
+
 from buffer.config import BufferConfig
 from buffer.store import Counts, Store, Ticket
 from buffer.throughput import Throughput
-from buffer.types import Batch, EpisodeStats, SubTraceInfo
+from buffer.types import Batch, EpisodeStats, SubTrace, SubTraceInfo
 
 _POLL_S = 1.0  # interval of the check for overdue tickets while a caller waits
 
@@ -25,11 +27,18 @@ class BufferActor:
     """Hands tickets to rollout workers and batches to training."""
 
     def __init__(
-        self, config: BufferConfig, num_rows: int, seed: int, now: Callable[[], float] = time.monotonic
+        self,
+        config: BufferConfig,
+        num_rows: int,
+        seed: int,
+        *,
+        now: Callable[[], float] = time.monotonic,
+        put: Callable[[SubTrace], Any] = ray.put,
     ) -> None:
         self._config = config
         self._store = Store(config, num_rows, seed)
         self._now = now  # seconds
+        self._put = put
         self._poll_s = min(_POLL_S, config.claim_timeout_s)
         self._changed = asyncio.Event()
         self._deaths: dict[str, int] = {}  # worker -> number of times it was lost
@@ -53,8 +62,12 @@ class BufferActor:
             await self._wait(deadline_s)
         return None
 
-    async def add(self, ticket: Ticket, infos: Sequence[SubTraceInfo], stats: EpisodeStats) -> bool:
+    async def add(self, ticket: Ticket, sub_traces: Sequence[SubTrace], stats: EpisodeStats) -> bool:
         """Store a finished episode. Return False and drop it if its ticket was issued again meanwhile."""
+        infos = [
+            SubTraceInfo(self._put(one), one.episode_id, len(one.tokens), one.num_actions, one.oldest_version)
+            for one in sub_traces
+        ]
         kept = self._store.add(ticket, infos, stats)
         if kept:
             self._throughput.finished(sum(info.num_actions for info in infos))

@@ -9,7 +9,7 @@ import ray
 
 from buffer.actor import BufferActor
 from buffer.store import Counts, Ticket
-from buffer.types import Batch, EpisodeStats, SubTraceInfo
+from buffer.types import Batch, EpisodeStats, SubTrace
 from machine.actors import call
 
 if TYPE_CHECKING:
@@ -29,9 +29,9 @@ class BufferHandle:
         """Return a ticket as soon as a slot is free; None: ask again (`BufferActor.claim`)."""
         return await call(self.actor, BufferActor.claim, worker)
 
-    async def add(self, ticket: Ticket, infos: Sequence[SubTraceInfo], stats: EpisodeStats) -> bool:
+    async def add(self, ticket: Ticket, sub_traces: Sequence[SubTrace], stats: EpisodeStats) -> bool:
         """Store a finished episode. Return False if its ticket was issued again: the episode is dropped."""
-        return await call(self.actor, BufferActor.add, ticket, infos, stats)
+        return await call(self.actor, BufferActor.add, ticket, sub_traces, stats)
 
     async def fail(self, ticket: Ticket, reason: str, trace: str) -> bool:
         """Report an episode that failed outside the task. Return False if its ticket was issued again meanwhile."""
@@ -40,6 +40,10 @@ class BufferHandle:
     async def hand_back(self, ticket: Ticket) -> bool:
         """Hand back the ticket of an episode that lost its engine. Return False if it was issued again meanwhile."""
         return await call(self.actor, BufferActor.hand_back, ticket)
+
+    def lost(self, worker: str) -> int:
+        """Reissue the tickets of a worker that has died. Return their number."""
+        return ray.get(call(self.actor, BufferActor.lost, worker), timeout=CALL_TIMEOUT_S)
 
     def take(self, waiting: Callable[[Counts], None]) -> Batch:
         """Return the next step's batch (`BufferActor.take`). Call `waiting` every `POLL_S` until it is ready."""

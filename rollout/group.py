@@ -29,6 +29,7 @@ class RolloutGroup:
         self.workers = list(workers)
         self.quiet_s = quiet_s
         self._running: list[ObjectRef[None]] = []
+        self._urls: Sequence[str] | None = None  # of the engines, if they are not those that the workers began with
 
     def start(self) -> list[ObjectRef[None]]:
         """Start every worker; return references that are ready when the workers have loaded what they need."""
@@ -40,14 +41,28 @@ class RolloutGroup:
 
     def set_engines(self, urls: Sequence[str]) -> None:
         """Let every worker use exactly the engines at `urls` from now on. A worker that has died is left out."""
+        self._urls = list(urls)
         for told in [call(worker, RolloutWorker.set_engines, urls) for worker in self.workers]:
             with contextlib.suppress(RayActorError):
                 ray.get(told, timeout=TOLD_TIMEOUT_S)
 
+    def replace(self, number: int, worker: ActorHandle[RolloutWorker], buffer: Tickets) -> None:
+        """Put a worker that has started in the place of one that has died, and let it play the buffer's tickets."""
+        if self._urls is not None:
+            ray.get(call(worker, RolloutWorker.set_engines, self._urls), timeout=TOLD_TIMEOUT_S)
+        self.workers[number] = worker
+        if self._running:
+            self._running[number] = call(worker, RolloutWorker.run, buffer)
+
     def check(self) -> None:
-        """Raise the error of a worker whose loop has ended; a loop should end only when stopped."""
+        """Raise the error of a worker whose loop has ended; a loop should end only when stopped.
+
+        The death of a worker is not raised: the supervisor finds it.
+        """
         ended, _ = ray.wait(self._running, num_returns=len(self._running), timeout=0)
-        ray.get(ended)
+        for ref in ended:
+            with contextlib.suppress(RayActorError):
+                ray.get(ref)
 
     def _share(self, indices: Sequence[int]) -> list[list[int]]:
         return [list(indices[k :: len(self.workers)]) for k in range(len(self.workers))]
@@ -55,38 +70,61 @@ class RolloutGroup:
     def evaluate(self, indices: Sequence[int], keep: int, waiting: Callable[[], None] = lambda: None) -> list[Played]:
         """Return held-out episodes, played with training's settings; about `keep` of them include their sub-traces.
 
-        Call `waiting` every `POLL_S` until they are played.
+        Call `waiting` every `POLL_S` until they are played. If it replaces a worker that has died, the new one plays
+        the share of the old one again.
         """
-        each = -(-keep // len(self.workers))
-        shares = zip(self.workers, self._share(indices), strict=True)
-        refs = [call(worker, RolloutWorker.evaluate, share, each) for worker, share in shares]
-        return self.played(refs, "evaluation", waiting)
+        each, shares = -(-keep // len(self.workers)), self._share(indices)
+
+        def ask(number: int) -> ObjectRef[list[Played]]:
+            return call(self.workers[number], RolloutWorker.evaluate, shares[number], each)
+
+        return self.played([ask(number) for number in range(len(shares))], "evaluation", waiting, ask)
 
     def played(
-        self, refs: Sequence[ObjectRef[list[Played]]], what: str, waiting: Callable[[], None] = lambda: None
+        self,
+        refs: Sequence[ObjectRef[list[Played]]],
+        what: str,
+        waiting: Callable[[], None] = lambda: None,
+        ask_again: Callable[[int], ObjectRef[list[Played]]] | None = None,
     ) -> list[Played]:
         """Return the requested episodes; `refs` has one reference per worker. A worker's error is raised at once.
 
+        `ask_again` repeats the request to a worker, by its number, after the worker has died and was replaced.
         TimeoutError: for `quiet_s`, no worker received an engine's answer or ended an episode.
         """
-        late, before = list(refs), -1
+        found: dict[int, list[Played]] = {}
+        pending = dict(enumerate(refs))
+        lost: dict[int, ActorHandle[RolloutWorker]] = {}  # number -> the worker that died
+        before = -1
         asked: list[ObjectRef[int]] = []
         deadline = time.monotonic() + self.quiet_s
-        while late:
-            done, late = ray.wait(late, num_returns=len(late), timeout=POLL_S)
-            ray.get(done, timeout=60)  # raises a worker's error
+        while pending or lost:
+            if not pending:
+                time.sleep(POLL_S)
+            done = ray.wait(list(pending.values()), num_returns=len(pending), timeout=POLL_S)[0] if pending else []
+            for number in [number for number, ref in pending.items() if ref in done]:
+                try:
+                    found[number] = ray.get(pending.pop(number), timeout=60)
+                except RayActorError:
+                    if ask_again is None:
+                        raise
+                    lost[number] = self.workers[number]
             waiting()
+            for number in [number for number, worker in lost.items() if self.workers[number] is not worker]:
+                del lost[number]
+                assert ask_again is not None
+                pending[number] = ask_again(number)
             asked = asked or [call(worker, RolloutWorker.progress) for worker in self.workers]
             if len(ray.wait(asked, num_returns=len(asked), timeout=0)[0]) == len(asked):
-                now, asked = sum(ray.get(asked, timeout=60)), []
+                now, asked = sum(map(_answered, asked)), []
                 if now != before:
                     before, deadline = now, time.monotonic() + self.quiet_s
-            if late and time.monotonic() > deadline:
-                workers = sorted(refs.index(ref) for ref in late)
+            if (pending or lost) and time.monotonic() > deadline:
                 raise TimeoutError(
-                    f"{what}: no episode of rollout workers {workers} made progress for {self.quiet_s:g} s"
+                    f"{what}: no episode of rollout workers {sorted({*pending, *lost})} made progress for "
+                    f"{self.quiet_s:g} s"
                 )
-        return [played for part in ray.get(list(refs), timeout=60) for played in part]
+        return [played for number in sorted(found) for played in found[number]]
 
     def demonstrate(self, indices: Sequence[int], progress: float) -> list[ObjectRef[list[Played]]]:
         """Return references for `played`, one per worker."""
@@ -96,3 +134,11 @@ class RolloutGroup:
     def stop(self, timeout_s: float = 60.0) -> None:
         """Stop all workers: end their episodes, sandboxes and clients."""
         ray.get([call(worker, RolloutWorker.stop) for worker in self.workers], timeout=timeout_s)
+
+
+def _answered(progress: ObjectRef[int]) -> int:
+    """Return a worker's counter; 0 if the worker has died."""
+    try:
+        return ray.get(progress, timeout=60)
+    except RayActorError:
+        return 0

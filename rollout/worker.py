@@ -21,12 +21,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-import ray
-
 from buffer.store import Ticket
 from buffer.tasks import TaskRow
 from buffer.trace import cut
-from buffer.types import Episode, EpisodeStats, Status, SubTrace, SubTraceInfo, SubTraceKind, TurnKind
+from buffer.types import Episode, EpisodeStats, Status, SubTrace, SubTraceKind, TurnKind
 from machine.failures import reason
 from rollout.agents.player import Attempt, Sampled, Sampler
 from rollout.agents.script import ScriptedSampler
@@ -44,6 +42,11 @@ from rollout.task import Task
 STOP_TIMEOUT_S = 10.0  # for lanes to release their sandboxes
 UNREACHABLE_S = 1.0  # pause after an episode that lost its engine
 EVAL_ATTEMPTS = 3  # an evaluation episode that fails is played again
+
+
+def worker_name(number: int) -> str:
+    """Return the name under which a rollout worker claims tickets."""
+    return f"rollout-{number}"
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ class Tickets(Protocol):
     async def claim(self, worker: str) -> Ticket | None:
         """Return a ticket; None: ask again."""
 
-    async def add(self, ticket: Ticket, infos: Sequence[SubTraceInfo], stats: EpisodeStats) -> bool:
+    async def add(self, ticket: Ticket, sub_traces: Sequence[SubTrace], stats: EpisodeStats) -> bool:
         """Hand in a finished episode."""
 
     async def fail(self, ticket: Ticket, reason: str, trace: str) -> bool:
@@ -208,11 +211,7 @@ class RolloutWorker:
             except Exception as error:  # noqa: BLE001 (an episode's failure is data)
                 await buffer.fail(ticket, reason(error), traceback.format_exc())
                 continue
-            infos = [
-                SubTraceInfo(ray.put(s), s.episode_id, len(s.tokens), s.num_actions, s.oldest_version)
-                for s in played.sub_traces
-            ]
-            await buffer.add(ticket, infos, played.stats)
+            await buffer.add(ticket, played.sub_traces, played.stats)
 
     async def evaluate(self, indices: Sequence[int], keep: int) -> list[Played]:
         """Play held-out rows with training's settings; the first `keep` results include their sub-traces."""

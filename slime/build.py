@@ -24,7 +24,7 @@ from machine.actors import call, handle
 from rollout.engines.group import EngineGroup
 from rollout.engines.server import EngineServer, ServerSettings
 from rollout.group import RolloutGroup
-from rollout.worker import RolloutSettings, RolloutWorker
+from rollout.worker import RolloutSettings, RolloutWorker, worker_name
 from slime.config.nodes import CRITIC, POLICY, REFERENCE
 from slime.recovery.ranks import Builder
 from slime.run import Roles, Run
@@ -125,27 +125,28 @@ def list_engines(config: Config, inputs: Prepared, urls: Sequence[str], key: str
     return EngineGroup(tuple(urls), inputs.vocab_size, window, config.rollout.engine, key)
 
 
+def build_worker(
+    config: Config, inputs: Prepared, engines: EngineGroup, where: Placement, number: int
+) -> ActorHandle[RolloutWorker]:
+    """Return a rollout worker, not started."""
+    cls = ray.remote(RolloutWorker).options(max_concurrency=ASYNC_CALLS, **where.rollout[number].ray())
+    settings = RolloutSettings(
+        name=worker_name(number),
+        config=config.rollout,
+        task=inputs.task,
+        model_folder=str(inputs.model_folder.resolve()),
+        template=config.model.template,
+        engines=engines,
+        seed=config.seed,
+    )
+    worker = cls.remote(settings, ray.put(inputs.train_rows), ray.put(inputs.eval_rows))
+    return watch(f"rollout worker {number}", worker, effect=Effect.REPLACE)
+
+
 def build_rollout(config: Config, inputs: Prepared, engines: EngineGroup, where: Placement) -> RolloutGroup:
     """Return the rollout workers, not started."""
-    cls = ray.remote(RolloutWorker)
-    rows = ray.put(inputs.train_rows), ray.put(inputs.eval_rows)
-    workers = [
-        cls.options(max_concurrency=ASYNC_CALLS, **options.ray()).remote(
-            RolloutSettings(
-                name=f"rollout-{number}",
-                config=config.rollout,
-                task=inputs.task,
-                model_folder=str(inputs.model_folder.resolve()),
-                template=config.model.template,
-                engines=engines,
-                seed=config.seed,
-            ),
-            *rows,
-        )
-        for number, options in enumerate(where.rollout)
-    ]
-    watched = [watch(f"rollout worker {number}", worker) for number, worker in enumerate(workers)]
-    return RolloutGroup(watched, max(config.rollout.engine.request_timeout_s, config.buffer.take_timeout_s))
+    workers = [build_worker(config, inputs, engines, where, number) for number in range(len(where.rollout))]
+    return RolloutGroup(workers, max(config.rollout.engine.request_timeout_s, config.buffer.take_timeout_s))
 
 
 def build_weights(config: Config, roles: Roles, engines: EngineGroup) -> Weights:
@@ -195,6 +196,7 @@ def rebuilder(config: Config, inputs: Prepared, run_dir: Path, where: Placement,
     """Return the constructors of the processes that a running job may start again."""
     return Builder(
         engine=partial(build_server, config, inputs.model_folder, run_dir, where, key=run.engines.key),
+        worker=partial(build_worker, config, inputs, run.engines, where),
         roles=partial(start_roles, config, inputs.model_folder, where),
         buffer=partial(build_buffer, config, len(inputs.train_rows), where),
     )

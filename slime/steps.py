@@ -13,6 +13,7 @@ from slime.observe.watch import Watch
 from slime.recovery.engines import EngineReplacer
 from slime.recovery.ranks import Builder, Restarts
 from slime.recovery.recovery import RanksLost, Recovery
+from slime.recovery.workers import WorkerReplacer
 from slime.run import Abandoned, Run
 from slime.schema import Config
 
@@ -42,7 +43,8 @@ def train(
     """
     run.clock.on_phase = watch.phase
     first = run.buffer.state_dict()
-    run.recovery = Recovery(failures.supervisor.deaths, [EngineReplacer(run, builder.engine, watch.note)])
+    replacers = EngineReplacer(run, builder.engine, watch.note), WorkerReplacer(run, builder.worker, watch.note)
+    run.recovery = Recovery(failures.supervisor.deaths, replacers)
     restarts = Restarts(run, builder, failures.supervisor, run_dir, watch.note)
     death: ProcessDied | None = None
     with failures.supervisor.recoverable():

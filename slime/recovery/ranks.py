@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from buffer.handle import BufferHandle
     from launch.supervisor import Supervisor
     from rollout.engines.server import EngineServer
+    from rollout.worker import RolloutWorker
     from slime.run import Roles, Run
 
 MAX_RESTARTS = 3  # without a new checkpoint in between
@@ -36,6 +37,7 @@ class Builder:
     """Constructs processes of a run once more, on the same places."""
 
     engine: Callable[[int], ActorHandle[EngineServer]]  # by its number; it begins to start
+    worker: Callable[[int], ActorHandle[RolloutWorker]]  # by its number; not started
     roles: Callable[[], Roles]  # started, and all of them answer
     buffer: Callable[[], BufferHandle]
 

@@ -52,7 +52,7 @@ class Recovery:
         """Prepare the recovery. `deaths`: the queue of the supervisor; None: every death ends the run."""
         self._deaths: deque[ProcessDied] = deque() if deaths is None else deaths
         self._replacers = list(replacers)
-        self._counts = Counter({"recovery/restarts": 0, "recovery/engines": 0})
+        self._counts = Counter({"recovery/restarts": 0, "recovery/engines": 0, "recovery/workers": 0})
 
     def check(self) -> None:
         """Handle every death that was found and let ready successors join.

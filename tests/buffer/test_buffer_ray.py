@@ -15,7 +15,7 @@ from buffer.actor import BufferActor
 from buffer.config import BufferConfig
 from buffer.handle import BufferHandle
 from buffer.store import Ticket
-from buffer.types import EpisodeStats, Status, SubTrace, SubTraceInfo, SubTraceKind, Successor
+from buffer.types import EpisodeStats, Status, SubTrace, SubTraceKind, Successor
 from machine.actors import call
 from machine.failures import reason
 
@@ -55,11 +55,8 @@ class Player:
         return await call(self.buffer.actor, BufferActor.claim, self.name, wait_s)
 
     async def play(self, ticket: Ticket) -> bool:
-        import ray
-
         traces = [sub_trace(ticket, position) for position in (0, 1)]
-        infos = [SubTraceInfo(ray.put(t), t.episode_id, len(t.tokens), t.num_actions, t.oldest_version) for t in traces]
-        return await self.buffer.add(ticket, infos, EpisodeStats(float(ticket.number)))
+        return await self.buffer.add(ticket, traces, EpisodeStats(float(ticket.number)))
 
 
 class Stage:
@@ -88,8 +85,16 @@ def stage(ray_cluster: ModuleType, request: pytest.FixtureRequest) -> Iterator[S
         ray_cluster.kill(actor)
 
 
+def test_finished_episodes_outlive_their_worker(stage: Stage) -> None:
+    for player in stage.players:
+        assert stage.get(player.play.remote(stage.get(player.claim.remote())))
+        stage.ray.kill(player)
+    batch = stage.get(stage.buffer.take.remote())
+    assert [trace.episode_id for trace in stage.get([item.ref for item in batch.items])] == ["0.0", "0.0", "1.0", "1.0"]
+
+
 def test_episodes_travel_by_reference(stage: Stage) -> None:
-    """The buffer hands out the players' references inside records, and frees them when the step is released."""
+    """The buffer hands out references inside records, and frees them when the step is released."""
     first, second = (stage.get(player.claim.remote()) for player in stage.players)
     taking = stage.buffer.take.remote()
     assert stage.get(stage.players[1].play.remote(second))

@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 import pytest
+from episodes import sub_trace_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -197,7 +198,7 @@ def test_lag_order_and_rows_hold_under_stragglers_failures_and_resumes(
         superseded += run.store.expire(now_s)
         for late in superseded:
             run.running.pop(late, None)
-            assert not run.store.add(late, [info(late)], EpisodeStats(0.0))
+            assert not run.store.add(late, [sub_trace_of(late)], EpisodeStats(0.0))
         superseded = superseded[-3:]
         while rng.random() < 0.7 and run.train():
             pass
@@ -348,12 +349,12 @@ def test_resume_issues_open_tickets_again_and_trained_ones_never() -> None:
 
 def test_actor_claim_waits_for_a_slot_and_take_for_episodes() -> None:
     async def main() -> None:
-        actor = BufferActor(config(1), num_rows=3, seed=0)
+        actor = BufferActor(config(1), num_rows=3, seed=0, put=id)
         taking = asyncio.create_task(actor.take())
         first = await actor.claim("a")
         assert first is not None
         claiming = asyncio.create_task(actor.claim("a"))
-        assert await actor.add(first, [info(first)], EpisodeStats(0.5))
+        assert await actor.add(first, [sub_trace_of(first)], EpisodeStats(0.5))
         batch = await asyncio.wait_for(taking, 10)
         assert batch.episodes == (EpisodeStats(0.5),)
         assert (await actor.status())[:6] == (0, 0, 1, 0, 0, 0)
@@ -362,7 +363,7 @@ def test_actor_claim_waits_for_a_slot_and_take_for_episodes() -> None:
         second = await asyncio.wait_for(claiming, 10)
         assert second is not None
         assert second.number == 1
-        resumed = BufferActor(config(1), num_rows=3, seed=0)
+        resumed = BufferActor(config(1), num_rows=3, seed=0, put=id)
         await resumed.load_state_dict(await actor.state_dict())
         assert await resumed.claim("b") == Ticket(1, second.row, 1)
 
@@ -391,13 +392,13 @@ def test_actor_take_names_who_is_waited_for() -> None:
 
 def test_actor_reissues_overdue_tickets_while_training_waits() -> None:
     async def main() -> None:
-        actor = BufferActor(config(1, claim_timeout_s=0.05, take_timeout_s=60), num_rows=9, seed=0)
+        actor = BufferActor(config(1, claim_timeout_s=0.05, take_timeout_s=60), num_rows=9, seed=0, put=id)
         late = await actor.claim("slow")
         again = await asyncio.wait_for(actor.claim("quick"), 10)
         assert late is not None
         assert again is not None
         assert (again.number, again.attempt) == (late.number, 1)
-        assert not await actor.add(late, [info(late)], EpisodeStats(0.0))
+        assert not await actor.add(late, [sub_trace_of(late)], EpisodeStats(0.0))
 
     asyncio.run(main())
 

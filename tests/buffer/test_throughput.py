@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from episodes import sub_trace_of
 
 from buffer.actor import BufferActor
 from buffer.config import BufferConfig
 from buffer.store import Ticket
 from buffer.throughput import Throughput
-from buffer.types import EpisodeStats, SubTraceInfo
+from buffer.types import EpisodeStats
 
 
 class Clock:
@@ -43,14 +44,14 @@ def test_a_step_whose_episodes_ran_before_it_began_has_the_rate_of_that_time() -
 
     async def main() -> None:
         clock = Clock()
-        actor = BufferActor(BufferConfig(episodes_per_step=2), num_rows=8, seed=0, now=clock)
+        actor = BufferActor(BufferConfig(episodes_per_step=2), num_rows=8, seed=0, now=clock, put=id)
 
         async def play(seconds: float, num_actions: int) -> None:
             tickets = [await actor.claim("a"), await actor.claim("a")]
             clock.now_s += seconds
             for ticket in tickets:
                 assert isinstance(ticket, Ticket)
-                await actor.add(ticket, [SubTraceInfo(None, ticket.episode_id, 90, num_actions, 0)], EpisodeStats(0.0))
+                await actor.add(ticket, [sub_trace_of(ticket, 90, num_actions)], EpisodeStats(0.0))
 
         await play(seconds=20.0, num_actions=50)
         clock.now_s += 30.0  # the evaluation continues
@@ -68,16 +69,16 @@ def test_a_step_whose_episodes_ran_before_it_began_has_the_rate_of_that_time() -
 def test_episodes_that_run_beside_the_training_count_that_time() -> None:
     async def main() -> None:
         clock = Clock()
-        actor = BufferActor(BufferConfig(episodes_per_step=1, slots=2, window=2), num_rows=8, seed=0, now=clock)
+        actor = BufferActor(BufferConfig(episodes_per_step=1, slots=2, window=2), num_rows=8, seed=0, now=clock, put=id)
         one, two = await actor.claim("a"), await actor.claim("b")
         assert one is not None
         assert two is not None
         clock.now_s += 5.0
-        await actor.add(one, [SubTraceInfo(None, one.episode_id, 9, 9, 0)], EpisodeStats(0.0))
+        await actor.add(one, [sub_trace_of(one, 9, 9)], EpisodeStats(0.0))
         batch = await actor.take()
         clock.now_s += 5.0
         await actor.release(batch.step)
-        await actor.add(two, [SubTraceInfo(None, two.episode_id, 9, 7, 0)], EpisodeStats(0.0))
+        await actor.add(two, [sub_trace_of(two, 9, 7)], EpisodeStats(0.0))
         assert batch.tokens_per_s == pytest.approx(9 / 5)
         assert (await actor.take()).tokens_per_s == pytest.approx(7 / 5)
 

@@ -32,7 +32,7 @@ from slime.observe.failures import Failures
 from slime.run import Abandoned
 from slime.steps import train as train_run
 
-STEPS, EPISODES, TASKS = 4, 32, 32
+STEPS, EPISODES, TASKS, WORKERS = 4, 32, 32, 2
 RUN = [
     "recipe=ppo_coding",
     "run=whole",
@@ -45,6 +45,7 @@ RUN = [
     f"critic.warmup_episodes={2 * EPISODES}",
     f"eval.num_tasks={TASKS}",
     "eval.every=2",
+    f"rollout.num_workers={WORKERS}",
     "checkpoint.every=1",
     "tracking.sample_every=1",
     "tracking.sample_episodes=4",
@@ -100,6 +101,7 @@ def whole_run(diary: Diary, monkeypatch: pytest.MonkeyPatch, folder: Path, begin
         send_weights=lambda version: note(f"publish {version}"),
         engines=SimpleNamespace(urls=()),
         servers=[],
+        rollout=SimpleNamespace(workers=[]),
         play=lambda: note("play"),
         buffer=SimpleNamespace(state_dict=dict, load_state_dict=lambda state: note(f"buffer {state}")),
         clock=SimpleNamespace(),
@@ -110,7 +112,7 @@ def whole_run(diary: Diary, monkeypatch: pytest.MonkeyPatch, folder: Path, begin
     numbers = ["steps=5", "eval.every=3", "checkpoint.every=2", "critic.warmup_episodes=0"]
     config = load(["recipe=ppo_coding", *numbers], None).config
     with Failures(folder) as failures:
-        return train_run(config, run, watch, folder, begin, failures, builder=SimpleNamespace(engine=None))  # type: ignore[arg-type]
+        return train_run(config, run, watch, folder, begin, failures, builder=SimpleNamespace(engine=None, worker=None))  # type: ignore[arg-type]
     raise AssertionError("it has failed")
 
 
@@ -320,6 +322,8 @@ def story(place: Place, warm_start: Path) -> Story:
         with Run(place, *arguments) as second:
             second.wait_until(lambda: "resumed at step" in second.output, "resume", START_S)
             second.one("ray::CriticWorker").kill()
+            second.wait_until(lambda: AGAIN in second.output, "restart", START_S)
+            second.one("ray::RolloutWorker", of=WORKERS).kill()
             second.finish()
             gone_too = second.left_over()
         gone += first.left_over()
@@ -398,6 +402,14 @@ def test_an_engine_that_dies_is_replaced_while_the_run_goes_on(story: Story) -> 
     log = re.escape(str(story.run_dir / "logs" / "engine_0.log"))
     assert re.search(rf"{died}; log: {log}; another engine 0 is started", " ".join(story.outputs[0].split()))
     assert "engine 0 serves again after" in story.outputs[0]
+
+
+@pytest.mark.e2e
+def test_a_rollout_worker_that_dies_is_replaced_while_the_run_goes_on(story: Story) -> None:
+    died = r"rollout worker \d \(pid \d+ on \S+\) was killed.*; \d+ episodes are played again, another rollout worker"
+    assert re.search(died, " ".join(story.outputs[1].split()))
+    assert re.search(r"rollout worker \d plays again after \d+ s", story.outputs[1])
+    assert rows_of(story.run_dir / "metrics.jsonl")[-1]["recovery/workers"] == 1
 
 
 @pytest.mark.e2e

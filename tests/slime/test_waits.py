@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ray.exceptions import RayActorError
 from roles import batch_of, sub_trace
 
 import rollout.group
@@ -40,9 +41,11 @@ def _wait(refs: list[Future[Any]], num_returns: int, timeout: float) -> tuple[li
     return [ref for ref in refs if ref in done], [ref for ref in refs if ref not in done]
 
 
-FAKE_RAY = SimpleNamespace(
-    wait=_wait, get=lambda refs, timeout=None: [ref.result(timeout=0) for ref in refs], put=lambda value: value
-)
+def _get(refs: Any, timeout: float | None = None) -> Any:
+    return [ref.result(timeout=0) for ref in refs] if isinstance(refs, list) else refs.result(timeout=0)
+
+
+FAKE_RAY = SimpleNamespace(wait=_wait, get=_get, put=lambda value: value)
 
 
 class Worker:
@@ -64,7 +67,7 @@ class Worker:
 @pytest.fixture(autouse=True)
 def _clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each read of the clock advances it by one second."""
-    clock = SimpleNamespace(monotonic=map(float, itertools.count()).__next__)
+    clock = SimpleNamespace(monotonic=map(float, itertools.count()).__next__, sleep=lambda seconds: None)
     for module in (rollout.group, trainer.group):
         monkeypatch.setattr(module, "ray", FAKE_RAY)
         monkeypatch.setattr(module, "time", clock, raising=False)
@@ -77,6 +80,27 @@ def test_an_evaluation_is_as_long_as_something_happens_in_it() -> None:
 
 def test_an_evaluation_in_which_nothing_happens_names_its_workers() -> None:
     workers: list[Any] = [Worker(length=3, active=5), Worker(length=1000, active=5)]
+    with pytest.raises(TimeoutError, match=r"evaluation: no episode of rollout workers \[1\] made progress for 3 s"):
+        RolloutGroup(workers, QUIET_S).evaluate(range(8), keep=0)
+
+
+def test_the_share_of_a_worker_that_dies_is_played_by_its_successor() -> None:
+    workers: list[Any] = [Worker(length=5, active=50), Worker(length=1000, active=50)]
+    workers[1].answer.set_exception(RayActorError())
+    workers[1].progress = SimpleNamespace(remote=lambda: workers[1].answer)
+    group, polls = RolloutGroup(list(workers), QUIET_S), itertools.count()
+
+    def waiting() -> None:
+        if next(polls) == 2:
+            group.workers[1] = Worker(length=5, active=50)  # type: ignore[call-overload]
+
+    assert len(group.evaluate(range(8), keep=0, waiting=waiting)) == 2
+    assert next(polls) > 3
+
+
+def test_a_worker_that_dies_and_is_not_replaced_is_waited_for_no_longer_than_others() -> None:
+    workers: list[Any] = [Worker(length=3, active=5), Worker(length=1000, active=5)]
+    workers[1].answer.set_exception(RayActorError())
     with pytest.raises(TimeoutError, match=r"evaluation: no episode of rollout workers \[1\] made progress for 3 s"):
         RolloutGroup(workers, QUIET_S).evaluate(range(8), keep=0)
 
@@ -94,7 +118,7 @@ def test_requests_do_not_limit_episodes(monkeypatch: pytest.MonkeyPatch, request
     made = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda *_: "worker"))
     monkeypatch.setattr("ray.remote", lambda cls: made)
     monkeypatch.setattr("ray.put", lambda rows: rows)
-    monkeypatch.setattr("slime.build.watch", lambda name, worker: worker)
+    monkeypatch.setattr("slime.build.watch", lambda name, worker, effect: worker)
     inputs: Any = SimpleNamespace(train_rows=[], eval_rows=[], task=None, model_folder=SimpleNamespace(resolve=str))
     inputs.vocab_size = 10
     assert build_rollout(config, inputs, list_engines(config, inputs, []), placement(config)).quiet_s == quiet_s

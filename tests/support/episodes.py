@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 
+from buffer.store import Ticket
 from buffer.types import Episode, Int32, Status, Turn, TurnKind
 
 
@@ -83,4 +86,11 @@ def random_episode(seed: int, max_depth: int = 2, episode_id: str = "") -> Episo
         reward=float(rng.choice([0.0, 0.5, 1.0])),
         status=status,
         parents=tuple(simulator.parents),
+    )
+
+
+def sub_trace_of(ticket: Ticket, num_tokens: int = 10, num_actions: int = 5) -> Any:
+    """Return what a buffer reads of a sub-trace of an episode that played a ticket."""
+    return SimpleNamespace(
+        episode_id=ticket.episode_id, tokens=range(num_tokens), num_actions=num_actions, oldest_version=0
     )

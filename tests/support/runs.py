@@ -85,10 +85,10 @@ class Run:
                 continue
         return [process for process in self._known if alive(process)]
 
-    def one(self, name: str) -> psutil.Process:
-        """Return the process of the run whose command line contains the name. AssertionError: there is not just one."""
+    def one(self, name: str, of: int = 1) -> psutil.Process:
+        """Return a process of the run whose command line contains the name. AssertionError: there are not `of` such."""
         found = [process for process in self.processes() if name in " ".join(process.cmdline())]
-        assert len(found) == 1, f"{len(found)} processes are called {name}: {self.tail()}"
+        assert len(found) == of, f"{len(found)} processes are called {name}: {self.tail()}"
         return found[0]
 
     def wait_until(self, condition: Callable[[], bool], what: str, limit_s: float) -> None:

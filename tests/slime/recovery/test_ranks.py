@@ -34,6 +34,10 @@ def roles(*names: str) -> Any:
     return SimpleNamespace(policy=groups[0], groups=groups)
 
 
+def unused(number: int) -> Any:
+    raise AssertionError("no engine and no rollout worker died")
+
+
 class Job:
     """A run with two roles, and the notes of what a restart does with it."""
 
@@ -49,9 +53,7 @@ class Job:
         )
         another: Any = SimpleNamespace(actor=Actor("buffer again"))
         again = roles("policy again", "critic again")
-        builder = Builder(
-            engine=lambda number: pytest.fail("no engine died"), roles=lambda: again, buffer=lambda: another
-        )
+        builder = Builder(unused, unused, roles=lambda: again, buffer=lambda: another)
         self.restarts = Restarts(self.run, builder, failures.supervisor, Path(), self.events.append)  # type: ignore[arg-type]
 
 
