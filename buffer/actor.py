@@ -19,6 +19,7 @@ from buffer.config import BufferConfig
 from buffer.store import Counts, Store, Ticket
 from buffer.throughput import Throughput
 from buffer.types import Batch, EpisodeStats, SubTrace, SubTraceInfo
+from machine.stacks import listen
 
 _POLL_S = 1.0  # interval of the check for overdue tickets while a caller waits
 
@@ -35,6 +36,7 @@ class BufferActor:
         now: Callable[[], float] = time.monotonic,
         put: Callable[[SubTrace], Any] = ray.put,
     ) -> None:
+        listen()
         self._config = config
         self._store = Store(config, num_rows, seed)
         self._now = now  # seconds

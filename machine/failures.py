@@ -21,22 +21,44 @@ PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 _ROOT = Path(__file__).parent.parent
 _OURS = ("buffer", "critic", "launch", "machine", "rollout", "slime", "trainer")
 _SENTENCES = (RuntimeError, ValueError, TimeoutError)  # raised by this project with a complete message
-_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
+# As in tracebacks ("line 7, in f") and in the stacks that faulthandler writes ("line 7 in f").
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+),? in (?P<function>\S+)')
+_PACKAGES = ("site-packages", "dist-packages")
 
 
-class _Frame(NamedTuple):
+class Frame(NamedTuple):
+    """A stack frame."""
+
     file: str
     line: int
     function: str
 
+    def __str__(self) -> str:
+        """Return "trainer/worker.py:7 f": the path within this project or a package, else the file's name."""
+        path = Path(self.file)
+        start = next((i + 1 for i, part in enumerate(path.parts) if part in _PACKAGES), len(path.parts) - 1)
+        short = path.relative_to(_ROOT) if self.ours else Path(*path.parts[start:])
+        return f"{short}:{self.line} {self.function}"
+
     @property
     def ours(self) -> bool:
+        """Return whether it is of this project."""
         path = Path(self.file)
         return path.is_relative_to(_ROOT) and path.relative_to(_ROOT).parts[0] in _OURS
 
-    @property
-    def of_a_library(self) -> bool:
-        return bool({"site-packages", "dist-packages", "lib", "lib64"} & set(Path(self.file).parts)) or "<" in self.file
+    def in_package(self) -> bool:
+        """Return whether it is of an installed package."""
+        return not set(Path(self.file).parts).isdisjoint(_PACKAGES)
+
+    def outside_libraries(self) -> bool:
+        """Return whether it is neither of an installed package nor of Python itself."""
+        return {*_PACKAGES, "lib", "lib64"}.isdisjoint(Path(self.file).parts) and "<" not in self.file
+
+
+def frames_in(text: str) -> Iterator[Frame]:
+    """Yield the frames of a traceback or of a stack dump, in the order of the text."""
+    for found in _FRAME.finditer(text):
+        yield Frame(found["file"], int(found["line"]), found["function"])
 
 
 def reason(error: BaseException) -> str:
@@ -60,22 +82,21 @@ def reason(error: BaseException) -> str:
     if text and isinstance(origin, _SENTENCES) and (not frames or frames[-1].ours):
         return text
     said = f"{type(origin).__name__}: {text}" if text else type(origin).__name__
-    users = [frame for frame in frames if not frame.ours and not frame.of_a_library]
+    users = [frame for frame in frames if not frame.ours and frame.outside_libraries()]
     if not frames:
         return said
     place = (users or frames)[-1]
     return f"{said} ({Path(place.file).name}:{place.line} in {place.function})"
 
 
-def _frames(error: BaseException, origin: BaseException) -> Iterator[_Frame]:
+def _frames(error: BaseException, origin: BaseException) -> Iterator[Frame]:
     """Yield the stack frames of the process that raised the error, outermost first."""
     elsewhere = getattr(error, "traceback_str", None)
     if origin is not error and isinstance(elsewhere, str):
-        for found in _FRAME.finditer(elsewhere):
-            yield _Frame(found["file"], int(found["line"]), found["function"])
+        yield from frames_in(elsewhere)
         return
     for frame in traceback.extract_tb(origin.__traceback__):
-        yield _Frame(frame.filename, frame.lineno or 0, frame.name)
+        yield Frame(frame.filename, frame.lineno or 0, frame.name)
 
 
 def ending(code: int) -> str:

@@ -26,6 +26,7 @@ from buffer.tasks import TaskRow
 from buffer.trace import cut
 from buffer.types import Episode, EpisodeStats, Status, SubTrace, SubTraceKind, TurnKind
 from machine.failures import reason
+from machine.stacks import listen
 from rollout.agents.player import Attempt, Sampled, Sampler
 from rollout.agents.script import ScriptedSampler
 from rollout.config import RolloutConfig
@@ -127,6 +128,7 @@ class RolloutWorker:
     """Plays episodes until `stop` is called."""
 
     def __init__(self, settings: RolloutSettings, train_rows: Sequence[TaskRow], eval_rows: Sequence[TaskRow]) -> None:
+        listen()
         self.settings = settings
         self._train_rows = train_rows
         self._eval_rows = eval_rows

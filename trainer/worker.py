@@ -21,6 +21,7 @@ import torch
 
 from buffer.types import Grid, SubTrace, TokenColumn
 from machine.ports import ReservedPort
+from machine.stacks import listen
 from trainer.batching import MicroBatch, micro_batch, per_sub_trace
 from trainer.engine import Engine, LossFunction, Memory, Saving, needs
 
@@ -41,6 +42,7 @@ class Worker:
     """Base class of the roles' workers. `start` must have returned on all ranks before any other call."""
 
     def __init__(self, engine: Engine) -> None:
+        listen()
         self.engine = engine
         self._ports: list[ReservedPort] = []
         self._saving: Saving | None = None

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from machine.failures import ending
 from machine.ports import ReservedPort
+from machine.stacks import listen
 from rollout.config import EngineConfig
 from rollout.engines.leash import LEASH_INTERVAL_S
 from rollout.sglang.options import option_arguments
@@ -141,6 +142,7 @@ class EngineServer:
     """
 
     def __init__(self, settings: ServerSettings) -> None:
+        listen()
         self.config = settings.config
         self._key = settings.key
         self.log_path = Path(settings.log_path)

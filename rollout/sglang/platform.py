@@ -16,6 +16,8 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+from machine.stacks import listen
+
 # SGLang imports these at module level for images and grammars; an engine that exchanges token ids uses neither.
 OPTIONAL_PACKAGES = ("torchvision", "xgrammar")
 
@@ -80,9 +82,13 @@ def install_stubs() -> tuple[str, ...]:
 
 
 def activate() -> str | None:
-    """Return the name of the platform class for SGLang, or None if a CUDA device is available."""
+    """Return the name of the platform class for SGLang, or None if a CUDA device is available.
+
+    SIGUSR2 makes the process write its stacks from now on.
+    """
     import torch
 
+    listen()
     install_stubs()
     if os.environ.get("SLIME_ENGINE_DELTA"):
         from rollout.sglang import delta
