@@ -11,7 +11,8 @@ from __future__ import annotations
 import contextlib
 import re
 import socket
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -60,6 +61,7 @@ class _Watched:
     ended: ObjectRef[str] | None  # how the actor's own process ended, "" if it was stopped; None: it has no process
     log: str  # log of the actor's own process
     effect: Effect = Effect.END
+    actor: Callable[[], Any] = lambda: None  # its handle, which this must not keep alive
 
 
 _watched: dict[str, _Watched] = {}  # by actor id
@@ -79,7 +81,7 @@ def watch(
     its log.
     """
     found = handle(actor)
-    _watched[actor_id(found)] = _Watched(name, ended, log, effect)
+    _watched[actor_id(found)] = _Watched(name, ended, log, effect, weakref.ref(found))
     return found
 
 
@@ -92,6 +94,12 @@ def forget(actors: Sequence[ActorHandle[Any]]) -> None:
     """Stop watching actors that are about to be stopped."""
     for actor in actors:
         _watched.pop(actor_id(actor), None)
+
+
+def watched_actors() -> dict[str, ActorHandle[Any]]:
+    """Return the handles of the actors that are watched, by name."""
+    found = {one.name: one.actor() for one in list(_watched.values())}
+    return {name: actor for name, actor in found.items() if actor is not None}
 
 
 def forget_all() -> None:

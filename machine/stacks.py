@@ -38,6 +38,7 @@ FILE_NAME = "slime-stacks"  # of the file in memory, as /proc shows it
 WRITE_TIMEOUT_S = 5.0  # for a process to write its stacks
 QUIET_S = 0.2  # without a new byte, the stacks are complete
 SPY_TIMEOUT_S = 20.0
+CHILDREN_NAMED = 2
 MAX_CHILDREN = 32  # a rollout worker has hundreds of sandbox processes
 STUCK = {psutil.STATUS_STOPPED: "is stopped (state T)", psutil.STATUS_DISK_SLEEP: "waits for a disk (state D)"}
 _listening: list[Any] = []  # the open file of this process
@@ -73,15 +74,25 @@ class Seen:
         return not self.trouble and not any(frame.outside_libraries() for frame in frames_in(self.stacks))
 
     @property
+    def stuck(self) -> bool:
+        """Return whether the process or one of its children can't run."""
+        return bool(self.trouble) or any(child.trouble for child in self.children)
+
+    @property
     def where(self) -> str:
-        """Return in a few words what the process does: its trouble, that of a child, or its innermost frame; or ""."""
+        """Return in a few words what the process does: why it can't run, or its innermost frame and its children's.
+
+        "" if nothing is known.
+        """
         if self.trouble:
             return self.trouble
         stuck = next((child for child in self.children if child.trouble), None)
         if stuck is not None:
             return f"has a process that {stuck.trouble}: {stuck.name} (pid {stuck.pid})"
-        frame = innermost(self.stacks)
-        return f"is in {frame}" if frame is not None else ""
+        named = [(f"{child.name} ", child) for child in self.children[:CHILDREN_NAMED]]
+        frames = [(name, innermost(seen.stacks)) for name, seen in [("", self), *named]]
+        found = [f"{name}is in {frame}" for name, frame in frames if frame is not None]
+        return ", its ".join(found)
 
 
 def look(pid: int, wait_s: float = WRITE_TIMEOUT_S) -> Seen:

@@ -11,12 +11,14 @@ import ray
 from ray.exceptions import RayActorError
 
 from machine.actors import call
+from machine.waits import answers, numbered, overdue
 from rollout.worker import Played, RolloutWorker, Tickets
 
 if TYPE_CHECKING:
     from ray import ObjectRef
     from ray.actor import ActorHandle
 
+NAME = "rollout worker"
 POLL_S = 1.0
 TOLD_TIMEOUT_S = 60.0  # for a call that waits for nothing
 
@@ -35,6 +37,10 @@ class RolloutGroup:
         """Start every worker; return references that are ready when the workers have loaded what they need."""
         return [call(worker, RolloutWorker.start) for worker in self.workers]
 
+    def started(self, starting: Sequence[ObjectRef[None]], timeout_s: float) -> None:
+        """Wait for the references that `start` returned. TimeoutError names the workers that are late."""
+        answers("start", numbered(NAME, self.workers), starting, timeout_s)
+
     def run(self, buffer: Tickets) -> None:
         """Start playing the buffer's tickets on every worker."""
         self._running = [call(worker, RolloutWorker.run, buffer) for worker in self.workers]
@@ -42,9 +48,10 @@ class RolloutGroup:
     def set_engines(self, urls: Sequence[str]) -> None:
         """Let every worker use exactly the engines at `urls` from now on. A worker that has died is left out."""
         self._urls = list(urls)
-        for told in [call(worker, RolloutWorker.set_engines, urls) for worker in self.workers]:
+        asked = [call(worker, RolloutWorker.set_engines, urls) for worker in self.workers]
+        for (name, worker), told in zip(numbered(NAME, self.workers).items(), asked, strict=True):
             with contextlib.suppress(RayActorError):
-                ray.get(told, timeout=TOLD_TIMEOUT_S)
+                answers("set_engines", {name: worker}, [told], TOLD_TIMEOUT_S)
 
     def replace(self, number: int, worker: ActorHandle[RolloutWorker], buffer: Tickets) -> None:
         """Put a worker that has started in the place of one that has died, and let it play the buffer's tickets."""
@@ -120,10 +127,9 @@ class RolloutGroup:
                 if now != before:
                     before, deadline = now, time.monotonic() + self.quiet_s
             if (pending or lost) and time.monotonic() > deadline:
-                raise TimeoutError(
-                    f"{what}: no episode of rollout workers {sorted({*pending, *lost})} made progress for "
-                    f"{self.quiet_s:g} s"
-                )
+                names = list(numbered(NAME, self.workers).items())
+                others = dict(names[number] for number in sorted({*pending, *lost}))
+                raise overdue(f"{what}, in which no episode made progress", others, self.quiet_s)
         return [played for number in sorted(found) for played in found[number]]
 
     def demonstrate(self, indices: Sequence[int], progress: float) -> list[ObjectRef[list[Played]]]:
@@ -133,7 +139,8 @@ class RolloutGroup:
 
     def stop(self, timeout_s: float = 60.0) -> None:
         """Stop all workers: end their episodes, sandboxes and clients."""
-        ray.get([call(worker, RolloutWorker.stop) for worker in self.workers], timeout=timeout_s)
+        stopping = [call(worker, RolloutWorker.stop) for worker in self.workers]
+        answers("stop", numbered(NAME, self.workers), stopping, timeout_s)
 
 
 def _answered(progress: ObjectRef[int]) -> int:

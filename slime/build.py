@@ -21,6 +21,7 @@ from launch.config import Sharing
 from launch.deaths import Effect, watch
 from launch.nodes import ProcessOptions
 from machine.actors import call, handle
+from machine.waits import answers, numbered
 from rollout.engines.group import EngineGroup
 from rollout.engines.server import EngineServer, ServerSettings
 from rollout.group import RolloutGroup
@@ -212,13 +213,14 @@ def build(config: Config, inputs: Prepared, run_dir: Path, where: Placement) -> 
     starting = [group.start(limit_s) for group in roles.groups]
     buffer = build_buffer(config, len(inputs.train_rows), where)
     # Each server enforces its own deadline and reports its log; this deadline covers the actors around them.
-    urls = ray.get([call(server, EngineServer.start) for server in servers], timeout=limit_s + engine.start_timeout_s)
+    serving = [call(server, EngineServer.start) for server in servers]
+    urls = answers("start", numbered("engine", servers), serving, limit_s + engine.start_timeout_s)
     engines = list_engines(config, inputs, urls, key)
     rollout = build_rollout(config, inputs, engines, where)
     ready = rollout.start()
     for pending in starting:
         pending.result(limit_s)
-    ray.get(ready, timeout=limit_s)
+    rollout.started(ready, limit_s)
     weights = build_weights(config, roles, engines)
     weights.connect()
     return Run(buffer, rollout, engines, roles, weights, servers, folder, inputs.rows_digest)

@@ -17,11 +17,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import ray
 
 from buffer.store import Counts
 from buffer.types import Batch, Float32, Scores, SubTrace, Targets
 from critic.estimators import StepTargets
+from machine.waits import objects
 from slime.config.rows import no_turn
 from slime.observe import metrics as observed
 from slime.observe.watch import Watch
@@ -87,7 +87,7 @@ def take(config: Config, run: Run, watch: Watch, phase: str = "rollout") -> tupl
         for number in range(1, MAX_EMPTY_BATCHES + 1):
             batch = run.buffer.take(waiting)
             if batch.items:
-                return batch, ray.get([item.ref for item in batch.items], timeout=FETCH_TIMEOUT_S)
+                return batch, objects("a step's episodes", [item.ref for item in batch.items], FETCH_TIMEOUT_S)
             reason = no_turn(config, batch.episodes)
             if number < MAX_EMPTY_BATCHES:
                 watch.note(f"a step's episodes are passed over: {reason}")

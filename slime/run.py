@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
@@ -15,6 +14,7 @@ from buffer.handle import BufferHandle
 from buffer.types import Batch, Float32, Scores, SubTrace, Targets
 from critic.estimators import Estimator
 from machine.actors import call
+from machine.waits import answers, numbered
 from rollout.engines.group import EngineGroup
 from rollout.engines.server import EngineServer
 from rollout.group import RolloutGroup
@@ -162,4 +162,5 @@ class Run:
         with failures.aside("stopping the rollout workers"):
             self.rollout.stop(STOP_TIMEOUT_S)
         with failures.aside("stopping the engines"):
-            ray.get([call(server, EngineServer.stop) for server in self.servers], timeout=STOP_TIMEOUT_S)
+            stopping = [call(server, EngineServer.stop) for server in self.servers]
+            answers("stop", numbered("engine", self.servers), stopping, STOP_TIMEOUT_S)

@@ -79,7 +79,7 @@ def run(config: Config, inputs: Prepared, run_dir: Path, view: View, tracker: Tr
     policy = build_policy(config, inputs.model_folder, where)
     starting = policy.start(limit_s)
     rollout = build_rollout(config, inputs, list_engines(config, inputs, []), where)
-    ray.get(rollout.start(), timeout=limit_s)
+    rollout.started(rollout.start(), limit_s)
     starting.result(limit_s)
     view.phase("imitating demonstrations")
     batches = demonstrations(config, inputs, rollout)

@@ -18,6 +18,7 @@ import ray
 from buffer.packing import QUADRATIC, pack, split
 from buffer.types import Batch, Float32, Grid, Scores, SubTrace, Targets, TokenColumn
 from machine.actors import call
+from machine.waits import overdue
 from trainer.columns import policy_columns
 from trainer.config import PolicyConfig, RoleConfig
 from trainer.engine import needed
@@ -74,7 +75,7 @@ class Pending(Generic[T]):
     def result(self, timeout_s: float | None = None) -> T:
         """Wait for the answer and return it.
 
-        TimeoutError: some ranks have not answered; the message names them. A rank's own error is raised at once.
+        TimeoutError: some ranks have not answered; see `machine.waits.overdue`. A rank's own error is raised at once.
         """
         self.wait(timeout_s)
         return self._finish(ray.get(self._refs, timeout=60))
@@ -88,7 +89,8 @@ class Pending(Generic[T]):
             ray.get(done, timeout=60)  # raises when a rank failed: the others may be waiting for it
         if late:
             ranks = sorted({self._refs.index(ref) % len(self._group.actors) for ref in late})
-            raise TimeoutError(f"{self._group.name}.{self._call}: no answer from ranks {ranks} in {limit:.0f} s")
+            others = {f"{self._group.name} rank {rank}": self._group.actors[rank] for rank in ranks}
+            raise overdue(f"{self._group.name}.{self._call}", others, limit)
 
 
 class SharedDevice:

@@ -22,9 +22,11 @@ import torch
 from buffer.types import Grid, SubTrace, TokenColumn
 from machine.ports import ReservedPort
 from machine.stacks import listen
+from machine.waits import objects
 from trainer.batching import MicroBatch, micro_batch, per_sub_trace
 from trainer.engine import Engine, LossFunction, Memory, Saving, needs
 
+FETCH_TIMEOUT_S = 600.0  # for the sub-traces of a rank
 Columns = Mapping[str, TokenColumn]  # per-token inputs of a loss, by name
 
 
@@ -144,5 +146,5 @@ def fetch(refs: Sequence[Any], row: Sequence[Sequence[int]]) -> dict[int, SubTra
 def resolved(refs: list[Any]) -> list[Any]:
     """Return the objects behind references; other objects (in unit tests) are returned unchanged."""
     if refs and isinstance(refs[0], ray.ObjectRef):
-        return list(ray.get(refs, timeout=600))
+        return objects("sub-traces of a rank", refs, FETCH_TIMEOUT_S)
     return refs

@@ -13,17 +13,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
-from launch.deaths import Effect, ProcessDied
+from launch.deaths import Effect, ProcessDied, watched_actors
 from launch.supervisor import Supervisor, exit_code_of
 from machine.failures import reason
+from machine.waits import keep_stacks_in, sight_of
 from slime.observe.standing import Standing, State
 from slime.recovery.recovery import RanksLost
 
 LOG_FILE = "error.log"
+STACKS_FOLDER = "stacks"
 LOG_TAIL_LINES = 30  # of a process that has died
 # How long a death may take to be seen after its first consequence: SGLang goes on for 6 s without its scheduler.
 SETTLE_S, SETTLE_LOST_S = 2.0, 10.0
 _LOST = re.compile(r"connection|\bpeer\b|no answer|\bdied\b", re.IGNORECASE)
+_LATE = re.compile(r"no answer|timed out", re.IGNORECASE)
 
 
 class Failures:
@@ -42,9 +45,11 @@ class Failures:
         self.standing: Standing | None = None  # of the run, once its folder is known
         self._refused = refused
         self._kept: list[BaseException] = []  # in the log
+        self._stacks = folder / STACKS_FOLDER
 
     def __enter__(self) -> Failures:
         self.supervisor.__enter__()
+        keep_stacks_in(self._stacks)
         return self
 
     def __exit__(
@@ -58,6 +63,7 @@ class Failures:
             elif isinstance(error, Exception | KeyboardInterrupt):
                 self._tell(error)
         finally:
+            keep_stacks_in(None)
             self.supervisor.__exit__(kind, error, trace)
         return isinstance(error, Exception | KeyboardInterrupt)
 
@@ -132,8 +138,9 @@ class Failures:
         self.supervisor.end()
         if not self.exit_code:
             cause = self.supervisor.cause(_settle_s(error))
+            seen = sight_of(watched_actors(), reason(error)) if cause is None and _is_unseen(error) else ""
             where = self._keep(error, "the run ended by")
-            self._say(cause or error, where)
+            self._say(cause or error, "; ".join(filter(None, (seen.removeprefix("; "), where))))
         self._keep(error, "the run ended by")
 
     def _say(self, cause: BaseException | signal.Signals, where: str = "") -> None:
@@ -169,6 +176,12 @@ class Failures:
         except OSError as full:
             return f"its traceback could not be written to {self.log}: {full.strerror}"
         return f"traceback: {self.log}"
+
+
+def _is_unseen(error: BaseException) -> bool:
+    """Return whether a wait was too long and its error does not say what the processes do."""
+    said = reason(error)
+    return (isinstance(error, TimeoutError) or bool(_LATE.search(said))) and "; stacks: " not in said
 
 
 def _settle_s(error: BaseException) -> float:

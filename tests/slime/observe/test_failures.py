@@ -208,6 +208,28 @@ def test_a_signal_ends_a_run_in_order(
     assert capsys.readouterr().err == f"slime: stopped by {number.name} before its first step\n"
 
 
+@pytest.mark.parametrize(
+    ("error", "kept"),
+    [
+        (TimeoutError("1 of 8 episodes are missing after 3 s"), True),
+        (RuntimeError("ticket 3 failed 4 times: /generate: no answer from http://127.0.0.1:1 within 5 s"), True),
+        (TimeoutError("policy.update: no answer from policy rank 1 in 3 s; stacks: elsewhere"), False),
+        (RuntimeError("row 3 failed"), False),
+    ],
+)
+def test_a_wait_that_was_too_long_keeps_stacks(
+    error: Exception, kept: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Failures(tmp_path) as failures, failures.at_once():
+        raise error
+    told = capsys.readouterr().err
+    assert f"{error}" in told
+    assert told.count("; stacks: ") == kept + ("stacks" in str(error))
+    found = list(tmp_path.glob("stacks/*/driver.txt"))
+    assert len(found) == kept
+    assert all("test_a_wait_that_was_too_long_keeps_stacks" in path.read_text() for path in found)
+
+
 def test_ctrl_c_says_where_the_run_stands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     saved = tmp_path / "checkpoints" / "step_000004" / "state.json"
     (tmp_path / "config.yaml").touch()
