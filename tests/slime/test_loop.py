@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 from types import SimpleNamespace
 from typing import Any
@@ -55,16 +56,15 @@ def test_roles_work_side_by_side_and_weights_are_published_after_both(monkeypatc
 
     estimator: Any = Role("critic", events, {"ask": scores, "update": {"loss": 0.0}})
     estimator.targets = judged
-    policy = Role("policy", events, {"logprobs": scores, "update": {"loss": 0.0}})
+    policy: Any = Role("policy", events, {"logprobs": scores, "update": {"loss": 0.0}})
+    reference: Any = Role("reference", events, {"logprobs": {}})
     note = lambda what: lambda *rest: events.append(what)  # noqa: E731
-    memory = lambda name: SimpleNamespace(peak_memory=lambda: {f"{name}/peak_memory_gb": 1.0})  # noqa: E731
+    for name, role in (("policy", policy), ("reference", reference)):
+        role.peak_memory = functools.partial(dict, {f"{name}/peak_memory_gb": 1.0})
     parts: dict[str, Any] = {
         **dict.fromkeys(("rollout", "engines", "servers", "model_folder", "rows")),  # nobody asks these
         "buffer": SimpleNamespace(take=lambda waiting: batch, release=note("release")),
-        "policy": policy,
-        "reference": Role("reference", events, {"logprobs": {}}),
-        "estimator": estimator,
-        "trainers": [memory("policy"), memory("reference")],
+        "models": SimpleNamespace(policy=policy, reference=reference, estimator=estimator, groups=[policy, reference]),
         "weights": SimpleNamespace(version=0, lend_memory=lambda: None, publish=note("publish")),
     }
     run = Run(**parts)
