@@ -25,6 +25,7 @@ from engines import CONFIG, CONTEXT, VOCAB, make_model, prompts_with_shared_pref
 
 from buffer.types import Float32
 from machine.ports import ReservedPort
+from machine.stacks import look
 from rollout.config import EngineConfig
 from rollout.engines.client import EngineClient, Generation, parse_generation
 from rollout.engines.server import (
@@ -255,6 +256,15 @@ def wait_until(condition: Callable[[], bool], deadline_s: float) -> None:
 
 
 # --- with a real server
+
+
+@pytest.mark.e2e
+def test_the_processes_of_an_engine_write_their_stacks_and_serve_on(server: EngineServer) -> None:
+    seen = look(server._process.pid, CONFIG.start_timeout_s)
+    (scheduler,) = [child for child in seen.children if "scheduler" in child.name]
+    assert "in event_loop" in scheduler.stacks
+    assert f"{scheduler.name} is in " in seen.where
+    assert with_client(server, EngineClient.version) >= 0
 
 
 @pytest.mark.e2e
