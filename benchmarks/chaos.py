@@ -5,9 +5,9 @@
 
 `run` first trains without a disturbance. Then it starts the same small synchronous run again and again until it has
 sent that many SIGKILLs, to a random process of a random kind after a random time. A dead driver is started again by the
-same command. Each run must end well, and all metrics of all its steps must have the same bits as those of the first run,
-but for times, memory and counts of recoveries: then no episode was lost or trained twice. Results are in runs/chaos/, one
-line per kill in kills.jsonl; exit code 1: a run failed or differs.
+same command. Each run must end well, and all metrics of all its steps must have the same bits as in the first run, but
+for times, memory and counts of recoveries: then no episode was lost or trained twice. Results are in runs/chaos/, one
+line per kill in kills.jsonl. Exit code 1: a run failed or differs.
 """
 
 from __future__ import annotations

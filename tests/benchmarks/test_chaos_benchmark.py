@@ -17,7 +17,7 @@ def test_kills_are_summed_up_by_kind() -> None:
     lines = list(table(kills))
     assert lines[2:] == [
         "| engine | 4 | 3 | 30 | 50 |",
-        "| driver | 1 | 1 | 12 | 12 |",
         "| data buffer | 1 | 0 | - | - |",
+        "| driver | 1 | 1 | 12 | 12 |",
     ]
     assert set(KINDS) >= {str(kill["kind"]) for kill in kills}

@@ -154,7 +154,7 @@ def test_each_roles_processes_are_given_its_options(model: str, monkeypatch: pyt
             seen.append(settings.options)
 
     monkeypatch.setattr(build.ray, "remote", lambda cls: SimpleNamespace(options=lambda **_: Actor))
-    monkeypatch.setattr(build, "watch", lambda name, actor: actor)
+    monkeypatch.setattr(build, "watch", lambda name, actor, effect: actor)
     options = ["policy.engine.options.init_method_std=0.5", "critic.engine.options.init_method_std=0.25"]
     config = load([PPO, model, *WINDOW, *options]).config
     build.build_policy(config, Path(), placement(config))
