@@ -38,6 +38,7 @@ FILE_NAME = "slime-stacks"  # of the file in memory, as /proc shows it
 WRITE_TIMEOUT_S = 5.0  # for a process to write its stacks
 QUIET_S = 0.2  # without a new byte, the stacks are complete
 SPY_TIMEOUT_S = 20.0
+RAY_LOOP = "ray/_private/worker.py:"  # where an actor without a call waits
 CHILDREN_NAMED = 2
 MAX_CHILDREN = 32  # a rollout worker has hundreds of sandbox processes
 STUCK = {psutil.STATUS_STOPPED: "is stopped (state T)", psutil.STATUS_DISK_SLEEP: "waits for a disk (state D)"}
@@ -91,8 +92,12 @@ class Seen:
             return f"has a process that {stuck.trouble}: {stuck.name} (pid {stuck.pid})"
         named = [(f"{child.name} ", child) for child in self.children[:CHILDREN_NAMED]]
         frames = [(name, innermost(seen.stacks)) for name, seen in [("", self), *named]]
-        found = [f"{name}is in {frame}" for name, frame in frames if frame is not None]
+        found = [f"{name}{_does(frame)}" for name, frame in frames if frame is not None]
         return ", its ".join(found)
+
+
+def _does(frame: Frame) -> str:
+    return "waits for a call" if str(frame).startswith(RAY_LOOP) and frame.function == "main_loop" else f"is in {frame}"
 
 
 def look(pid: int, wait_s: float = WRITE_TIMEOUT_S) -> Seen:

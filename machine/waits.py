@@ -91,22 +91,24 @@ def sight_of(others: Mapping[str, Any], line: str) -> str:
     """Write the stacks of processes and of this one into a folder, and return what to append to an error's line.
 
     That is what the processes do now, as far as there is room, and the folder: "; rank 1 (pid 7 on N) is in ...;
-    stacks: ...". It is "" if no folder is set. Processes that can't run come first. `line`: the error's first words.
+    stacks: ...". If some of them can't run, only these are named. It is "" if no folder is set. `line`: the error's
+    first words.
     """
     if _folder is None:
         return ""
-    folder = _folder / f"{time.strftime('%Y%m%d_%H%M%S')}_{_file_name(line.partition(':')[0])}"
+    folder = _folder / f"{time.strftime('%Y%m%d_%H%M%S')}_{_file_name(line.partition(':')[0])[:40]}"
     told: list[tuple[bool, str]] = []
     # In a thread, because Ray's head may not answer either.
     work = threading.Thread(target=_look_at, args=(others, folder, line, told), name="stacks", daemon=True)
     work.start()
     work.join(LOOK_TIMEOUT_S)
-    lines = [text for _, text in sorted(told, key=lambda one: not one[0])]
+    # A process that can't run explains why the others wait.
+    lines = [text for stuck, text in told if stuck] or [text for _, text in told]
     if others and not lines:
         lines = [f"nothing was seen of them in {LOOK_TIMEOUT_S:.0f} s"]
     room = MAX_CHARACTERS - len(line) - len(str(folder)) - 40
     chosen = [text for end, text in enumerate(lines[:MAX_NAMED]) if not end or len("; ".join(lines[: end + 1])) < room]
-    more = [f"{len(lines) - len(chosen)} more in the files"] if len(lines) > len(chosen) else []
+    more = [f"{len(told) - len(chosen)} more in the files"] if len(told) > len(chosen) else []
     return "".join(f"; {text}" for text in [*chosen, *more, f"stacks: {folder}"])
 
 

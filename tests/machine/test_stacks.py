@@ -17,7 +17,7 @@ import pytest
 from tree import ROOT
 
 from machine.failures import Frame
-from machine.stacks import innermost, look, own_stacks, tasks
+from machine.stacks import Seen, innermost, look, own_stacks, tasks
 
 LIMIT_S = 60.0
 LOOP = "def grade():\n    print('ready', flush=True)\n    while True:\n        pass\n"
@@ -114,6 +114,11 @@ def test_the_frame_that_describes_a_process_is_of_its_oldest_thread_outside_of_l
     assert str(innermost(f"{library}\n")) == "sglang/srt/a.py:2 f"
     assert str(innermost(f"{helper}\n\n{library}\n")) == "slime/view.py:1 draw"
     assert innermost("no stacks: gone") is None
+
+
+def test_an_actor_without_a_call_waits_for_one() -> None:
+    loop = 'Thread 0x1 (most recent call first):\n  File "/v/site-packages/ray/_private/worker.py", line 9 in main_loop'
+    assert Seen(1, "ray::PolicyWorker", stacks=loop).where == "waits for a call"
 
 
 def test_own_stacks_have_every_thread() -> None:
