@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 POLL_S = 0.5
 CALL_TIMEOUT_S = 60.0  # for calls that do not wait for episodes
-CLAIM_TIMEOUT_S = 120.0  # a claim itself waits up to 30 s for a free slot
+WORKER_TIMEOUT_S = 600.0  # for a rollout worker's calls, many of which may come at once
 NAME = "the data buffer"
 
 
@@ -37,19 +37,19 @@ class BufferHandle:
         """Return the answer of a call that waits for nothing."""
         return answers(f"buffer.{what}", {NAME: self.actor}, [asked], CALL_TIMEOUT_S)[0]
 
-    async def _answer(self, asked: ObjectRef[T], what: str, limit_s: float = CALL_TIMEOUT_S) -> T:
-        """Return the answer of a call. TimeoutError after `limit_s`."""
+    async def _answer(self, asked: ObjectRef[T], what: str) -> T:
+        """Return the answer of a rollout worker's call. TimeoutError after `WORKER_TIMEOUT_S`."""
         try:
-            async with asyncio.timeout(limit_s):
+            async with asyncio.timeout(WORKER_TIMEOUT_S):
                 return await asked
         except TimeoutError as error:
             if not isinstance(error, RayError):  # else the buffer has raised it
-                raise TimeoutError(f"{what}: no answer from {NAME} in {limit_s:g} s") from None
+                raise TimeoutError(f"{what}: no answer from {NAME} in {WORKER_TIMEOUT_S:g} s") from None
             raise
 
     async def claim(self, worker: str) -> Ticket | None:
         """Return a ticket as soon as a slot is free; None: ask again (`BufferActor.claim`)."""
-        return await self._answer(call(self.actor, BufferActor.claim, worker), f"{worker}, a claim", CLAIM_TIMEOUT_S)
+        return await self._answer(call(self.actor, BufferActor.claim, worker), f"{worker}, a claim")
 
     async def add(self, ticket: Ticket, sub_traces: Sequence[SubTrace], stats: EpisodeStats) -> bool:
         """Store a finished episode. Return False if its ticket was issued again: the episode is dropped."""
@@ -69,7 +69,7 @@ class BufferHandle:
 
     def lost(self, worker: str) -> int:
         """Reissue the tickets of a worker that has died. Return their number."""
-        return ray.get(call(self.actor, BufferActor.lost, worker), timeout=CALL_TIMEOUT_S)
+        return self._get(call(self.actor, BufferActor.lost, worker), "lost")
 
     def take(self, waiting: Callable[[Counts], None]) -> Batch:
         """Return the next step's batch (`BufferActor.take`). Call `waiting` every `POLL_S` until it is ready."""

@@ -56,7 +56,8 @@ class RolloutGroup:
     def replace(self, number: int, worker: ActorHandle[RolloutWorker], buffer: Tickets) -> None:
         """Put a worker that has started in the place of one that has died, and let it play the buffer's tickets."""
         if self._urls is not None:
-            ray.get(call(worker, RolloutWorker.set_engines, self._urls), timeout=TOLD_TIMEOUT_S)
+            told = call(worker, RolloutWorker.set_engines, self._urls)
+            answers("set_engines", {f"{NAME} {number}": worker}, [told], TOLD_TIMEOUT_S)
         self.workers[number] = worker
         if self._running:
             self._running[number] = call(worker, RolloutWorker.run, buffer)
@@ -127,9 +128,8 @@ class RolloutGroup:
                 if now != before:
                     before, deadline = now, time.monotonic() + self.quiet_s
             if (pending or lost) and time.monotonic() > deadline:
-                names = list(numbered(NAME, self.workers).items())
-                others = dict(names[number] for number in sorted({*pending, *lost}))
-                raise overdue(f"{what}, in which no episode made progress", others, self.quiet_s)
+                late = {f"{NAME} {number}": self.workers[number] for number in sorted({*pending, *lost})}
+                raise overdue(f"{what}, in which no episode made progress", late, self.quiet_s)
         return [played for number in sorted(found) for played in found[number]]
 
     def demonstrate(self, indices: Sequence[int], progress: float) -> list[ObjectRef[list[Played]]]:

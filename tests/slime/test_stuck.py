@@ -186,7 +186,7 @@ def test_a_stopped_data_buffer_is_named(
     handle.state_dict()
     pid = ray_cluster.get(actor.__ray_call__.remote(lambda _: os.getpid()), timeout=LIMIT_S)
     monkeypatch.setattr(buffer.handle, "CALL_TIMEOUT_S", QUIET_S)
-    monkeypatch.setattr(buffer.handle, "CLAIM_TIMEOUT_S", QUIET_S)
+    monkeypatch.setattr(buffer.handle, "WORKER_TIMEOUT_S", QUIET_S)
     process = stopped(pid)
     try:
         with pytest.raises(TimeoutError) as caught:
