@@ -15,8 +15,9 @@ import os
 import shutil
 import threading
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint could not be written or read. Says which, why, and which one is still good."""
 
 
+class DiskRefused(CheckpointError):
+    """A checkpoint could not be written since its disk is full, read-only or forbidden. The run can go on."""
+
+
 def _folder(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step_{step:06d}"
 
@@ -51,20 +56,23 @@ def steps(run_dir: Path) -> list[int]:
 class Checkpoints:
     """Writes the checkpoints of a run, one at a time, beside the training. Leaving the block waits for the last.
 
-    A failure is raised by the next call of any method, `CheckpointError` with its reason. When the block is left by
-    an error, what is being written gets `GRACE_S` to be finished.
+    A disk that refuses a checkpoint is told, and the next one is tried in its turn. Any other failure is raised by the
+    next call of any method, `CheckpointError` with its reason. When the block is left by an error, what is being
+    written gets `GRACE_S` to be finished.
     """
 
-    def __init__(self, run_dir: Path, run: Run, keep: int) -> None:
+    def __init__(self, run_dir: Path, run: Run, keep: int, tell: Callable[[str], None]) -> None:
+        """Remove what a killed run has left. `tell` gets the line about a refused checkpoint; "" when one is whole."""
         self._run_dir = run_dir
         self._run = run
         self._keep = keep
+        self._tell = tell
         self._timeout_s = run.policy.timeout_s
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
         self._stop = threading.Event()
-        for torn in (run_dir / "checkpoints").glob("step_*.*"):
-            shutil.rmtree(torn)
+        self._refused = 0  # checkpoints
+        self._remove_torn()
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -74,10 +82,11 @@ class Checkpoints:
     ) -> None:
         try:
             if kind is None:
-                self.wait()
+                self._wait()
             else:
-                with suppress(CheckpointError):  # the first error is the one to be told
-                    self.wait(GRACE_S)
+                self._tell = lambda text: None  # the first error is the one to be told
+                with suppress(CheckpointError):
+                    self._wait(GRACE_S)
         finally:
             self._stop.set()
             self._pool.shutdown(wait=False)
@@ -85,7 +94,23 @@ class Checkpoints:
     def save(self, step: int) -> None:
         """Take the state after a finished step; return when training may go on. Waits for the save before it."""
         self.wait()
-        part = _folder(self._run_dir, step).with_suffix(".part")
+        with self._going_on():
+            self._save(step)
+
+    def finish(self, step: int) -> None:
+        """Wait until the checkpoint of the last finished step is on the disk; save it unless it is.
+
+        CheckpointError: it could not be written, also if the disk refused it.
+        """
+        self.wait()
+        if step > next(reversed(steps(self._run_dir)), 0):
+            self._save(step)
+            self._wait()
+
+    def _save(self, step: int) -> None:
+        self._remove_torn()
+        # A rank that still writes to a refused checkpoint must not find its folder again.
+        part = _folder(self._run_dir, step).with_suffix(f".part{self._refused or ''}")
         try:
             part.mkdir(parents=True)
             taking = [role.save(part / role.name) for role in self._run.roles]
@@ -93,7 +118,7 @@ class Checkpoints:
                 pending.result()
             buffer = self._run.buffer.state_dict()
         except (OSError, RayError) as error:
-            raise CheckpointError(self._failed(step, error)) from error
+            raise self._failed(step, part, error) from error
         taken = Manifest(
             step,
             buffer,
@@ -110,8 +135,26 @@ class Checkpoints:
         if self._writing is not None and self._writing.done():
             self.wait()
 
-    def wait(self, limit_s: float | None = None) -> None:
-        """Wait until what was saved is on the disk; `limit_s`: from now, else as long as the files grow."""
+    def wait(self) -> None:
+        """Wait until what was saved is on the disk, as long as the files grow."""
+        with self._going_on():
+            self._wait()
+
+    @contextmanager
+    def _going_on(self) -> Iterator[None]:
+        """Tell that the disk refused a checkpoint, and let the run go on."""
+        try:
+            yield
+        except DiskRefused as refused:
+            self._tell(f"{refused}; the run goes on and tries again at its next checkpoint")
+
+    def _remove_torn(self) -> None:
+        """Remove all that is not a whole checkpoint, as far as the disk allows."""
+        for torn in (self._run_dir / "checkpoints").glob("step_*.*"):
+            shutil.rmtree(torn, ignore_errors=True)
+
+    def _wait(self, limit_s: float | None = None) -> None:
+        """Wait for what is being written. `limit_s`: from now. CheckpointError: see the class, and DiskRefused."""
         if self._writing is None:
             return
         writing, self._writing = self._writing, None
@@ -119,6 +162,9 @@ class Checkpoints:
             writing.result(limit_s)
         except TimeoutError:
             raise CheckpointError("the checkpoint was not written in time") from None
+        if self._refused:
+            self._refused = 0
+            self._tell("")
 
     def _finish(self, step: int, part: Path, taken: Manifest) -> None:
         """Runs beside the training, until the checkpoint is in its place."""
@@ -132,7 +178,7 @@ class Checkpoints:
             for old in steps(self._run_dir)[: -self._keep]:
                 _remove(_folder(self._run_dir, old))
         except (OSError, RayError) as error:
-            raise CheckpointError(self._failed(step, error)) from error
+            raise self._failed(step, part, error) from error
 
     def _written(self, role: Any, part: Path) -> list[bytes]:
         """What every rank has written, in rank order.
@@ -156,10 +202,17 @@ class Checkpoints:
                 raise TimeoutError(f"{role.name}: the run ended before ranks {late} had written their files")
             pause_s = min(longest_s, 1.5 * pause_s)
 
-    def _failed(self, step: int, error: Exception) -> str:
+    def _failed(self, step: int, part: Path, error: Exception) -> CheckpointError:
+        """Return what is raised for a checkpoint that could not be written; nothing is left of it."""
         good = steps(self._run_dir)
         last = f"the newest whole one is of step {good[-1]}" if good else "there is none before it"
-        return f"the checkpoint of step {step} could not be written: {_reason(error)}; {last}"
+        line = f"the checkpoint of step {step} could not be written: {_reason(error)}; {last}"
+        cause = getattr(error, "cause", None) or error
+        if not isinstance(cause, OSError) or isinstance(cause, TimeoutError | ConnectionError):
+            return CheckpointError(line)
+        self._refused += 1
+        shutil.rmtree(part, ignore_errors=True)
+        return DiskRefused(line)
 
 
 def newest(run_dir: Path) -> Manifest | None:

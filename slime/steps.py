@@ -9,6 +9,7 @@ from typing import Any
 from launch.deaths import ProcessDied
 from slime import checkpoint, loop
 from slime.observe.failures import Failures
+from slime.observe.standing import State
 from slime.observe.watch import Watch
 from slime.recovery.engines import EngineReplacer
 from slime.recovery.ranks import Builder, Restarts
@@ -86,13 +87,18 @@ def _attempt(config: Config, run: Run, watch: Watch, run_dir: Path, step: int, f
         watch.step(0, found | loop.evaluate(config, run, watch, 0))
     run.told_to_end = lambda: failures.supervisor.asked is not None
     stop = Stop(config.steps, run.told_to_end)
+
+    def tell(refused: str) -> None:
+        if refused:
+            watch.note(refused)
+        failures.note(State.running, refused)
+
     # Report a failure before waiting for a checkpoint that is being written.
     with (
         failures.graceful(config.checkpoint.grace_s),
-        checkpoint.Checkpoints(run_dir, run, config.checkpoint.keep) as checkpoints,
+        checkpoint.Checkpoints(run_dir, run, config.checkpoint.keep, tell) as checkpoints,
         failures.at_once(unless=failures.recovers),
     ):
-        saved = step
         while not stop.after(step):
             try:
                 _step(config, run, watch, step + 1, checkpoints)
@@ -105,9 +111,7 @@ def _attempt(config: Config, run: Run, watch: Watch, run_dir: Path, step: int, f
                 run.policy.export(run_dir / "model").result()
             if step == config.steps or (config.checkpoint.every and step % config.checkpoint.every == 0):
                 checkpoints.save(step)
-                saved = step
-        if step > saved:
-            checkpoints.save(step)
+        checkpoints.finish(step)
     return step
 
 

@@ -1,9 +1,8 @@
-"""Checkpoints of a run: atomic, written during training, retained, and exported without a trainer process."""
+"""Checkpoints of a run: atomic, written during training, and retained."""
 
 from __future__ import annotations
 
 import itertools
-import json
 import threading
 import time
 from collections.abc import Callable
@@ -14,9 +13,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from roles import random_qwen3
+import ray.exceptions
 
-from slime import checkpoint, cli
+from slime import checkpoint
 from slime.checkpoint import CheckpointError, Checkpoints
 from slime.start import manifest
 from slime.start.manifest import Manifest
@@ -72,6 +71,7 @@ class Story:
 
     run_dir: Path
     events: list[str] = field(default_factory=list)
+    told: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.roles = [Role("policy", self.events), Role("critic", self.events)]
@@ -81,7 +81,7 @@ class Story:
         )
 
     def opened(self, keep: int = 2) -> Checkpoints:
-        return Checkpoints(self.run_dir, self.run, keep)
+        return Checkpoints(self.run_dir, self.run, keep, self.told.append)
 
     def allow(self, allowed: bool = True) -> None:
         for role in self.roles:
@@ -188,33 +188,86 @@ def test_what_a_killed_run_leaves_is_never_picked_and_swept_away(story: Story) -
 # Failures ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_full_disk_ends_the_run_with_its_reason_and_spares_the_last_good_one(story: Story) -> None:
+def test_a_run_goes_on_when_the_disk_is_full_and_tries_the_next_checkpoint(story: Story) -> None:
+    story.allow()
+    with story.opened() as checkpoints:
+        checkpoints.save(1)
+        checkpoints.wait()
+        story.roles[0].error = FULL
+        checkpoints.save(2)
+        until(lambda: checkpoints._writing is not None and checkpoints._writing.done())
+        checkpoints.check()
+        (line,) = story.told
+        assert "checkpoint of step 2 could not be written" in line
+        assert "No space left on device: 'policy/__1_0.distcp'; the newest whole one is of step 1" in line
+        assert "the run goes on" in line
+        assert story.names == ["step_000001"]
+        story.roles[0].error = None
+        checkpoints.save(3)
+    assert story.names == ["step_000001", "step_000003"]
+    assert story.told == [line, ""]
+
+
+def test_a_folder_that_refuses_a_checkpoint_does_not_end_the_run(story: Story) -> None:
+    story.allow()
+    (story.run_dir / "checkpoints").write_text("no folder can be made here, by root neither")
+    with story.opened() as checkpoints:
+        checkpoints.save(1)
+        assert "checkpoint of step 1 could not be written" in story.told[0]
+        (story.run_dir / "checkpoints").unlink()
+        checkpoints.finish(1)  # a launcher has told the run to end
+    assert story.names == ["step_000001"]
+    assert len(story.told) == 2
+
+
+def test_a_rank_that_still_writes_to_a_refused_checkpoint_does_not_find_its_folder_again(story: Story) -> None:
+    story.allow()
+    with story.opened() as checkpoints:
+        story.roles[1].error = FULL
+        checkpoints.save(4)
+        checkpoints.wait()
+        refused = story.roles[0].folder
+        story.roles[1].error = None
+        checkpoints.finish(4)
+    assert story.roles[0].folder != refused
+    assert story.names == ["step_000004"]
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_a_last_checkpoint_that_the_disk_refuses_ends_the_run(story: Story, at_once: bool) -> None:
+    story.allow()
+    story.roles[1].error = FULL
+    with pytest.raises(CheckpointError, match=r"step 5.*there is none before it$"), story.opened() as checkpoints:
+        checkpoints.finish(5) if at_once else checkpoints.save(5)
+    assert story.names == []
+    assert story.told == []
+
+
+def test_nothing_is_told_of_checkpoints_after_the_error_that_ends_a_run(story: Story) -> None:
     story.allow()
 
     def run() -> None:
         with story.opened() as checkpoints:
+            story.roles[1].error = FULL
             checkpoints.save(1)
             checkpoints.wait()
-            story.roles[0].error = FULL
+            story.roles[1].error = None
             checkpoints.save(2)
-            until(lambda: checkpoints._writing is not None and checkpoints._writing.done())
-            checkpoints.check()
-            pytest.fail("the run went on")
+            raise KeyboardInterrupt
 
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(KeyboardInterrupt):
         run()
-    message = str(caught.value)
-    assert "checkpoint of step 2 could not be written" in message
-    assert "No space left on device: 'policy/__1_0.distcp'" in message
-    assert "the newest whole one is of step 1" in message
-    assert checkpoint.steps(story.run_dir) == [1]
+    assert story.names == ["step_000002"]
+    assert len(story.told) == 1
 
 
-def test_a_failure_in_the_last_save_is_not_lost(story: Story) -> None:
+def test_a_lost_process_is_no_trouble_of_the_disk(story: Story) -> None:
     story.allow()
-    story.roles[1].error = FULL
-    with pytest.raises(CheckpointError, match=r"step 5.*there is none before it"), story.opened() as checkpoints:
-        checkpoints.save(5)
+    for error in (ray.exceptions.RayActorError(), ConnectionResetError("a peer is gone")):
+        story.roles[1].error = error
+        with pytest.raises(CheckpointError, match="step 6"), story.opened() as checkpoints:
+            checkpoints.save(6)
+    assert story.told == []
 
 
 def test_ranks_that_never_finish_are_named_at_the_deadline(story: Story) -> None:
@@ -265,105 +318,3 @@ def test_a_checkpoint_that_can_not_be_loaded_says_where_to_go_on(story: Story) -
     story.roles[1].error = ValueError("tensor x is missing")
     with pytest.raises(CheckpointError, match=r"step_000008 can't be loaded: tensor x is missing.*from step 4"):
         checkpoint.load(story.run_dir, story.run)
-
-
-# Export --------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return random_qwen3(tmp_path_factory.mktemp("model") / "qwen3")
-
-
-def write_policy(source: Path, folder: Path, change: Callable[[dict[str, Any]], None] = lambda tensors: None) -> None:
-    """Write a checkpoint of `source` as one rank would, with torch only."""
-    from safetensors.torch import load_file
-    from torch.distributed import checkpoint as torch_checkpoint
-
-    from trainer.models.entries import entries
-    from trainer.models.families import read_shape
-    from trainer.models.mapping import merge
-
-    shape, theirs = read_shape(source), load_file(source / "model.safetensors")
-    tensors = {f"model.{e.ours}": merge([theirs[n] for n in e.theirs], e, shape, 2) for e in entries(shape)}
-    change(tensors)
-    torch_checkpoint.save(tensors, checkpoint_id=folder, no_dist=True)
-    (folder / "metadata.json").write_text("{}")
-
-
-@pytest.fixture
-def run_dir(model: Path, tmp_path: Path) -> Path:
-    for step in (4, 8):
-        folder = tmp_path / "run" / "checkpoints" / f"step_{step:06d}"
-        write_policy(model, folder / "policy")
-        (folder / "state.json").write_text(json.dumps({"step": step, "model_folder": str(model)}))
-    return tmp_path / "run"
-
-
-def exported(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """Return the one-line message of a refused export; "" if it was not refused."""
-    code = cli.main(["export", *map(str, arguments)])
-    out, err = capsys.readouterr()
-    assert (code, err.count("\n")) == ((2, 1) if err else (0, 0))
-    assert bool(out) is not bool(err)
-    return err
-
-
-def test_an_exported_model_is_the_source_bit_for_bit_and_loads(
-    run_dir: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    import torch
-    from safetensors.torch import load_file
-    from transformers import AutoModelForCausalLM
-
-    assert exported(capsys, run_dir, "--step", 4, f"--out={tmp_path / 'four'}") == ""
-    assert exported(capsys, run_dir, "--out", tmp_path / "newest") == ""
-    wanted = load_file(model / "model.safetensors")
-    for name in ("four", "newest"):
-        found = load_file(tmp_path / name / "model.safetensors")
-        assert sorted(found) == sorted(wanted)
-        assert all(torch.equal(found[key], tensor) for key, tensor in wanted.items())
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "four", dtype="auto")
-    assert torch.equal(loaded.model.norm.weight, wanted["model.norm.weight"])
-
-
-def test_export_refuses_what_is_not_there(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "out"
-    assert "no such run" in exported(capsys, tmp_path / "nothing", "--out", out)
-    assert "no checkpoint of step 5; there are those of steps 4, 8" in exported(
-        capsys, run_dir, "--step", 5, "--out", out
-    )
-    assert "--step five" in exported(capsys, run_dir, "--step", "five", "--out", out)
-    assert "--out DIR" in exported(capsys, run_dir)
-    assert "one RUN, found 2" in exported(capsys, run_dir, run_dir, "--out", out)
-    assert "--out needs a folder" in exported(capsys, run_dir, "--out")
-    assert "unknown option '--outt'" in exported(capsys, run_dir, "--outt", out)
-    (tmp_path / "empty").mkdir()
-    assert "no checkpoint; it has none" in exported(capsys, tmp_path / "empty", "--out", out)
-    assert "is there already" in exported(capsys, run_dir, "--out", run_dir)
-    state = run_dir / "checkpoints" / "step_000008" / "state.json"
-    state.write_text(json.dumps({"step": 8, "model_folder": "/nowhere"}))
-    assert "/nowhere is gone" in exported(capsys, run_dir, "--out", out)
-    assert not out.exists()
-
-
-def test_export_of_a_broken_checkpoint_names_tensor_or_file_and_leaves_nothing(
-    run_dir: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    policy, name = run_dir / "checkpoints" / "step_000008" / "policy", "model.decoder.layers.1.mlp.linear_fc1.weight"
-
-    def refused(*words: str) -> None:
-        said = exported(capsys, run_dir, "--out", tmp_path / "out")
-        assert all(word in said for word in words), said
-        assert [path.name for path in tmp_path.iterdir()] == ["run"]
-
-    write_policy(model, policy, lambda tensors: tensors.pop(name))
-    refused(str(policy), f"{name} is missing")
-    write_policy(model, policy, lambda tensors: tensors.update({name: tensors[name][:-1]}))
-    refused(f"{name} has shape (95, 32), the model's is (96, 32)")
-    write_policy(model, policy)
-    (data,) = policy.glob("*.distcp")
-    data.write_bytes(data.read_bytes()[:-100])
-    refused(str(data), "is cut off")
-    (policy / ".metadata").unlink()
-    refused(str(policy), "not a complete checkpoint (.metadata is missing)")

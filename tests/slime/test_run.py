@@ -84,6 +84,9 @@ class Diary:
     def save(self, step: int) -> None:
         self.events.append(f"save {step}")
 
+    def finish(self, step: int) -> None:
+        self.events.append(f"finish {step}")
+
     def step(self, step: int, metrics: dict[str, float]) -> None:
         self.events.append(f"log {step}{' with pass rate' if 'eval/pass_rate' in metrics else ''}")
 
@@ -93,7 +96,7 @@ def whole_run(diary: Diary, monkeypatch: pytest.MonkeyPatch, folder: Path, begin
     note = diary.events.append
     monkeypatch.setattr(loop, "train_step", diary.train_step)
     monkeypatch.setattr(loop, "evaluate", diary.evaluate)
-    monkeypatch.setattr(checkpoint, "Checkpoints", lambda run_dir, run, keep: nullcontext(diary))
+    monkeypatch.setattr(checkpoint, "Checkpoints", lambda run_dir, run, keep, tell: nullcontext(diary))
     found = SimpleNamespace(step=begin, buffer={"step": begin}) if begin else None
     monkeypatch.setattr(checkpoint, "load", lambda run_dir, run: note("load") or found)
     run: Any = SimpleNamespace(
@@ -126,14 +129,14 @@ def whole_run(diary: Diary, monkeypatch: pytest.MonkeyPatch, folder: Path, begin
                 *("evaluate 0", "log 0 with pass rate", "train 1", "check"),
                 *("log 1", "train 2", "check", "log 2", "save 2", "train 3", "evaluate 3", "check"),
                 *("log 3 with pass rate", "train 4", "check", "log 4", "save 4", "train 5", "evaluate 5", "check"),
-                *("log 5 with pass rate", "export", "save 5"),
+                *("log 5 with pass rate", "export", "save 5", "finish 5"),
             ],
         ),
         (
             4,
             [
                 *("load", "publish 4", "verify", "buffer {'step': 4}", "play", "train 5", "evaluate 5", "check"),
-                *("log 5 with pass rate", "export", "save 5"),
+                *("log 5 with pass rate", "export", "save 5", "finish 5"),
             ],
         ),
     ],
@@ -164,9 +167,9 @@ class Told(Diary):
 @pytest.mark.parametrize(
     ("in_step", "abandoned", "end"),
     [
-        (4, True, ["train 3", "evaluate 3", "check", "log 3 with pass rate", "save 3"]),
-        (3, False, ["train 3", "evaluate 3", "check", "log 3 with pass rate", "save 3"]),
-        (3, True, ["train 2", "check", "log 2", "save 2"]),  # saved once, by checkpoint.every
+        (4, True, ["train 3", "evaluate 3", "check", "log 3 with pass rate", "finish 3"]),
+        (3, False, ["train 3", "evaluate 3", "check", "log 3 with pass rate", "finish 3"]),
+        (3, True, ["train 2", "check", "log 2", "save 2", "finish 2"]),
     ],
 )
 def test_a_run_that_is_told_to_end_saves_its_last_finished_step(
