@@ -21,7 +21,8 @@ from slime.start import manifest
 from slime.start.manifest import Manifest
 from trainer.group import Ready
 
-FULL = OSError(28, "No space left on device", "policy/__1_0.distcp")
+_OF_A_RANK = OSError(28, "No space left on device", "policy/__1_0.distcp")
+FULL = ray.exceptions.RayTaskError("saved", "its trace", _OF_A_RANK).as_instanceof_cause()  # as it arrives
 
 
 @dataclass
@@ -263,7 +264,8 @@ def test_nothing_is_told_of_checkpoints_after_the_error_that_ends_a_run(story: S
 
 def test_a_lost_process_is_no_trouble_of_the_disk(story: Story) -> None:
     story.allow()
-    for error in (ray.exceptions.RayActorError(), ConnectionResetError("a peer is gone")):
+    reset = ray.exceptions.RayTaskError("saved", "its trace", ConnectionResetError("a peer is gone"))
+    for error in (ray.exceptions.RayActorError(), reset.as_instanceof_cause(), TimeoutError("no answer")):
         story.roles[1].error = error
         with pytest.raises(CheckpointError, match="step 6"), story.opened() as checkpoints:
             checkpoints.save(6)
