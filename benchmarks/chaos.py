@@ -1,7 +1,7 @@
 """Runs whose processes are killed at random moments, compared with one that nobody disturbs.
 
-    .venv/bin/python benchmarks/chaos.py run --kills 100 [--seed 0] [-- key=value ...]
-    .venv/bin/python benchmarks/chaos.py table
+    .venv/bin/python -m benchmarks.chaos run --kills 100 [--seed 0] [-- key=value ...]
+    .venv/bin/python -m benchmarks.chaos table
 
 `run` first trains without a disturbance. Then it starts the same small synchronous run again and again until it has
 sent that many SIGKILLs, to a random process of a random kind after a random time. A dead driver is started again by the
@@ -30,7 +30,7 @@ from slime.observe.tracking import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = (
-    *("recipe=ppo_coding", "model.start=", "steps=6", "checkpoint.every=1", "eval.every=3", "eval.num_tasks=16"),
+    *("recipe=ppo_coding", "steps=12", "checkpoint.every=1", "eval.every=3", "eval.num_tasks=16"),
     *("buffer.episodes_per_step=32", "policy.num_minibatches=2", "critic.num_minibatches=2"),
     *("critic.warmup_episodes=64", "rollout.num_workers=2", "tracking.wandb=false"),
 )
@@ -44,7 +44,7 @@ KINDS = {
     "driver": ("", "resumed at step"),
 }
 LIMIT_S = 900.0  # for a process to come back
-LONGEST_PAUSE_S = 25.0
+LONGEST_PAUSE_S = 10.0
 POLL_S = 0.1
 
 
@@ -55,13 +55,20 @@ class Driver:
     folder: Path
     name: str
     overrides: Sequence[str]
+    starts: int = 0
 
     def __post_init__(self) -> None:
         self.log = self.folder / f"{self.name}.log"
         self.begin()
 
+    @property
+    def recovers(self) -> bool:
+        """Return whether the run has begun to train: a death while it starts ends it."""
+        return self.output.count("value pre-training: episodes") + self.output.count("resumed at step") >= self.starts
+
     def begin(self) -> None:
         """Start the command, or start it again."""
+        self.starts += 1
         own = [f"run={self.name}", f"runs_dir={self.folder}", f"cache_dir={self.folder / 'cache'}"]
         command = [sys.executable, "-m", "slime.cli", "train", *SMALL, *own, *self.overrides]
         with self.log.open("ab") as log:
@@ -95,6 +102,8 @@ class Driver:
 
 def kill_one(driver: Driver, rng: random.Random) -> dict[str, object] | None:
     """Kill a process and wait until it is back. Return the kill's record, or None if the run ended before."""
+    if not _wait(driver, lambda: driver.recovers, time.monotonic() + LIMIT_S):
+        return None
     kind, until = rng.choice(list(KINDS)), time.monotonic() + rng.uniform(0, LONGEST_PAUSE_S)
     if not _wait(driver, lambda: time.monotonic() > until, until + LIMIT_S):
         return None
