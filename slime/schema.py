@@ -45,12 +45,12 @@ class ModelConfig:
     """The model and its starting weights."""
 
     name: str = setting("", "Name of the model's file, used in names and tables.")
-    path: str = setting("", "Hugging Face folder; '': the task's own small model, built at the start.")
+    path: str = setting("", "Hugging Face folder, GGUF file or package with one; '': the task's own small model.")
     start: str = setting(
         "", "Recipe that first trains model.path, with a cached result; '': start from model.path itself."
     )
     template: str = setting(
-        "chatml", "How messages become tokens: tiny, chatml, or tokenizer for the tokenizer's own chat template."
+        "chatml", "How messages become tokens: tiny, chatml, hermes, or tokenizer for its own chat template."
     )
 
 

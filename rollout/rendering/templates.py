@@ -43,7 +43,9 @@ TEMPLATES = {
 }
 
 
-TEMPLATE_NAMES = (*TEMPLATES, OWN_TEMPLATE)
+JINJA = {"hermes": Path(__file__).with_name("hermes.jinja")}  # built-in chat templates
+JINJA_STOP = "<|im_end|>"  # closes a turn in each of them
+TEMPLATE_NAMES = (*TEMPLATES, *JINJA, OWN_TEMPLATE)
 
 
 def find_template(name: str) -> Template:

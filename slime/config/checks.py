@@ -22,6 +22,7 @@ from slime.config.rows import row_problems
 from slime.config.settings import ConfigError, settings
 from slime.schema import Config, Kind
 from trainer.config import Correction
+from trainer.models.gguf.source import is_folder, model_folder
 
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 TARGET = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
@@ -49,7 +50,13 @@ def missing(config: Config) -> list[str]:
             f"task.target={config.task.target}: no module {package} among the installed ones or in {Path.cwd()}: "
             "run from the folder that holds it, or install it"
         )
-    if config.model.path:
+    if config.model.path and not is_folder(config.model.path):
+        folder = model_folder(config.model.path, Path(config.cache_dir))
+        if folder.is_dir():
+            found += broken(config, folder)
+        elif config.model.path.endswith(".gguf") and not Path(config.model.path).is_file():
+            found.append(f"model.path={config.model.path}: no such file; give a Hugging Face folder or a GGUF file")
+    elif config.model.path:
         folder = Path(config.model.path)
         cure = f"give the model's folder with model.path=FOLDER (model {config.model.name})"
         if not folder.is_dir():
@@ -213,8 +220,15 @@ def _engine_options(config: Config) -> Iterator[str]:
 
 
 def _model(config: Config) -> Iterator[str]:
-    if config.model.path and (Path(config.model.path) / "config.json").is_file():
-        yield from unsuited(config, Path(config.model.path))
+    if not config.model.path:
+        return
+    try:
+        folder = model_folder(config.model.path, Path(config.cache_dir))
+    except ValueError as error:
+        yield f"model.path={error}"
+        return
+    if (folder / "config.json").is_file():
+        yield from unsuited(config, folder)
 
 
 def check_model(config: Config, folder: Path) -> None:

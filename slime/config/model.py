@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from rollout.rendering.templates import NO_CHAT_TEMPLATE, OWN_TEMPLATE, TEMPLATES
+from rollout.rendering.templates import JINJA, JINJA_STOP, NO_CHAT_TEMPLATE, OWN_TEMPLATE, TEMPLATES
 from slime.config.nodes import has_engines, trained_roles
 from slime.config.settings import as_text
 from slime.schema import Config
@@ -132,14 +132,12 @@ def broken(config: Config, folder: Path) -> Iterator[str]:
         if not _has_chat_template(folder):
             yield f"model.template={OWN_TEMPLATE}: {folder} {NO_CHAT_TEMPLATE}"
         return
-    stop = TEMPLATES[config.model.template].stop
+    name = config.model.template
+    stop = JINJA_STOP if name in JINJA else TEMPLATES[name].stop
     if tokens and stop not in tokens:
         others = [name for name, template in TEMPLATES.items() if template.stop in tokens]
         cure = f"use model.template={others[0]}" if others else "use a model whose tokenizer has it"
-        yield (
-            f"model.template={config.model.template} ends a turn with {stop!r}, which is no token of "
-            f"{folder / TOKENIZER}: {cure}"
-        )
+        yield (f"model.template={name} ends a turn with {stop!r}, which is no token of {folder / TOKENIZER}: {cure}")
 
 
 def _has_chat_template(folder: Path) -> bool:

@@ -13,6 +13,7 @@ from slime.config.nodes import trained_roles
 from slime.schema import Config
 from trainer.config import Precision
 from trainer.models.files import headers
+from trainer.models.gguf.source import is_folder, model_folder
 
 OPTIMIZER_BYTES = 12  # of a parameter: fp32 weights and Adam's two moments
 WEIGHT_BYTES = {Precision.fp32: 4, Precision.bf16: 2}
@@ -36,15 +37,22 @@ def needs(config: Config) -> Needs:
         kept=config.checkpoint.keep,
         num_rollout_workers=config.rollout.num_workers,
         cache_dir=Path(config.cache_dir),
-        model_folder=Path(config.model.path) if config.model.path else None,
+        model_folder=_folder(config),
     )
 
 
+def _folder(config: Config) -> Path | None:
+    """Return the folder of model.path; None: there is none yet."""
+    folder = model_folder(config.model.path, Path(config.cache_dir)) if config.model.path else None
+    return folder if folder and (folder.is_dir() or is_folder(config.model.path)) else None
+
+
 def _checkpoint_bytes(config: Config) -> int:
-    if not config.model.path:
+    folder = _folder(config)
+    if folder is None:
         return 0
     try:
-        parameters = sum(math.prod(one.shape) for one in headers(Path(config.model.path)).values())
+        parameters = sum(math.prod(one.shape) for one in headers(folder).values())
     except (ValueError, OSError):  # told by the checks of the model's folder
         return 0
     return sum(parameters * (WEIGHT_BYTES[one.layout.precision] + OPTIMIZER_BYTES) for _, one in trained_roles(config))

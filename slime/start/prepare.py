@@ -22,6 +22,7 @@ from rollout.task import Task
 from slime.config import ConfigError, check_model, missing
 from slime.config.rows import overlong, split_problems
 from slime.schema import Config, Kind
+from trainer.models.gguf.source import is_folder, make_folder, model_folder
 
 TRAIN_ROWS = 8192  # number of rows that a task generates
 
@@ -99,10 +100,11 @@ def _rows(config: Config, task: Task, split: str, count: int) -> list[TaskRow]:
 def untrained_model(config: Config, task: Task) -> Path:
     """Return the folder of model.path or of the task's own small model, which is built if it is missing.
 
-    ConfigError: the task has no own model, or `make_model` writes nothing.
+    A GGUF file is converted, and a package fetched, at the first use. ConfigError: that fails; or the task has no own
+    model, or `make_model` writes nothing.
     """
     if config.model.path:
-        return Path(config.model.path).resolve()
+        return _given_model(config.model.path, Path(config.cache_dir))
     made_from = [config.task.target, config.task.options, config.seed]
     folder = Path(config.cache_dir) / "models" / f"{config.model.name}-{digest(made_from)}"
 
@@ -118,14 +120,29 @@ def untrained_model(config: Config, task: Task) -> Path:
     return folder.resolve()
 
 
+def _given_model(path: str, cache_dir: Path) -> Path:
+    def make(part: Path) -> None:
+        try:
+            make_folder(path, part)
+        except ValueError as error:
+            raise ConfigError(f"model.path: {error}") from error
+
+    folder = model_folder(path, cache_dir)
+    if not is_folder(path):
+        made_once(folder, make)
+    return folder.resolve()
+
+
 def start_folder(config: Config, start: Config) -> Path:
     """Return the cache folder of the warm start's result. Its name depends on all inputs, including model files."""
     kept = {"seed", "steps", "task", "model", "policy", "sft"}
     relevant = {key: value for key, value in asdict(start).items() if key in kept}
     relevant |= {key: asdict(start.rollout)[key] for key in ("max_turns", "max_turn_tokens", "compaction")}
     if start.model.path:
-        files = sorted(path for path in Path(start.model.path).glob("*") if path.is_file())
+        folder = model_folder(start.model.path, Path(config.cache_dir))
+        files = sorted(path for path in folder.glob("*") if path.is_file() and is_folder(start.model.path))
         relevant["files"] = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+        relevant["folder"] = "" if is_folder(start.model.path) else folder.name  # names file and converter
     return (Path(config.cache_dir) / "starts" / f"{start.recipe}-{digest(relevant)}").resolve()
 
 

@@ -30,7 +30,7 @@ def write_folder(weights: Iterable[tuple[str, torch.Tensor]], source: Path, fold
     for file in source.iterdir():
         if file.suffix in {".json", ".txt", ".model", ".jinja"} and not file.name.endswith(".index.json"):
             shutil.copy(file, part / file.name)
-    dtype = _write_files(weights, _kept(source), part)
+    dtype = write_files(weights, _kept(source), part)
     config = json.loads((part / "config.json").read_text())
     config["dtype"] = str(dtype).removeprefix("torch.")
     (part / "config.json").write_text(json.dumps(config, indent=2))
@@ -46,7 +46,7 @@ def _kept(source: Path) -> Iterator[tuple[str, torch.Tensor]]:
                 yield name, file.get_tensor(name)
 
 
-def _write_files(
+def write_files(
     weights: Iterable[tuple[str, torch.Tensor]], kept: Iterable[tuple[str, torch.Tensor]], folder: Path
 ) -> torch.dtype | None:
     """Write `weights`, then `kept`, in files of at most FILE_BYTES, with an index if there are several files.

@@ -243,7 +243,7 @@ def test_mistakes_in_arguments(arguments: list[str], parts: list[str]) -> None:
         (BARE + "rollout: 3\n", ["recipe bare", "rollout=3 is a section"]),
         (BARE + "rollout:\n", ["recipe bare", "rollout=None is a section"]),
         (BARE.replace("# @package _global_\n", ""), ["bare.yaml", "# @package _global_"]),
-        (BARE.replace("/model: tiny, ", ""), ["recipe bare chooses no model", "qwen3_8b, tiny"]),
+        (BARE.replace("/model: tiny, ", ""), ["recipe bare chooses no model", "qwen3_8b, smollm2_135m, tiny"]),
         (BARE.replace(", /cluster: local", ""), ["recipe bare chooses no cluster", "gpu_8, local"]),
         (BARE.replace("tiny", "tinny"), ["model/tinny"]),
         (BARE + "steps: [3\n", ["bare.yaml:", "expected ',' or ']'"]),
