@@ -20,14 +20,13 @@ from launch.deaths import ProcessDied, actor_id
 from machine.actors import call
 from machine.failures import reason
 from rollout.engines.server import EngineServer
+from slime.recovery.recovery import limit_deaths
 
 if TYPE_CHECKING:
     from ray import ObjectRef
     from ray.actor import ActorHandle
 
     from slime.run import Run
-
-MAX_REPLACEMENTS = 3  # of one engine without a publication to it in between
 
 
 @dataclass
@@ -95,8 +94,7 @@ class EngineReplacer:
     def _replace(self, number: int, why: str) -> None:
         engine, server = self._engines[number], self._run.servers[number]
         engine.deaths.append(why)
-        if len(engine.deaths) > MAX_REPLACEMENTS:
-            raise RuntimeError(f"engine {number} ended {len(engine.deaths)} times in a row: {'; '.join(engine.deaths)}")
+        limit_deaths(f"engine {number}", engine.deaths)
         self._note(f"{why}; another engine {number} is started")
         engine.url = ""
         self._run.rollout.set_engines(self._urls())

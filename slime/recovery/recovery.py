@@ -15,6 +15,13 @@ from launch.deaths import Effect, ProcessDied
 
 SETTLE_S = 15.0  # from the first consequence of a death to its detection; SGLang lives 6 s without its scheduler
 POLL_S = 0.1
+MAX_REPLACEMENTS = 3  # of one engine or rollout worker without a publication of weights in between
+
+
+def limit_deaths(name: str, deaths: Sequence[str]) -> None:
+    """Refuse to replace a process once more. RuntimeError: its deaths since it last worked are too many."""
+    if len(deaths) > MAX_REPLACEMENTS:
+        raise RuntimeError(f"{name} ended {len(deaths)} times in a row: {'; '.join(deaths)}")
 
 
 class RanksLost(Exception):

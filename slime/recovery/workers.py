@@ -17,14 +17,13 @@ from launch.deaths import ProcessDied, actor_id
 from machine.actors import call
 from machine.failures import reason
 from rollout.worker import RolloutWorker, worker_name
+from slime.recovery.recovery import limit_deaths
 
 if TYPE_CHECKING:
     from ray import ObjectRef
     from ray.actor import ActorHandle
 
     from slime.run import Run
-
-MAX_WORKER_REPLACEMENTS = 3  # of one worker without a publication of weights in between
 
 
 @dataclass
@@ -87,9 +86,7 @@ class WorkerReplacer:
     def _replace(self, number: int, why: str) -> None:
         lane = self._lanes[number]
         lane.deaths.append(why)
-        if len(lane.deaths) > MAX_WORKER_REPLACEMENTS:
-            reasons = "; ".join(lane.deaths)
-            raise RuntimeError(f"rollout worker {number} ended {len(lane.deaths)} times in a row: {reasons}")
+        limit_deaths(f"rollout worker {number}", lane.deaths)
         lost = self._run.buffer.lost(worker_name(number))
         self._note(f"{why}; {lost} episodes are played again, another rollout worker {number} is started")
         lane.worker = self._start(number)

@@ -6,19 +6,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from handles import Handle
 
 from launch.deaths import Effect, ProcessDied
 from slime.recovery import engines
-from slime.recovery.engines import MAX_REPLACEMENTS, EngineReplacer
-from slime.recovery.recovery import Recovery
-
-
-class Server(str):
-    """A handle with nothing but its id."""
-
-    @property
-    def _actor_id(self) -> Any:
-        return SimpleNamespace(hex=lambda: str(self))
+from slime.recovery.engines import EngineReplacer
+from slime.recovery.recovery import MAX_REPLACEMENTS, Recovery
 
 
 class Job:
@@ -35,7 +28,7 @@ class Job:
         monkeypatch.setattr(engines.ray, "kill", lambda server: note(f"kill {server}"))
         self.run: Any = SimpleNamespace(
             engines=SimpleNamespace(urls=("u0", "u1")),
-            servers=[Server("s0"), Server("s1")],
+            servers=[Handle("s0"), Handle("s1")],
             rollout=SimpleNamespace(set_engines=lambda urls: note(f"workers {urls}")),
             weights=SimpleNamespace(use_engines=lambda urls: note(f"weights {urls}")),
             recovery=Recovery(),
@@ -44,7 +37,7 @@ class Job:
 
     def start(self, number: int) -> Any:
         self.num_started += 1
-        return Server(f"s{number}.{self.num_started}")
+        return Handle(f"s{number}.{self.num_started}")
 
     def answer(self, ref: Any) -> str:
         found = self.up[ref]

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from handles import Handle
 from ray.exceptions import RayActorError
 
 from launch import deaths
@@ -17,20 +18,12 @@ from slime.recovery.ranks import MAX_RESTARTS, Builder, Restarts
 from slime.recovery.recovery import RanksLost, Recovery
 
 
-class Actor(str):
-    """A handle with nothing but its id."""
-
-    @property
-    def _actor_id(self) -> Any:
-        return SimpleNamespace(hex=lambda: str(self))
-
-
 def death_of(actor: str) -> ProcessDied:
     return ProcessDied(f"{actor} was killed", None, effect=Effect.RESTART, actor_id=actor)
 
 
 def roles(*names: str) -> Any:
-    groups = [SimpleNamespace(actors=[Actor(name)]) for name in names]
+    groups = [SimpleNamespace(actors=[Handle(name)]) for name in names]
     return SimpleNamespace(policy=groups[0], groups=groups)
 
 
@@ -47,11 +40,11 @@ class Job:
         monkeypatch.setattr("slime.checkpoint.steps", lambda run_dir: [1, self.newest])
         monkeypatch.setattr(ranks.ray, "kill", lambda actor: self.events.append(f"kill {actor}"))
         weights = SimpleNamespace(use_policy=lambda policy, groups: self.events.append(f"connect {policy.actors[0]}"))
-        buffer = SimpleNamespace(actor=Actor("buffer"))
+        buffer = SimpleNamespace(actor=Handle("buffer"))
         self.run: Any = SimpleNamespace(
             models=roles("policy", "critic"), buffer=buffer, weights=weights, recovery=Recovery()
         )
-        another: Any = SimpleNamespace(actor=Actor("buffer again"))
+        another: Any = SimpleNamespace(actor=Handle("buffer again"))
         again = roles("policy again", "critic again")
         builder = Builder(unused, unused, roles=lambda: again, buffer=lambda: another)
         self.restarts = Restarts(self.run, builder, failures.supervisor, Path(), self.events.append)  # type: ignore[arg-type]

@@ -6,19 +6,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from handles import Handle
 
 from launch.deaths import Effect, ProcessDied
 from slime.recovery import workers
-from slime.recovery.recovery import Recovery
-from slime.recovery.workers import MAX_WORKER_REPLACEMENTS, WorkerReplacer
-
-
-class Played(str):
-    """A handle with nothing but its id."""
-
-    @property
-    def _actor_id(self) -> Any:
-        return SimpleNamespace(hex=lambda: str(self))
+from slime.recovery.recovery import MAX_REPLACEMENTS, Recovery
+from slime.recovery.workers import WorkerReplacer
 
 
 def death_of(worker: str) -> ProcessDied:
@@ -54,12 +47,12 @@ def replacer(monkeypatch: pytest.MonkeyPatch, events: list[str], ready: set[str]
         events.append(f"{worker} plays as {number}")
 
     run: Any = SimpleNamespace(
-        rollout=SimpleNamespace(workers=[Played("w0"), Played("w1")], replace=replace),
+        rollout=SimpleNamespace(workers=[Handle("w0"), Handle("w1")], replace=replace),
         buffer=SimpleNamespace(lost=lost),
         recovery=Recovery(),
     )
     started = iter(["w0.broken", *(f"w.{number}" for number in range(9))])
-    return WorkerReplacer(run, lambda number: Played(next(started)), events.append)  # type: ignore[arg-type, return-value]
+    return WorkerReplacer(run, lambda number: Handle(next(started)), events.append)  # type: ignore[arg-type, return-value]
 
 
 def test_tickets_are_issued_again_at_once_and_the_successor_plays_when_it_is_ready(
@@ -89,14 +82,14 @@ def test_a_worker_that_ends_again_and_again_ends_the_run(
 ) -> None:
     ready |= {f"w.{number}" for number in range(9)}
     replacer.replace(death_of("w0"))
-    for number in range(MAX_WORKER_REPLACEMENTS - 1):
+    for number in range(MAX_REPLACEMENTS - 1):
         replacer.replace(death_of(["w0.broken", "w.0"][number]))
     replacer.advance()
     with pytest.raises(RuntimeError, match="rollout worker 0 ended 4 times in a row: w0 was killed; "):
         replacer.replace(death_of("w.1"))
     replacer.replace(death_of("w1"))
     replacer.advance()
-    for number in range(2, 2 + MAX_WORKER_REPLACEMENTS):  # each one has worked
+    for number in range(2, 2 + MAX_REPLACEMENTS):  # each one has worked
         replacer.joined()
         replacer.replace(death_of(f"w.{number}"))
         replacer.advance()
