@@ -1,6 +1,6 @@
 """Reinforcement-learning post-training for language-model agents.
 
-User code imports from here alone; names load on first use so that `slime --help` stays quick.
+User code imports from this package alone. Names load on first use, so that `slime --help` stays fast.
 """
 
 from __future__ import annotations

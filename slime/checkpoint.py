@@ -1,12 +1,12 @@
-"""Checkpoints of a whole run: policy, critic, optimizers, step, prompts. Complete or not there at all.
+"""Checkpoints of a whole run: policy, critic, optimizers, step, prompts. Each one is complete or does not exist.
 
     runs/<name>/checkpoints/step_000010/
         policy/  critic/     Megatron distributed checkpoints (no critic/ in runs without one)
         state.json           the manifest: all other state (slime/start/manifest.py)
 
-Training goes on while the files are written: `save` returns when every rank has copied its state aside. A checkpoint
-is written beside its place (`.part`) and renamed when all roles are done and all of it is on the disk; one that is
-dropped is renamed (`.old`) before it is deleted. So a folder without a suffix is whole, whenever the power went.
+Training continues while the files are written: `save` returns as soon as every rank has copied its state. A checkpoint
+is written under another name (`.part`) and renamed when all roles are done and all files are on the disk. An old one is
+renamed (`.old`) before it is deleted. So a folder without a suffix is complete, even after a power failure.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from slime.observe.tracking import WANDB_ID_FILE
 from slime.start import manifest
 from slime.start.manifest import Manifest
 
-if TYPE_CHECKING:  # the command line looks at checkpoints without what it takes to run
+if TYPE_CHECKING:  # the command line reads checkpoints without importing what a run needs
     from slime.run import Run
 
 GRACE_S = 60.0  # for a checkpoint that is being written when a run is stopped
-_POLL_S = (0.05, 2.0)  # first and longest pause between two questions to the ranks
+_POLL_S = (0.05, 2.0)  # first and longest interval at which the ranks are polled
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written or read. Says which, why, and which one is still good."""
+    """A checkpoint could not be written or read. The message names it, the reason, and the newest complete one."""
 
 
 class DiskRefused(CheckpointError):
-    """A checkpoint could not be written since its disk is full, read-only or forbidden. The run can go on."""
+    """A checkpoint could not be written because the disk is full or read-only, or by lack of rights."""
 
 
 def _folder(run_dir: Path, step: int) -> Path:
@@ -131,7 +131,7 @@ class Checkpoints:
         self._writing = self._pool.submit(self._finish, step, part, taken)
 
     def check(self) -> None:
-        """Do not wait."""
+        """Raise the error of a checkpoint whose writing has ended, without waiting."""
         if self._writing is not None and self._writing.done():
             self.wait()
 
@@ -167,7 +167,7 @@ class Checkpoints:
             self._tell("")
 
     def _finish(self, step: int, part: Path, taken: Manifest) -> None:
-        """Runs beside the training, until the checkpoint is in its place."""
+        """Complete the checkpoint, in the background."""
         try:
             for role in self._run.roles:
                 of_ranks = self._written(role, part)
@@ -181,7 +181,7 @@ class Checkpoints:
             raise self._failed(step, part, error) from error
 
     def _written(self, role: Any, part: Path) -> list[bytes]:
-        """What every rank has written, in rank order.
+        """Return what every rank has written, in rank order.
 
         TimeoutError names the ranks that are still writing when the files have not grown for the ranks' deadline.
         """
@@ -245,7 +245,7 @@ def load(run_dir: Path, run: Run) -> Manifest | None:
 
 
 def export(run_dir: Path, step: int | None, out: Path) -> Path:
-    """Write the policy of a checkpoint (None: the newest) as a Hugging Face folder; needs no GPU and no engine.
+    """Write the policy of a checkpoint (None: the newest) as a Hugging Face folder. This needs no GPU and no engine.
 
     ValueError: no such checkpoint, or it can't be read; `out` is taken; the model that the run started from, whose
     config and tokenizer go into the folder, is gone. OSError: the folder can't be written.
@@ -268,7 +268,7 @@ def export(run_dir: Path, step: int | None, out: Path) -> Path:
 
 
 def _size(folder: Path) -> int:
-    """Bytes of the files in a folder, some of which may be gone by now."""
+    """Return the bytes of the files in a folder; files that disappear meanwhile count as 0."""
     total = 0
     for parent, _, names in os.walk(folder):
         for name in names:
@@ -278,7 +278,7 @@ def _size(folder: Path) -> int:
 
 
 def _text(path: Path) -> str:
-    """What a file holds; "" where it is not there."""
+    """Return the contents of a file, or "" if it does not exist."""
     return path.read_text() if path.is_file() else ""
 
 
@@ -289,7 +289,7 @@ def _put_in_place(part: Path, folder: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Never leaves half of a folder under its name."""
+    """Delete a folder; an interruption never leaves half of it under its name."""
     if folder.exists():
         old = folder.with_suffix(".old")
         folder.rename(old)
@@ -297,7 +297,7 @@ def _remove(folder: Path) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Asks the disk to remember everything in a folder."""
+    """Flush a folder and everything in it to the disk."""
     for path in (*folder.rglob("*"), folder):
         _sync_one(path)
 
@@ -311,5 +311,5 @@ def _sync_one(path: Path) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """What a rank said, without the trace of how it travelled."""
+    """Return a rank's own error message, without Ray's traceback."""
     return str(getattr(error, "cause", None) or error)

@@ -1,4 +1,4 @@
-"""Supervised warm start: the task's demonstrations, through the same agent loop and Megatron workers."""
+"""Supervised warm start on the task's demonstrations, with the same agent loop and Megatron workers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MAX_WITHOUT_TURN = 1024  # demonstrations from the first on, after which the run
 
 
 class Drawn(NamedTuple):
-    """Of one optimizer step."""
+    """The demonstrations of one optimizer step."""
 
     items: list[SubTraceInfo]  # each with an action
     without_turn: list[EpisodeStats]  # of the demonstrations without a turn that were played for it

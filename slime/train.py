@@ -63,7 +63,7 @@ def run_sft(config: Config, run_dir: Path, failures: Failures, warnings: Sequenc
 def run_ppo(
     config: Config, newest: Manifest | None, inputs: Prepared, failures: Failures, warnings: Sequence[str]
 ) -> None:
-    """Build the run, go on from the newest checkpoint, train to the end. `warnings`: of the pre-flight checks."""
+    """Build the run and train from the newest checkpoint to the end. `warnings`: of the pre-flight checks."""
     from transformers import AutoTokenizer  # takes seconds to import
 
     run_dir, step = folder_of(config), newest.step if newest else 0
@@ -111,7 +111,7 @@ def run_ppo(
 
 
 def main(config: Config, start: Config | None, failures: Failures, warnings: Sequence[str] = ()) -> None:
-    """Run a recipe to its end, or go on with one that was stopped.
+    """Run a recipe to its end, or resume it.
 
     `start`: the recipe that makes its model. `warnings`: of the pre-flight checks, for the logs.
     """
@@ -133,7 +133,7 @@ def _main(config: Config, start: Config | None, failures: Failures, warnings: Se
             if step >= config.steps:
                 print(f"{run_dir} has finished its {config.steps} steps; report: {write_report(run_dir)}")
                 return
-            inputs = prepare(config, start)  # what is wrong is said before the warm start, not after it
+            inputs = prepare(config, start)  # errors are reported before the warm start, not after it
             refuse_other_rows(config, newest, inputs.rows_digest)
             inputs = replace(inputs, model_folder=start_model(config, start, failures, warnings))
             start_ray(config.cluster)

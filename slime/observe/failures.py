@@ -1,4 +1,4 @@
-"""What a run says when it does not end well: one line on stderr, everything else in its logs/error.log."""
+"""Error messages of a run: one line on stderr, everything else in its logs/error.log."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from slime.recovery.recovery import RanksLost
 LOG_FILE = "error.log"
 STACKS_FOLDER = "stacks"
 LOG_TAIL_LINES = 30  # of a process that has died
-# How long a death may take to be seen after its first consequence: SGLang goes on for 6 s without its scheduler.
+# Time from the first consequence of a death to its detection: SGLang continues for 6 s without its scheduler.
 SETTLE_S, SETTLE_LOST_S = 2.0, 10.0
 _LOST = re.compile(r"connection|\bpeer\b|no answer|\bdied\b", re.IGNORECASE)
 _LATE = re.compile(r"no answer|timed out", re.IGNORECASE)
 
 
 class Failures:
-    """Around a run. Its first error is told; those that follow from it, or from stopping the parts, are only kept.
+    """A context manager that reports the first error of a run. Later errors, e.g. of the shutdown, are only logged.
 
-    `refused` errors are about what the user asked for: their line says all, and the exit code is 2. It is 1 for other
-    errors and for the death of a process, 75 (EX_TEMPFAIL) where a launcher has told the run to end by SIGTERM or
-    SIGUSR1, and 128 + N for another signal N.
+    `refused` errors are about the user's input: their message is complete, and the exit code is 2. The exit code is 1
+    for other errors and for the death of a process, 75 (EX_TEMPFAIL) after a launcher's SIGTERM or SIGUSR1, and 128 + N
+    for another signal N.
     """
 
     def __init__(self, folder: Path, refused: tuple[type[Exception], ...] = ()) -> None:
-        """`folder`: of the run's logs, made when there is something to write."""
+        """Report the errors of a run. `folder` is for its logs; it is created when something is written."""
         self.log = folder / LOG_FILE
         self.exit_code = 0
         self.supervisor = Supervisor(self._say)
@@ -55,7 +55,7 @@ class Failures:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
-        """Ends the error here: what is left of it is `exit_code`."""
+        """Report an error and suppress it; `exit_code` remains."""
         try:
             if isinstance(error, self._refused) and not self.exit_code:
                 self.exit_code = 2
@@ -69,7 +69,10 @@ class Failures:
 
     @contextmanager
     def at_once(self, unless: Callable[[BaseException], bool] = lambda error: False) -> Iterator[None]:
-        """Tell an error of this block before anything is stopped, then let it pass; `unless` the run recovers."""
+        """Report an error of this block before anything is stopped, and raise it again.
+
+        An error for which `unless` returns True is not reported.
+        """
         try:
             yield
         except self._refused:
@@ -103,7 +106,7 @@ class Failures:
 
     @contextmanager
     def aside(self, what: str) -> Iterator[None]:
-        """Keep an error of this block, which ends nothing; it is told when there was none before it."""
+        """Record an error of this block in the log and suppress it. Print a warning if it is the first error."""
         try:
             yield
         except Exception as error:  # noqa: BLE001 (see the class)
@@ -113,7 +116,7 @@ class Failures:
 
     @contextmanager
     def graceful(self, grace_s: float) -> Iterator[None]:
-        """Let the block end by itself when a launcher's signal comes (see `Supervisor.graceful`)."""
+        """Let the block end by itself after a launcher's signal (see `Supervisor.graceful`)."""
 
         def heed(number: signal.Signals) -> None:
             _print(
@@ -124,13 +127,13 @@ class Failures:
             yield
 
     def note(self, state: State, why: str = "") -> None:
-        """Write down what has become of the run (see `Standing.write`)."""
+        """Write the state of the run (see `Standing.write`)."""
         if self.standing is not None:
             with self.aside("writing the run's state"):
                 self.standing.write(state, why)
 
     def to_be_continued(self) -> None:
-        """Tell that the run has saved its state and ends, as a launcher's signal asked."""
+        """Report that the run has saved its state and ends, after a launcher's signal."""
         assert self.supervisor.asked is not None, "nobody has told the run to end"
         self._say(self.supervisor.asked)
 
@@ -144,24 +147,24 @@ class Failures:
         self._keep(error, "the run ended by")
 
     def _say(self, cause: BaseException | signal.Signals, where: str = "") -> None:
-        """The one line."""
+        """Print the one line, and set the exit code."""
         if isinstance(cause, signal.Signals):
             self.exit_code = exit_code_of(cause)
             _print(f"stopped by {cause.name} {self.standing or 'before its first step'}")
             self.note(State.stopped if self.exit_code > 128 else State.continued, cause.name)
             return
-        # Whoever tells a run to end may end its other processes, too: that is no failure of the run.
+        # A launcher that ends a run may end its other processes, too: that is no failure of the run.
         self.exit_code = exit_code_of(self.supervisor.asked)
         if isinstance(cause, KeyboardInterrupt):
             self.exit_code = 128 + signal.SIGINT
         if isinstance(cause, ProcessDied):
             self._keep(cause, "a process died")
-            where = ""  # it names that process's log
+            where = ""  # the message names that process's log
         _print(f"error: {reason(cause)}{where and '; ' + where}")
         self.note(State.continued if self.supervisor.asked else State.failed, reason(cause))
 
     def _keep(self, error: BaseException, what: str) -> str:
-        """Writes an error into the log, once; says where."""
+        """Write an error to the log, once, and return where it is."""
         if any(error is one for one in self._kept):
             return ""
         self._kept.append(error)
@@ -191,5 +194,5 @@ def _settle_s(error: BaseException) -> float:
 def _print(text: str) -> None:
     try:
         print(f"slime: {text}", file=sys.stderr, flush=True)
-    except RuntimeError:  # a signal has come in the middle of another print
+    except RuntimeError:  # a signal arrived during another print
         os.write(sys.stderr.fileno(), f"slime: {text}\n".encode())

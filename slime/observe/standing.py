@@ -1,4 +1,4 @@
-"""Where a run stands, in words for its last line, and as a file for launchers and `slime status`."""
+"""The progress of a run, as text for its last line and as a file for launchers and `slime status`."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ STATUS_FILE, CONFIG_FILE = "status.json", "config.yaml"
 
 
 class State(str, Enum):
-    """What has become of a run. One that was killed stays `running`, and nobody holds its lock."""
+    """The state of a run. A run that was killed stays `running`, but no process holds its lock."""
 
     running = "running"
     finished = "finished"
-    continued = "to be continued"  # told to end by a launcher, which is to start the same command again
+    continued = "to be continued"  # ended by a launcher's signal; the launcher starts the same command again
     stopped = "stopped"  # by a user
     failed = "failed"
 
 
 class Standing:
-    """Where a run stands. A run whose configuration is not there has not begun, and leaves no file."""
+    """The progress of a run. It writes no file for a run that has not written its configuration yet."""
 
     def __init__(self, run_dir: Path, step: int, num_steps: int) -> None:
-        """`step`: the newest one that is finished."""
+        """Describe a run whose last completed step is `step`."""
         self._run_dir, self._num_steps = run_dir, num_steps
         self.step = step
 
@@ -38,7 +38,7 @@ class Standing:
         return f"after step {self.step} of {self._num_steps}; {saved}: {how}"
 
     def write(self, state: State, reason: str = "") -> None:
-        """Note what has become of the run, if it has begun. OSError: the folder can't be written to."""
+        """Write the state of the run, if it has begun. OSError: the folder can't be written to."""
         if not (self._run_dir / CONFIG_FILE).is_file():
             return
         found = checkpoint.steps(self._run_dir)
@@ -56,7 +56,7 @@ class Standing:
 
 
 def read_status(run_dir: Path) -> dict[str, Any]:
-    """Return what `Standing.write` wrote last; {} where there is nothing to read."""
+    """Return what `Standing.write` wrote last, or {} if there is nothing to read."""
     try:
         found: dict[str, Any] = json.loads((run_dir / STATUS_FILE).read_text())
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""What a run leaves behind for people: metrics.jsonl, episodes.jsonl and Weights & Biases.
+"""The records of a run: metrics.jsonl, episodes.jsonl and Weights & Biases.
 
 The two files are the record: `slime report` reads nothing else, and they are whole lines at any moment, so that a
 run that was killed can be resumed and read. W&B gets the same numbers and sample episodes. It works offline below the
@@ -39,7 +39,7 @@ _MAX_TABLE_TEXT = 20_000  # characters of one episode in a W&B table
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:
-    """Return the run's metrics in step order, one mapping a step; a torn last line is left out.
+    """Return the run's metrics in step order, one mapping per step, without an incomplete last line.
 
     Returns an empty list when there is no metrics.jsonl. ValueError names a line that is not an object with a step.
     """
@@ -56,7 +56,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, float]]:
 
 
 def readable_text(record: Mapping[str, Any]) -> str:
-    """Return an episode as plain text: one paragraph a sub-trace, what the policy sampled in ⟦ ⟧."""
+    """Return an episode as plain text: one paragraph per sub-trace, with the policy's tokens in ⟦ ⟧."""
     parts: list[str] = []
     for number, sub_trace in enumerate(record.get("sub_traces", ()), start=1):
         text: list[str] = []
@@ -237,7 +237,7 @@ class _Wandb:
 
 
 def _run_id(run_dir: Path, run: str, resumed: bool) -> str:
-    """The W&B id of the run in `run_dir`: made once, kept in a file there, made anew when the run starts anew."""
+    """Return the W&B id of the run in `run_dir`. It is kept in a file there, and new if the run starts anew."""
     path = run_dir / WANDB_ID_FILE
     if resumed and path.is_file() and (known := path.read_text(encoding="utf-8").strip()):
         return known
@@ -249,7 +249,7 @@ def _run_id(run_dir: Path, run: str, resumed: bool) -> str:
 
 
 def _logged_in() -> bool:
-    """Whether W&B has credentials here (environment or netrc) and was not told to stay offline."""
+    """Return whether W&B has credentials here (environment or netrc) and is not set to stay offline."""
     if os.environ.get("WANDB_MODE", "online") not in ("online", "run", "shared"):
         return False
     if os.environ.get("WANDB_API_KEY"):
@@ -264,7 +264,7 @@ def _logged_in() -> bool:
 
 
 def _number(name: str, step: int, value: Any) -> float:
-    """`value` as a JSON number: integers stay integers."""
+    """Return `value` as a JSON number: integers stay integers."""
     if isinstance(value, numbers.Integral):
         return int(value)
     try:
@@ -277,7 +277,7 @@ def _number(name: str, step: int, value: Any) -> float:
 
 
 def _append(out: Any, lines: str) -> None:
-    """Writes whole lines and wait until they are on the disk."""
+    """Write complete lines and wait until they are on the disk."""
     try:
         out.write(lines.encode("ascii") + b"\n")
         out.flush()
@@ -287,7 +287,7 @@ def _append(out: Any, lines: str) -> None:
 
 
 def _parse(line: bytes, where: str) -> dict[str, Any] | None:
-    """One line as an object with a step; None for a torn line: one without its end."""
+    """Return one line as an object with a step, or None for an incomplete line: one without its end."""
     if not line.endswith(b"\n"):
         return None
     try:
@@ -300,7 +300,7 @@ def _parse(line: bytes, where: str) -> dict[str, Any] | None:
 
 
 def _prepare(path: Path, resume_step: int | None) -> None:
-    """Keeps the lines up to `resume_step`; the file changes whole or not at all."""
+    """Keep the lines up to `resume_step`; the file changes as a whole or not at all."""
     if not path.is_file():
         return
     if resume_step is None:

@@ -1,4 +1,4 @@
-"""Everything that looks at a run without taking part in it: view, metrics, sample episodes."""
+"""Observation of a run: live view, metrics, sample episodes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def record(
     targets: Sequence[Targets] | None,
     names: Any,
 ) -> dict[str, Any]:
-    """Return one episode for people to read: every token as text with what was measured on it."""
+    """Return one episode for the report: every token as text with its measurements."""
     cards = []
     for place, trace in enumerate(sub_traces):
         target = targets[place] if targets else None
@@ -51,7 +51,7 @@ def record(
 
 
 class Watch:
-    """The audience of a run."""
+    """The observers of a run."""
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class Watch:
         self.view.phase(name)
 
     def note(self, text: str) -> None:
-        """Print a line that stays."""
+        """Print a permanent line."""
         self.view.note(text)
 
     def rewind(self, step: int) -> None:
@@ -96,7 +96,7 @@ class Watch:
     def sample(
         self, step: int, split: str, batch: Batch, sub_traces: Sequence[SubTrace], targets: Sequence[Targets]
     ) -> None:
-        """Keep some of a step's episodes, with values and advantages, at the steps for it."""
+        """Record some of a step's episodes, with values and advantages, every `sample_every` steps."""
         if step % self._every and step != 1:
             return
         places: dict[str, list[int]] = {}
@@ -111,7 +111,7 @@ class Watch:
         self.tracker.episodes(step, split, records)
 
     def sample_played(self, step: int, split: str, played: Sequence[Played]) -> None:
-        """Keep evaluation episodes."""
+        """Record evaluation episodes."""
         records = [
             record(self._rows[split][one.row].prompt, one.stats, one.sub_traces, None, self._token_texts)
             for one in played

@@ -64,7 +64,7 @@ def refuse_other_rows(config: Config, newest: Manifest | None, rows: str) -> Non
 
 
 def resume_notes(config: Config, newest: Manifest | None) -> list[str]:
-    """Return what is not as it was when the newest checkpoint was written, one line each; [] where there is none."""
+    """Return the differences from the state in which the newest checkpoint was written, one line each."""
     return [*_changes(config, newest), *newest.changed_versions()] if newest else []
 
 
@@ -93,7 +93,7 @@ def _newest(run_dir: Path) -> Manifest | None:
 
 
 def _changes(config: Config, newest: Manifest) -> list[str]:
-    """`key: old -> new` of each setting that has another value than in the checkpoint, but those of no consequence."""
+    """Return `key: old -> new` for each setting that differs from the checkpoint's and may change the results."""
     lines = differences(newest.config, config) if newest.config else []
     return [line for line in lines if line.startswith(_FIXED) or not line.startswith(_FREE)]
 
@@ -103,7 +103,7 @@ def _key(line: str) -> str:
 
 
 def _allowed(config: Config, key: str) -> bool:
-    """Whether a key may differ: it is named, or this version has no such setting any more."""
+    """Return whether a key may differ: it is named, or this version no longer has such a setting."""
     if not mapping_of(key) and key not in all_keys():
         return True
     return any(f"{key}.".startswith(f"{one}.") for one in config.resume_allow)

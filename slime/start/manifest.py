@@ -1,15 +1,15 @@
 """The manifest of a checkpoint: all of a run's state that is not in the files of its roles.
 
-    step           that the checkpoint was taken after
+    step           the last completed step
     buffer         seed, order and position of the prompts, open tickets (buffer/store.py)
-    rows           digest of the rows to train on, which the order of the prompts refers to
-    config         the settings of the run, as config.yaml had them
-    model_folder   what the run started from
-    wandb_id       of the run in Weights & Biases; "": it has none
-    versions       of the packages that decide what is computed
-    format         of this list; it grows by 1 with each change of it
+    rows           digest of the rows to train on, to which the order of the prompts refers
+    config         the settings of the run, as in its config.yaml
+    model_folder   the model that the run started from
+    wandb_id       the run's id in Weights & Biases; "": it has none
+    versions       versions of the packages that determine the results
+    format         version of this list; each change of the list increases it by 1
 
-`read` knows all earlier formats: it fills in what they lack, or refuses them in a line.
+`read` supports all earlier formats: it fills in what they lack, or refuses them in a line.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def installed_versions() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Manifest:
-    """See the top of the file."""
+    """The manifest of one checkpoint; its fields are described at the top of this file."""
 
     step: int
     buffer: Mapping[str, Any]
@@ -51,7 +51,7 @@ class Manifest:
     format: int = FORMAT
 
     def write(self, folder: Path) -> None:
-        """Write it into a checkpoint's folder."""
+        """Write the manifest into a checkpoint's folder."""
         (folder / FILE).write_text(json.dumps(asdict(self), indent=1))
 
     def changed_versions(self) -> list[str]:

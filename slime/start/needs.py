@@ -1,4 +1,4 @@
-"""What a run would use of its machines, for the checks of launch/doctor."""
+"""The resources that a run would use, for the checks of launch/doctor."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trainer.config import Precision
 from trainer.models.files import headers
 from trainer.models.gguf.source import is_folder, model_folder
 
-OPTIMIZER_BYTES = 12  # of a parameter: fp32 weights and Adam's two moments
+OPTIMIZER_BYTES = 12  # per parameter: fp32 weights and Adam's two moments
 WEIGHT_BYTES = {Precision.fp32: 4, Precision.bf16: 2}
 
 
@@ -28,7 +28,7 @@ class Preflight:
 
 
 def needs(config: Config) -> Needs:
-    """Return what a run needs; the size of its checkpoints only where model.path has weights."""
+    """Return the needs of a run. The size of its checkpoints is known only if model.path has weights."""
     return Needs(
         config.cluster,
         Path(config.runs_dir),
@@ -53,7 +53,7 @@ def _checkpoint_bytes(config: Config) -> int:
         return 0
     try:
         parameters = sum(math.prod(one.shape) for one in headers(folder).values())
-    except (ValueError, OSError):  # told by the checks of the model's folder
+    except (ValueError, OSError):  # reported by the checks of the model's folder
         return 0
     return sum(parameters * (WEIGHT_BYTES[one.layout.precision] + OPTIMIZER_BYTES) for _, one in trained_roles(config))
 
