@@ -37,11 +37,11 @@ _NEEDS = {"DIR": "a folder", "N": "a number"}  # what a value is, by its name in
 
 
 class _Interrupted(Exception):
-    """SIGINT while a command worked. The library would end without a word."""
+    """SIGINT arrived during a command. The library would end without a message."""
 
 
 class _Command(TyperCommand):
-    """A command whose usage line names its arguments as they are written."""
+    """A command whose usage line shows its arguments in the form in which they are typed."""
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         arguments = [one.metavar or "" for one in self.params if one.param_type_name == "argument"]
@@ -109,7 +109,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def _checked(group: TyperGroup, arguments: list[str]) -> list[str]:
-    """Return the arguments as the library is to have them. Refused: an unknown command, or see `_refuse_options`."""
+    """Return the arguments in the library's form. Refused: an unknown command, or see `_refuse_options`."""
     command, *rest = arguments or ["--help"]
     if command in _ASKS_HELP:
         return ["--help"]
@@ -128,7 +128,7 @@ def _checked(group: TyperGroup, arguments: list[str]) -> list[str]:
 
 
 def _refuse_options(command: Any, arguments: list[str]) -> None:
-    """Refused: an option that the command does not have, as it was written, or one without its value."""
+    """Refuse an unknown option, named as it was typed, or an option without its value."""
     known = {name: one.metavar for one in _options(command) for name in one.opts} | {"--help": None, "-h": None}
     pending = iter(arguments)
     for argument in pending:

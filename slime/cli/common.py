@@ -1,4 +1,4 @@
-"""What commands share: a user's mistake, output for readers that stop early, the folder of a run."""
+"""Helpers of the commands: errors in the user's input, output for readers that stop early, the folder of a run."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ JOB_FOLDER = "slurm"  # in the folder of a run: the script and the logs of its j
 
 
 class Refused(ValueError):
-    """A mistake of the user's: one line, exit code 2."""
+    """An error in the user's input: one line, exit code 2."""
 
 
 def say(text: str) -> None:
-    """Print for a reader, `head` for example, that may have seen enough before the end."""
+    """Print for a reader that may stop before the end, for example `head`."""
     try:
         print(text, flush=True)
     except BrokenPipeError:  # leave nothing to flush at exit

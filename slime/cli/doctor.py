@@ -1,4 +1,4 @@
-"""`slime doctor`: whether the machines that a run would use are fit for it."""
+"""`slime doctor`: checks of the machines that a run would use."""
 
 from __future__ import annotations
 

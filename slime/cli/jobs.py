@@ -1,4 +1,4 @@
-"""Commands about a run that a scheduler may have: `slime status`, `slime logs`, `slime cancel`."""
+"""Commands about a run that may be a scheduler's job: `slime status`, `slime logs`, `slime cancel`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What help and completion say of recipes, models, clusters and keys. Imports nothing heavy."""
+"""Help and completion for recipes, models, clusters and keys. Imports only fast modules."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def explained(key: str) -> str:
 
 
 def complete(before: Sequence[str], incomplete: str) -> list[tuple[str, str]]:
-    """Return what may follow, with a description each: names of groups, keys, and values of keys with choices.
+    """Return the completions, each with a description: names of groups, keys, and values of keys with choices.
 
     bash hands over `policy.loss=d` as three words, `policy.loss`, `=` and `d`, and takes the value alone.
     """

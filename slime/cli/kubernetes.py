@@ -85,7 +85,7 @@ def _kubernetes_run(config: Config, command: list[str]) -> KubernetesRun:
 
 
 def _cpus(config: Config) -> int:
-    """CPUs that all processes of a run keep busy: engines, ranks and rollout workers."""
+    """Return the number of CPUs that the processes of a run keep busy: engines, ranks and rollout workers."""
     from slime.config.nodes import has_engines, has_reference, trained_roles
 
     ranks = sum(one.layout.num_processes for _, one in trained_roles(config))
@@ -95,7 +95,7 @@ def _cpus(config: Config) -> int:
 
 
 def _not_for_pods(config: Config) -> list[str]:
-    """Why a configuration does not fit the pods that run it, one line each with the cure."""
+    """Return why a configuration does not fit the pods that would run it, one line each with the cure."""
     from launch.kubernetes.pods import MOUNT
 
     found = []

@@ -86,7 +86,7 @@ def export(
 
 
 def _of_one(command: str, names: list[str] | None, work: Callable[[Path], str]) -> int:
-    """Refused: not one run, no such run, or what the work refuses."""
+    """Call `work` with the run's folder. Refused: not one run, no such run, or an error of `work`."""
     if len(names or []) != 1:
         raise Refused(f"{command} takes one RUN, found {len(names or [])}: slime {command} RUN")
     (name,) = names or []

@@ -94,12 +94,12 @@ def _folder_of(config: Config) -> Path:
 
 
 def _options(given: list[str]) -> dict[str, str]:
-    """NAME=VALUE, or NAME alone for an option without a value."""
+    """Return the options of NAME=VALUE arguments; NAME alone is an option without a value."""
     return {name.removeprefix("--"): value for name, _, value in (one.partition("=") for one in given)}
 
 
 def _python_path() -> list[str]:
-    """What the job's shell needs to find the same modules, whatever its own start-up files say."""
+    """Return the shell lines with which the job finds the same modules, whatever its start-up files set."""
     from shlex import quote
 
     path = os.environ.get("PYTHONPATH")

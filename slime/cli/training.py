@@ -98,7 +98,7 @@ def checked(arguments: list[str], recipes: str | None) -> tuple[Loaded, Config |
 
 
 def _loaded(arguments: list[str], recipes: str | None, prepares: bool) -> tuple[Loaded, Config | None, Preflight]:
-    """Compose and check; with the warm start, and with what this machine has against it. `prepares`: as `train` does
+    """Compose and check, including the warm start and this machine. `prepares`: as `train` does
     later, make rows and models. Refused: see `ConfigError`.
     """
     loaded, start, absent = checked(arguments, recipes)
@@ -152,7 +152,7 @@ def _show(loaded: Loaded, against: Sequence[str]) -> None:
 
 
 def _lines(node: Any, origins: dict[str, str], prefix: str = "", indent: str = "") -> list[tuple[str, str]]:
-    """(text, origin) of each line; a section's own line has no origin, a derived property is no key to set."""
+    """Return (text, origin) of each line. A section's own line has no origin; a derived property can't be set."""
     from slime.config.settings import as_text
 
     lines: list[tuple[str, str]] = []
