@@ -44,7 +44,7 @@ _REWARD = "rollout/reward_mean"
 
 @dataclass(frozen=True)
 class Figure:
-    """One line of the table. `value` None: not known; `stderr`: over steps; `threshold` None: told, not judged."""
+    """One line of the table. `value` None: unknown; `stderr`: over steps; `threshold` None: shown, not judged."""
 
     name: str
     value: float | None
@@ -68,7 +68,7 @@ class Figure:
 
     @property
     def text(self) -> str:
-        """Return the value as people read it."""
+        """Return the value as text."""
         if self.value is None:
             return "not known"
         spread = f" ± {self._number(self.stderr)}" if self.stderr else ""
@@ -81,7 +81,7 @@ class Figure:
 
     @property
     def limit(self) -> str:
-        """Return the threshold as people read it."""
+        """Return the threshold as text."""
         return "" if self.threshold is None else self._number(self.threshold) + (" %" if self.percent else "")
 
     def _number(self, value: float) -> str:
@@ -91,7 +91,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Advice:
-    """A verdict, why, what to change for it, and all figures."""
+    """A verdict, its reason, the settings to change, and all figures."""
 
     verdict: str
     reasons: tuple[str, ...]
@@ -114,7 +114,7 @@ class Advice:
 
 
 def advise(rows: Rows, config: Mapping[str, Any]) -> Advice:
-    """Return what to do about the baseline. `config`: config.yaml as plain values.
+    """Return advice on the baseline. `config`: config.yaml as plain values.
 
     ValueError: not a run of reinforcement learning, or fewer than MIN_STEPS training steps.
     """
@@ -143,7 +143,7 @@ def advise(rows: Rows, config: Mapping[str, Any]) -> Advice:
 def _of_critic(
     signal: Figure, noise: Figure, cut: Figure, slow: Figure, config: Mapping[str, Any]
 ) -> tuple[str, tuple[str, ...], str]:
-    """Away from a critic only when it foretells nothing and no condition speaks for it."""
+    """Advise against a critic only if it predicts nothing and no condition favors it."""
     explains = "" if noise.value is None else f"it explains {100 * (1 - noise.value):.0f} % of the return's variance"
     if noise.above and cut.below and slow.below and not _reached(signal):
         short = f"{cut.brief} compactions an episode, slowest {slow.brief} times the mean"
@@ -164,7 +164,7 @@ def _of_critic(
 def _of_groups(
     signal: Figure, cut: Figure, slow: Figure, config: Mapping[str, Any]
 ) -> tuple[str, tuple[str, ...], str]:
-    """To a critic where signal is missing (groups all equal) or blurred (cut episodes). Time alone is no reason."""
+    """Advise a critic if the signal is missing (equal groups) or blurred (cut episodes). Time alone is no reason."""
     without = f"{signal.brief} of groups are without signal"
     reasons = [without] if signal.above else []
     if cut.above:
@@ -184,7 +184,7 @@ def _reached(bound: Figure) -> bool:
 
 
 def _to_groups(config: Mapping[str, Any]) -> str:
-    """Groups of GROUP; what the buffer counts in episodes is raised to a multiple of that where it is none."""
+    """Return the settings for groups of GROUP. The buffer's numbers of episodes are raised to multiples of it."""
     parts = ["advantage.baseline=grpo", f"buffer.episodes_per_prompt={GROUP}"]
     for key, needed in _WITHOUT_CRITIC.items():
         if _inside(config, "advantage", key, needed) != needed:
@@ -198,7 +198,7 @@ def _to_groups(config: Mapping[str, Any]) -> str:
 
 
 def _to_critic(config: Mapping[str, Any]) -> str:
-    """One episode a prompt, and ten steps' worth of episodes to pre-train the critic unless the run says otherwise."""
+    """Return the settings for one episode per prompt, and for ten steps of value pre-training unless it is set."""
     parts = ["advantage.baseline=critic", "buffer.episodes_per_prompt=1"]
     if not _inside(config, "critic", "warmup_episodes", 0):
         parts.append(f"critic.warmup_episodes={10 * int(_inside(config, 'buffer', 'episodes_per_step', 128))}")
@@ -215,7 +215,7 @@ def _signal(rows: Rows, group: int) -> Figure:
 
 
 def _signal_bound(rows: Rows, group: int, penalised: bool) -> Figure:
-    """The least share of groups whose rewards would all be equal.
+    """Return a lower bound of the share of groups with equal rewards.
 
     A prompt with pass rate p_j has G equal rewards with probability f(p_j), f(p) = p^G + (1 - p)^G. f is convex for
     G >= 2, so the mean of f(p_j) over prompts is at least f(mean of p_j) (Jensen): prompts that differ only raise it.
@@ -278,7 +278,7 @@ def _tail(rows: Rows) -> Figure:
 
 
 def _mean(rows: Rows, name: str) -> tuple[float | None, float]:
-    """Mean over the steps that logged it and its standard error; (None, 0) where fewer than MIN_STEPS did."""
+    """Return the mean over the steps that logged it and its standard error; (None, 0) for fewer than MIN_STEPS."""
     values = [row[name] for row in rows if name in row]
     if len(values) < MIN_STEPS:
         return None, 0.0

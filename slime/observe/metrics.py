@@ -177,7 +177,7 @@ def advantage_metrics(sub_traces: Sequence[SubTrace], targets: Sequence[Targets]
 
 
 def _flat(sub_traces: Sequence[SubTrace], arrays: Sequence[NDArray]) -> NDArray:
-    """Entries of action tokens, [I], in the order of the sub-traces. ValueError: lengths differ, or there are none."""
+    """Return the entries of action tokens, [I], in the order of the sub-traces. ValueError: wrong lengths, or none."""
     parts = []
     for trace, array in zip(sub_traces, arrays, strict=True):
         if len(array) != len(trace.action_mask):

@@ -151,7 +151,7 @@ class View:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Ends the panel before anything else, a traceback for instance, is written."""
+        """End the panel before anything else, for example a traceback, is written."""
         self._stop()
 
     @property
@@ -169,7 +169,7 @@ class View:
         return max(0.0, (self.total_steps - self.step_number) * pace_s - spent_s)
 
     def phase(self, name: str) -> None:
-        """Show what the run does now. Plain output names each phase once, until the first step is done."""
+        """Show the current phase of the run. Plain output names each phase once, until the first step is done."""
         self.phase_name = name
         if self._live is None and not self.last and name not in self._phases_told:
             self._phases_told.add(name)
@@ -201,14 +201,14 @@ class View:
         self._refresh()
 
     def note(self, text: str) -> None:
-        """Print a line that stays: a checkpoint, a warning."""
+        """Print a permanent line, for example a warning."""
         if self._live is None:
             self._print(f"  {text}")
         else:
             self._live.console.print(Text(text), soft_wrap=True)
 
     def final(self, text: str) -> None:
-        """End the panel and write the run's last words below it."""
+        """End the panel and write the run's last lines below it."""
         self._stop()
         self._print(text)
 
@@ -232,7 +232,7 @@ class View:
             self._live.refresh()
 
     def _print(self, text: str) -> None:
-        """Whole lines to the console, as they are: no markup, no wrapping."""
+        """Write complete lines to the console, without markup and wrapping."""
         self._console.file.write(text + "\n")
         self._console.file.flush()
 

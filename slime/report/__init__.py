@@ -43,7 +43,7 @@ _TIME_PARTS = (
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write `run_dir`/report.html and return its path; the page appears whole or not at all.
+    """Write `run_dir`/report.html and return its path. The page is complete or does not appear.
 
     ValueError when the run has no metrics yet. Curves whose metrics were never logged are left out.
     """
@@ -114,7 +114,7 @@ def _resource(name: str) -> str:
 
 
 def _fill(template: str, values: Mapping[str, str]) -> str:
-    """Puts values where the template says {{name}}, in one pass: what a value contains is never filled again."""
+    """Replace each {{name}} of the template in one pass, so that the contents of a value are never replaced."""
     first, *pieces = template.split("{{")
     parts = [first]
     for piece in pieces:
@@ -128,7 +128,7 @@ def _total(rows: Rows, name: str) -> float:
 
 
 def _facts(rows: Rows, config: Mapping[str, Any]) -> str:
-    """Run facts as a definition list; what is not known is left out."""
+    """Return the facts of the run as a definition list, without unknown ones."""
     last = rows[-1]
     evals = [row for row in rows if "eval/pass_rate" in row]
     facts: list[tuple[str, str, str]] = []
@@ -168,7 +168,7 @@ def _inside(section: Any, key: str) -> Any:
 
 
 def _engine_options(config: Mapping[str, Any]) -> str:
-    """What was given to SGLang and Megatron beside our own settings."""
+    """Return the options of SGLang and Megatron that the run sets in addition to our own settings."""
     found = {key: _inside(_inside(config.get(key), "engine"), "options") for key in ("rollout", "policy", "critic")}
     return ", ".join(
         f"{key}.engine.options.{name}={value}"
@@ -182,7 +182,7 @@ def _model(section: Any) -> Any:
 
 
 def _time(rows: Rows) -> str:
-    """Time per step, stacked, and one sentence on what is spent outside engines and Megatron."""
+    """Return the time per step, stacked, and a sentence on the time outside engines and Megatron."""
     chart = Chart(
         "Time per step",
         [Series(name, points(rows, key), colour) for colour, (key, name) in enumerate(_TIME_PARTS)],

@@ -1,4 +1,4 @@
-"""Curves as inline SVG, written by hand: text stays text, colours come from the page's CSS, nothing is fetched.
+"""Curves as inline SVG: text stays text, colors come from the page's CSS, nothing is fetched.
 
 A chart is a pure function of its numbers. What the pointer or the arrow keys show is put into `data-hover`, which the
 page's script reads; without the script the picture is complete.
@@ -19,7 +19,7 @@ Points = Sequence[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Series:
-    """One curve: (step, value) in step order, or what the chart's x_name says.
+    """One curve: (step, value) in the order of steps, or of the quantity that the chart's x_name names.
 
     `errors` are half-widths of the band around it, one a point.
     """
@@ -34,7 +34,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart before it is drawn. `bounds` fixes the value axis, None lets the data decide (zero included)."""
+    """A chart's data. `bounds` are those of the value axis; None: determined by the data and zero."""
 
     title: str
     series: Sequence[Series]
@@ -48,7 +48,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class _Axes:
-    """Where data lands in the picture; `x` and `y` map data to viewBox units."""
+    """The scales of a chart: `x` and `y` map data to viewBox units."""
 
     width: int
     height: int
@@ -76,7 +76,7 @@ class _Axes:
 
 
 def short(value: float) -> str:
-    """Return a number in few characters: 0.412, 1.2e-05, 12.4k."""
+    """Return a number in a few characters: 0.412, 1.2e-05, 12.4k."""
     size = abs(value)
     if size == 0:
         return "0"
@@ -115,7 +115,7 @@ def ticks(low: float, high: float, wanted: int) -> list[float]:
 
 
 def figure(chart: Chart, wide: bool = False) -> str:
-    """Return the chart as an HTML <figure>; `wide` also has a narrow picture that phones get instead."""
+    """Return the chart as an HTML <figure>; a `wide` one includes a narrow picture for phones."""
     kept = [series for series in chart.series if series.points]
     if not kept:
         return ""
@@ -138,7 +138,7 @@ def figure(chart: Chart, wide: bool = False) -> str:
 
 
 def svg(chart: Chart, width: int, height: int) -> str:
-    """Return the picture alone: grid, axes, curves, a crosshair, and a sentence for those who cannot see it."""
+    """Return the picture alone: grid, axes, curves, a crosshair, and a description for screen readers."""
     series = [_thinned(one) for one in chart.series if one.points]
     layers = _stack(series) if chart.stacked else [list(one.points) for one in series]
     axes = _axes(chart, series, layers, width, height)
@@ -166,7 +166,7 @@ def _thinned(series: Series) -> Series:
 
 
 def _stack(series: Sequence[Series]) -> list[list[tuple[float, float]]]:
-    """Cumulative tops of the layers; a series without a value at a step adds nothing there."""
+    """Return the cumulative tops of the layers. A series without a value at a step adds nothing there."""
     steps = sorted({step for one in series for step, _ in one.points})
     tops: list[list[tuple[float, float]]] = []
     height = dict.fromkeys(steps, 0.0)
@@ -234,7 +234,7 @@ def _curve(axes: _Axes, series: Series) -> str:
 
 
 def _areas(axes: _Axes, series: Sequence[Series], layers: Sequence[Points]) -> list[str]:
-    """Bars where there is room for them, areas where there are many steps: each layer from the top before it."""
+    """Return the layers, each on top of the one before: as bars if there is room, or as areas for many steps."""
     floor = [(step, 0.0) for step, _ in layers[0]]
     half = 0.4 * (axes.x(1) - axes.x(0))
     parts = []
@@ -256,7 +256,7 @@ def _areas(axes: _Axes, series: Sequence[Series], layers: Sequence[Points]) -> l
 
 
 def _hover(axes: _Axes, chart: Chart, series: Sequence[Series]) -> dict[str, object]:
-    """What the page's script shows: viewBox x of each step and one text a step."""
+    """Return the data of the page's script: viewBox x and text of each step."""
     texts: dict[float, list[str]] = {}
     for one in series:
         errors = one.errors or [0.0] * len(one.points)
@@ -272,7 +272,7 @@ def _hover(axes: _Axes, chart: Chart, series: Sequence[Series]) -> dict[str, obj
 
 
 def _spoken(chart: Chart, series: Sequence[Series]) -> str:
-    """The chart in a sentence a series: first, last, smallest and largest value."""
+    """Describe each series of the chart in a sentence: first, last, smallest and largest value."""
     parts = [f"{chart.title}."]
     for one in series:
         values = [value for _, value in one.points]
@@ -305,7 +305,7 @@ _LEGEND_WIDTH = 230
 
 
 def standalone(chart: Chart, width: int = 760, height: int = 320) -> str:
-    """Return the chart as an SVG file of its own: title above, light or dark as the reader's screen is.
+    """Return the chart as a standalone SVG file with a title, light or dark like the reader's screen.
 
     Several curves are named on the right, in the order of their last values.
     """

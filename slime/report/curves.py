@@ -1,4 +1,4 @@
-"""Which metrics the page shows as curves, in which company. docs/metrics.md says what each one means.
+"""The panels of the page: which metrics are shown as curves together. docs/metrics.md explains each metric.
 
 A curve whose metric was never logged is left out, and so is one that never left its `neutral` value (no token was
 masked, no group was without signal): a chart without curves is not drawn.
@@ -247,7 +247,7 @@ def chart(rows: Rows, panel: Panel) -> Chart:
 
 
 def lag_shares(rows: Rows) -> Chart:
-    """Return action tokens by their lag, stacked: one layer a lag, the last for all older ones."""
+    """Return action tokens by their lag, stacked: one layer per lag, the last for all older ones."""
     own = len(_LAGS) - 1
     layers: list[list[tuple[float, float]]] = [[] for _ in _LAGS]
     for row in rows:
@@ -296,7 +296,7 @@ def speed(rows: Rows) -> Chart:
 
 
 def _smooth(values: Sequence[tuple[float, float]], window: int) -> list[tuple[float, float]]:
-    """Mean of each point and the `window` - 1 before it."""
+    """Return the mean of each point and the `window` - 1 points before it."""
     means = []
     for index, (step, _) in enumerate(values):
         recent = values[max(0, index - window + 1) : index + 1]

@@ -1,4 +1,4 @@
-"""Sample episodes as HTML: sub-traces as cards in time order, action tokens coloured by advantage or value.
+"""Sample episodes as HTML: sub-traces as cards in time order, action tokens colored by advantage or value.
 
 Every piece of text in an episode is hostile until it is escaped: models, tools and task files wrote it.
 """
@@ -34,7 +34,7 @@ _ARROWS = {
 
 @dataclass(frozen=True)
 class Scale:
-    """What full colour means: the largest |advantage|, and the smallest and largest value."""
+    """The values of full color: the largest |advantage|, and the smallest and largest value."""
 
     advantage: float
     low: float
@@ -43,7 +43,7 @@ class Scale:
 
 @dataclass(frozen=True)
 class _Line:
-    """Where an episode lies in the file, and what choosing needs to know of it."""
+    """The place of an episode in the file, and the facts by which it is chosen."""
 
     offset: int
     step: int
@@ -93,7 +93,7 @@ def _index(path: Path) -> Iterator[_Line]:
 
 
 def _groups(keys: Sequence[tuple[int, str]]) -> list[tuple[int, str]]:
-    """Evenly spaced keys, half of them evaluations where there are enough, the outermost evaluations always."""
+    """Return evenly spaced keys. Half are evaluations if there are enough; the first and last always are."""
     evals = [key for key in keys if key[1] == "eval"]
     others = [key for key in keys if key[1] != "eval"]
     num_evals = min(len(evals), max(MAX_GROUPS // 2, MAX_GROUPS - len(others)))
@@ -110,14 +110,14 @@ def _evenly(keys: Sequence[tuple[int, str]], wanted: int) -> list[tuple[int, str
 
 
 def _both_ends(lines: Sequence[_Line], wanted: int) -> list[_Line]:
-    """Best, worst, second best, ... of a group, shown from the best to the worst."""
+    """Choose the best, worst, second best, ... of a group, and return them from the best to the worst."""
     ranked = sorted(lines, key=lambda line: (-line.reward, line.offset))
     top, bottom = -(-wanted // 2), wanted // 2
     return ranked if len(ranked) <= wanted else ranked[:top] + ranked[len(ranked) - bottom :]
 
 
 def scale(records: Iterable[Mapping[str, Any]]) -> Scale:
-    """Return the colour scale of all shown episodes: 95th percentile of |advantage|; 0..1 or the wider range of
+    """Return the color scale of all shown episodes: 95th percentile of |advantage|; 0..1 or the wider range of
     values.
     """
     advantages, values = [], []
@@ -137,7 +137,7 @@ def scale(records: Iterable[Mapping[str, Any]]) -> Scale:
 
 
 def render(records: Sequence[Mapping[str, Any]]) -> str:
-    """Return all groups, one <section> a step and split; "" when there are no episodes."""
+    """Return all groups, one <section> per step and split; "" if there are no episodes."""
     colours = scale(records)
     parts: list[str] = []
     last = (int(records[-1]["step"]), str(records[-1]["split"])) if records else None
@@ -210,7 +210,7 @@ def _card(number: int, sub_trace: Mapping[str, Any], colours: Scale, max_tokens:
 
 
 def _rows(tokens: Sequence[Mapping[str, Any]], colours: Scale, starts: bool) -> str:
-    """One row a run of tokens of one kind: who wrote it at the left, the text at the right."""
+    """Return one row for each run of tokens of one kind: the writer at the left, the text at the right."""
     runs = [
         (kind, list(run))
         for kind, run in groupby(tokens, key=lambda token: (bool(token.get("action")), bool(token.get("summary"))))
@@ -233,7 +233,7 @@ def _rows(tokens: Sequence[Mapping[str, Any]], colours: Scale, starts: bool) -> 
 
 
 def _action(token: Mapping[str, Any], colours: Scale) -> str:
-    """One sampled token; `data-t` is read by the page's script: log-prob, value, advantage, weight version."""
+    """Return one sampled token. The page's script reads `data-t`: log-prob, value, advantage, weight version."""
     facts = "|".join(_fact(token.get(name)) for name in ("logprob", "value", "advantage", "version"))
     style = f"{_advantage_class(token.get('advantage'), colours)} {_value_class(token.get('value'), colours)}".strip()
     return f'<i class="{style}" data-t="{facts}">{_text(token.get("text", ""), MAX_TOKEN_CHARS)}</i>'
@@ -260,7 +260,7 @@ def _value_class(value: Any, colours: Scale) -> str:
 
 
 def _text(value: Any, limit: int) -> str:
-    """Escaped text of at most `limit` characters; control characters become visible ones."""
+    """Return escaped text of at most `limit` characters, with visible signs for control characters."""
     text = clean_text(str(value))
     if len(text) > limit:
         text = text[:limit] + "…"
