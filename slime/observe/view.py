@@ -25,7 +25,7 @@ from rich.text import Text
 
 SPARK = "▁▂▃▄▅▆▇█"
 ASCII_SPARK = ".:-=+*#@"
-# Where a step's time goes: metric, name, colour (Okabe-Ito, told apart by the colour-blind).
+# Where a step's time goes: metric, name, color (Okabe-Ito, told apart by the color-blind).
 TIME_PARTS = (
     ("time/rollout_s", "rollout", "#56b4e9"),
     ("time/values_s", "values", "#009e73"),
@@ -355,25 +355,25 @@ class _Panel:
 
     def _time_bar(self, width: int, ascii_only: bool) -> Iterator[Text]:
         last = self._view.last
-        spent = [(name, colour, last[key]) for key, name, colour in TIME_PARTS if last.get(key, 0.0) > 0]
+        spent = [(name, color, last[key]) for key, name, color in TIME_PARTS if last.get(key, 0.0) > 0]
         total = sum(seconds for _, _, seconds in spent)
         if total <= 0:
             return
         bar = Text(f"{'time of it':<12}{last.get('time/step_s', total):>6.1f}s ")
         shares = cells([seconds for _, _, seconds in spent], max(8, min(60, width - 21)))
-        for (name, colour, _), size in zip(spent, shares, strict=True):
-            bar.append((name[0] if ascii_only else "█") * size, style=colour)
+        for (name, color, _), size in zip(spent, shares, strict=True):
+            bar.append((name[0] if ascii_only else "█") * size, style=color)
         yield bar
         wide = width >= 90
         legend = Text(" " * 20 if wide else "")
-        for name, colour, seconds in spent:
-            legend.append(f"{name} ", style=colour)
+        for name, color, seconds in spent:
+            legend.append(f"{name} ", style=color)
             legend.append(f"{100 * seconds / total:.0f}%{'  ' if wide else ' '}", style="dim")
         legend.rstrip()
         yield legend
 
 
-def _curve(label: str, value: str, values: Sequence[float], width: int, colour: str, ascii_only: bool) -> Text:
+def _curve(label: str, value: str, values: Sequence[float], width: int, color: str, ascii_only: bool) -> Text:
     line = Text(f"{label:<19} ")
     line.append(f"{value:<18}", style="bold")
-    return line.append(sparkline(values, width, ascii_only), style=colour)
+    return line.append(sparkline(values, width, ascii_only), style=color)

@@ -50,7 +50,7 @@ def write_report(run_dir: Path) -> Path:
     rows = _rows(run_dir)
     config = read_config(run_dir)
     records = choose(run_dir / EPISODES_FILE)
-    colours = scale(records)
+    colors = scale(records)
     script = _resource("page.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     page = _fill(
@@ -64,9 +64,9 @@ def write_report(run_dir: Path) -> Path:
             "time": _time(rows),
             "episodes": render(records) or "<p>No sample episodes were kept.</p>",
             "controls": "" if records else "hidden",
-            "advantage": short(colours.advantage),
-            "value_low": short(colours.low),
-            "value_high": short(colours.high),
+            "advantage": short(colors.advantage),
+            "value_low": short(colors.low),
+            "value_high": short(colors.high),
             "script": script,
         },
     )
@@ -185,7 +185,7 @@ def _time(rows: Rows) -> str:
     """Return the time per step, stacked, and a sentence on the time outside engines and Megatron."""
     chart = Chart(
         "Time per step",
-        [Series(name, points(rows, key), colour) for colour, (key, name) in enumerate(_TIME_PARTS)],
+        [Series(name, points(rows, key), color) for color, (key, name) in enumerate(_TIME_PARTS)],
         note="Seconds, stacked.",
         form=lambda value: f"{short(value)} s",
         stacked=True,

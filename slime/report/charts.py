@@ -26,7 +26,7 @@ class Series:
 
     name: str
     points: Points
-    colour: int = 0  # CSS class c0..c7
+    color: int = 0  # CSS class c0..c7
     errors: Sequence[float] = ()
     dots: bool = False
     faint: bool = False
@@ -126,7 +126,7 @@ def figure(chart: Chart, wide: bool = False) -> str:
     if len(kept) > 1:
         marks = ['<i class="faint"></i>' if series.faint else "<i></i>" for series in kept]
         names = [
-            f'<li class="c{one.colour}">{mark}{escape(one.name)}</li>' for one, mark in zip(kept, marks, strict=True)
+            f'<li class="c{one.color}">{mark}{escape(one.name)}</li>' for one, mark in zip(kept, marks, strict=True)
         ]
         legend = '<ul class="legend">' + "".join(names) + "</ul>"
     note = f"<p>{escape(chart.note)}</p>" if chart.note else ""
@@ -161,7 +161,7 @@ def _thinned(series: Series) -> Series:
     steps = [step for step, _ in series.points]
     errors = thin(list(zip(steps, series.errors, strict=True))) if series.errors else []
     return Series(
-        series.name, thin(series.points), series.colour, [error for _, error in errors], series.dots, series.faint
+        series.name, thin(series.points), series.color, [error for _, error in errors], series.dots, series.faint
     )
 
 
@@ -224,12 +224,12 @@ def _curve(axes: _Axes, series: Series) -> str:
         pairs = list(zip(series.points, series.errors, strict=True))
         upper = [f"{axes.x(step):.1f},{axes.y(value + error):.1f}" for (step, value), error in pairs]
         lower = [f"{axes.x(step):.1f},{axes.y(value - error):.1f}" for (step, value), error in reversed(pairs)]
-        parts.append(f'<polygon class="band c{series.colour}" points="{" ".join(upper + lower)}"/>')
-    style = f"line c{series.colour}{' faint' if series.faint else ''}"
+        parts.append(f'<polygon class="band c{series.color}" points="{" ".join(upper + lower)}"/>')
+    style = f"line c{series.color}{' faint' if series.faint else ''}"
     line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
     parts.append(f'<polyline class="{style}" points="{line}"/>')
     if series.dots or len(places) == 1:
-        parts += [f'<circle class="dot c{series.colour}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in places]
+        parts += [f'<circle class="dot c{series.color}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in places]
     return "".join(parts)
 
 
@@ -247,10 +247,10 @@ def _areas(axes: _Axes, series: Sequence[Series], layers: Sequence[Points]) -> l
                 for (step, high), (_, low) in pairs
                 if high > low
             ]
-            parts.append(f'<path class="area c{one.colour}" d="{"".join(shapes)}"/>')
+            parts.append(f'<path class="area c{one.color}" d="{"".join(shapes)}"/>')
         else:
             edge = [f"{axes.x(step):.1f},{axes.y(value):.1f}" for step, value in (*top, *reversed(floor))]
-            parts.append(f'<polygon class="area c{one.colour}" points="{" ".join(edge)}"/>')
+            parts.append(f'<polygon class="area c{one.color}" points="{" ".join(edge)}"/>')
         floor = list(top)
     return parts
 
@@ -289,17 +289,17 @@ _LIGHT = ("#0072b2", "#c25700", "#00805c", "#a8527f", "#7a5fb5", "#6b7785", "#a0
 _DARK = ("#56b4e9", "#f0a040", "#3ecf9f", "#e79bc6", "#b9a5f0", "#a7b2bf", "#e0d060")
 
 
-def _colours(shades: Sequence[str]) -> str:
+def _colors(shades: Sequence[str]) -> str:
     return "".join(f".c{number}{{color:{shade}}}" for number, shade in enumerate(shades))
 
 
 _CURVE_STYLE = (
     "text{font:13px system-ui,sans-serif;fill:#57606a}.title{font-weight:600;font-size:16px;fill:#1f2328}"
     ".grid{stroke:#d0d7de}.line{fill:none;stroke:currentColor;stroke-width:2.5;stroke-linejoin:round}"
-    f".band{{fill:currentColor;opacity:.18}}.dot{{fill:currentColor}}{_colours(_LIGHT)}"
+    f".band{{fill:currentColor;opacity:.18}}.dot{{fill:currentColor}}{_colors(_LIGHT)}"
     ".cross{display:none}.ground{fill:#ffffff}"
     "@media(prefers-color-scheme:dark){text{fill:#9198a1}.title{fill:#f0f6fc}.grid{stroke:#3d444d}"
-    f"{_colours(_DARK)}.ground{{fill:#0d1117}}}}"
+    f"{_colors(_DARK)}.ground{{fill:#0d1117}}}}"
 )
 _LEGEND_WIDTH = 230
 
@@ -317,7 +317,7 @@ def standalone(chart: Chart, width: int = 760, height: int = 320) -> str:
         full += _LEGEND_WIDTH
         for row, one in enumerate(sorted(kept, key=lambda one: -one.points[-1][1])):
             y = 24 + 24 * row
-            body += f'<line class="line c{one.colour}" x1="{width + 8}" x2="{width + 30}" y1="{y - 4}" y2="{y - 4}"/>'
+            body += f'<line class="line c{one.color}" x1="{width + 8}" x2="{width + 30}" y1="{y - 4}" y2="{y - 4}"/>'
             body += f'<text x="{width + 38}" y="{y}">{escape(one.name)}</text>'
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="-10 -34 {full + 16} {height + 40}" role="img" '

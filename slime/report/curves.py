@@ -22,7 +22,7 @@ class Curve:
 
     metric: str
     label: str
-    colour: int
+    color: int
     neutral: float | None = None
     less: float = 0.0  # is subtracted: a ratio's distance from 1
 
@@ -173,7 +173,7 @@ EPISODES = (
         "What a synchronous step waits for.",
     ),
 )
-# The lags that have a colour of their own; older ones share the last.
+# The lags that have a color of their own; older ones share the last.
 _LAGS = ("0", "1", "2", "3", "4", "5 or more")
 _BESIDE = (("return", 1), ("value", 2))
 
@@ -190,7 +190,7 @@ def pass_rate(rows: Rows) -> Series:
     return Series(
         "held-out pass rate",
         points(evals, "eval/pass_rate"),
-        colour=0,
+        color=0,
         errors=errors if any(errors) else (),
         dots=len(evals) <= 60,
     )
@@ -221,10 +221,10 @@ def learned(rows: Rows) -> Chart:
     window = max(5, len(reward) // 40)
     series: list[Series] = [pass_rate(rows)]
     if len(reward) > window:
-        series.append(Series("training reward", reward, colour=1, faint=True))
-        series.append(Series(f"training reward, mean of {window} steps", _smooth(reward, window), colour=1))
+        series.append(Series("training reward", reward, color=1, faint=True))
+        series.append(Series(f"training reward, mean of {window} steps", _smooth(reward, window), color=1))
     else:
-        series.append(Series("training reward", reward, colour=1))
+        series.append(Series("training reward", reward, color=1))
     return Chart(
         "What was learned",
         series,
@@ -240,7 +240,7 @@ def chart(rows: Rows, panel: Panel) -> Chart:
         found = [point for point in points(rows, curve.metric, curve.less) if point[1] > 0 or not panel.log]
         if all(value == curve.neutral for _, value in found):
             found = []
-        series.append(Series(curve.label, found, curve.colour))
+        series.append(Series(curve.label, found, curve.color))
     return Chart(
         panel.title, series, panel.note, bounds=panel.bounds, log=panel.log, form=panel.form, stacked=panel.stacked
     )
@@ -258,8 +258,8 @@ def lag_shares(rows: Rows) -> Chart:
         for layer, height in zip(layers, [*heights, sum(shares.values())], strict=True):
             layer.append((row["step"], height))
     series = [
-        Series(name, layer if any(height for _, height in layer) else [], colour)
-        for colour, (name, layer) in enumerate(zip(_LAGS, layers, strict=True))
+        Series(name, layer if any(height for _, height in layer) else [], color)
+        for color, (name, layer) in enumerate(zip(_LAGS, layers, strict=True))
     ]
     note = "Share of action tokens by weight versions since their sampling, stacked."
     return Chart("Tokens by lag", series, note, bounds=(0.0, 1.0), form=percent, stacked=True)
@@ -284,7 +284,7 @@ def by_place(rows: Rows, place: str) -> Chart:
         step = row["step"]
         break
     where, x_name = ("fifth of the episode", "fifth") if place == "position" else ("turn", "turn")
-    series = [Series(f"mean {what}", sorted(found[what]), colour, dots=True) for what, colour in _BESIDE]
+    series = [Series(f"mean {what}", sorted(found[what]), color, dots=True) for what, color in _BESIDE]
     note = f"At step {step:.0f}: apart where the critic is wrong."
     return Chart(f"Value and return by {where}", series, note, x_name=x_name)
 

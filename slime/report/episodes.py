@@ -22,7 +22,7 @@ MAX_TOKENS = 1200  # of one sub-trace; the middle of a longer one is left out
 MAX_EPISODE_TOKENS = 2400
 MAX_TOKEN_CHARS = 80
 MAX_SUB_TRACES = 24
-NUM_SHADES = 4  # of each colour: advantages have classes n4..n1, z, p1..p4, values v0..v8
+NUM_SHADES = 4  # of each color: advantages have classes n4..n1, z, p1..p4, values v0..v8
 
 _KINDS = {"final": "final", "compacted": "compacted", "sub_agent": "sub-agent"}
 _ARROWS = {
@@ -138,7 +138,7 @@ def scale(records: Iterable[Mapping[str, Any]]) -> Scale:
 
 def render(records: Sequence[Mapping[str, Any]]) -> str:
     """Return all groups, one <section> per step and split; "" if there are no episodes."""
-    colours = scale(records)
+    colors = scale(records)
     parts: list[str] = []
     last = (int(records[-1]["step"]), str(records[-1]["split"])) if records else None
     is_open = True  # the first episode of the first and of the last group
@@ -147,13 +147,13 @@ def render(records: Sequence[Mapping[str, Any]]) -> str:
         parts.append(f'<section class="group"><h3>Step {step} <span>{escape(clean_text(name))}</span></h3>')
         is_open = is_open or (step, split) == last
         for record in group:
-            parts.append(_episode(record, colours, is_open))
+            parts.append(_episode(record, colors, is_open))
             is_open = False
         parts.append("</section>")
     return "".join(parts)
 
 
-def _episode(record: Mapping[str, Any], colours: Scale, is_open: bool) -> str:
+def _episode(record: Mapping[str, Any], colors: Scale, is_open: bool) -> str:
     reward = float(record.get("reward") or 0.0)
     status = _text(record.get("status", ""), 40)
     tone = "good" if reward > 0.5 else "bad"
@@ -173,7 +173,7 @@ def _episode(record: Mapping[str, Any], colours: Scale, is_open: bool) -> str:
             body.append(f'<p class="arrow"><span aria-hidden="true">↓</span> {escape(arrow)}</p>')
         shown = min(MAX_TOKENS, max(budget, 40))
         budget -= min(shown, len(sub_trace.get("tokens", ())))
-        body.append(_card(number, sub_trace, colours, shown))
+        body.append(_card(number, sub_trace, colors, shown))
     if len(sub_traces) > MAX_SUB_TRACES:
         body.append(f'<p class="gap">{len(sub_traces) - MAX_SUB_TRACES} later sub-traces left out</p>')
     if events:
@@ -190,7 +190,7 @@ def _status_tone(status: str) -> str:
     return {"finished": "plain", "truncated": "warn", "failed": "bad"}.get(status, "plain")
 
 
-def _card(number: int, sub_trace: Mapping[str, Any], colours: Scale, max_tokens: int) -> str:
+def _card(number: int, sub_trace: Mapping[str, Any], colors: Scale, max_tokens: int) -> str:
     tokens = list(sub_trace.get("tokens", ()))
     kind = str(sub_trace.get("kind", ""))
     actions = sum(1 for token in tokens if token.get("action"))
@@ -198,9 +198,9 @@ def _card(number: int, sub_trace: Mapping[str, Any], colours: Scale, max_tokens:
     head, tail = tokens, []
     if left_out > 0:
         head, tail = tokens[: max_tokens // 2], tokens[len(tokens) - (max_tokens - max_tokens // 2) :]
-    rows = _rows(head, colours, starts=True)
+    rows = _rows(head, colors, starts=True)
     if tail:
-        rows += f'<p class="gap">{left_out} tokens left out here</p>{_rows(tail, colours, starts=False)}'
+        rows += f'<p class="gap">{left_out} tokens left out here</p>{_rows(tail, colors, starts=False)}'
     title = f"Sub-trace {number + 1} · {escape(clean_text(_KINDS.get(kind, kind)))}"
     extra = " inner" if kind == "sub_agent" else ""
     return (
@@ -209,7 +209,7 @@ def _card(number: int, sub_trace: Mapping[str, Any], colours: Scale, max_tokens:
     )
 
 
-def _rows(tokens: Sequence[Mapping[str, Any]], colours: Scale, starts: bool) -> str:
+def _rows(tokens: Sequence[Mapping[str, Any]], colors: Scale, starts: bool) -> str:
     """Return one row for each run of tokens of one kind: the writer at the left, the text at the right."""
     runs = [
         (kind, list(run))
@@ -220,7 +220,7 @@ def _rows(tokens: Sequence[Mapping[str, Any]], colours: Scale, starts: bool) -> 
         before_summary = number + 1 < len(runs) and runs[number + 1][0] == (True, True)
         if action:
             name, style = ("summary", "sum") if summary else ("policy", "pol")
-            text = "".join(_action(token, colours) for token in run)
+            text = "".join(_action(token, colors) for token in run)
         else:
             name, style = ("task", "task") if starts and number == 0 else ("tool", "tool")
             if summary:
@@ -232,10 +232,10 @@ def _rows(tokens: Sequence[Mapping[str, Any]], colours: Scale, starts: bool) -> 
     return "".join(parts)
 
 
-def _action(token: Mapping[str, Any], colours: Scale) -> str:
+def _action(token: Mapping[str, Any], colors: Scale) -> str:
     """Return one sampled token. The page's script reads `data-t`: log-prob, value, advantage, weight version."""
     facts = "|".join(_fact(token.get(name)) for name in ("logprob", "value", "advantage", "version"))
-    style = f"{_advantage_class(token.get('advantage'), colours)} {_value_class(token.get('value'), colours)}".strip()
+    style = f"{_advantage_class(token.get('advantage'), colors)} {_value_class(token.get('value'), colors)}".strip()
     return f'<i class="{style}" data-t="{facts}">{_text(token.get("text", ""), MAX_TOKEN_CHARS)}</i>'
 
 
@@ -245,17 +245,17 @@ def _fact(value: Any) -> str:
     return str(value) if isinstance(value, int) else f"{float(value):.3g}"
 
 
-def _advantage_class(value: Any, colours: Scale) -> str:
+def _advantage_class(value: Any, colors: Scale) -> str:
     if value is None:
         return ""
-    level = round(min(1.0, abs(float(value)) / colours.advantage) * NUM_SHADES)
+    level = round(min(1.0, abs(float(value)) / colors.advantage) * NUM_SHADES)
     return "z" if level == 0 else f"{'p' if value > 0 else 'n'}{level}"
 
 
-def _value_class(value: Any, colours: Scale) -> str:
+def _value_class(value: Any, colors: Scale) -> str:
     if value is None:
         return ""
-    share = (float(value) - colours.low) / ((colours.high - colours.low) or 1.0)
+    share = (float(value) - colors.low) / ((colors.high - colors.low) or 1.0)
     return f"v{round(min(max(share, 0.0), 1.0) * 8)}"
 
 

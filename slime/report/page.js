@@ -80,7 +80,7 @@ addEventListener("scroll", () => light(null), { passive: true });
 
 for (const button of document.querySelectorAll("[data-set]")) {
   button.addEventListener("click", () => {
-    document.body.dataset.colour = button.dataset.set;
+    document.body.dataset.color = button.dataset.set;
     for (const other of document.querySelectorAll("[data-set]")) {
       other.setAttribute("aria-pressed", String(other === button));
     }

@@ -106,7 +106,7 @@ def test_config_of_a_runnable_recipe(capsys: pytest.CaptureFixture[str]) -> None
     assert cli.main(["config", PPO]) == 0
     out = capsys.readouterr().out
     assert out.endswith("this machine can run it\n")
-    assert "\033" not in out  # not a terminal: no colours
+    assert "\033" not in out  # not a terminal: no colors
 
 
 @pytest.mark.usefixtures("_roomy_machine")

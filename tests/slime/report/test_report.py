@@ -365,7 +365,7 @@ def test_panels_have_titles_and_labels_of_their_own() -> None:
     assert len({panel.title for panel in panels}) == len(panels)
     for panel in panels:
         assert (
-            len({curve.colour for curve in panel.curves})
+            len({curve.color for curve in panel.curves})
             == len(panel.curves)
             == len({curve.label for curve in panel.curves})
         )
@@ -381,4 +381,4 @@ def test_page_loads_without_console_errors(run_dir: Path, tmp_path: Path) -> Non
                page.as_uri()]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert "CONSOLE" not in done.stderr
-    assert 'data-colour="advantage"' in done.stdout
+    assert 'data-color="advantage"' in done.stdout
