@@ -1,9 +1,9 @@
-"""Weights from the policy's ranks into the running engines.
+"""Publication of the policy's weights to the running engines.
 
-    pause engines -> [ policy gathers and broadcasts a bucket | engines receive it ] ... -> go on, new version
+    pause engines -> [ policy gathers and broadcasts a bucket | engines receive it ] ... -> resume, new version
 
-The bytes go device to device over one torch.distributed group (gloo or nccl): rank 0 is the policy's
-rank 0, the engines' tensor-parallel ranks follow. Nothing but names and shapes passes through here.
+The bytes travel from device to device over one torch.distributed group (gloo or nccl). Its rank 0 is the policy's rank
+0; the other ranks are the engines' tensor-parallel ranks. This process handles only names and shapes.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Weights:
         self._members = self.engines.urls
 
     def use_engines(self, urls: Sequence[str]) -> None:
-        """Publish to the engines at `urls` from the next publication on. None at all: there is nothing to send."""
+        """Publish to the engines at `urls` from the next publication on. With no engine, nothing is sent."""
         self.engines, self._regroup = replace(self.engines, urls=tuple(urls)), True
 
     def use_policy(self, policy: PolicyGroup, trainers: Sequence[WorkerGroup]) -> None:
@@ -98,10 +98,10 @@ class Weights:
         self._members, self._updating = (), False
 
     def lend_memory(self) -> None:
-        """Let training use the engines' memory where both share a GPU; nothing to do here."""
+        """Let training use the engines' memory if both share a GPU. Here they do not."""
 
     def publish(self, version: int) -> float:
-        """Put the policy's present weights into every engine under `version`; return seconds.
+        """Publish the policy's current weights to every engine as `version`, and return the seconds that it took.
 
         With `rollout.engine.delta` every publication but the first sends changes only. RuntimeError: then an engine
         does not hold what the last one left there.
@@ -115,7 +115,7 @@ class Weights:
         return time.perf_counter() - began
 
     def verify(self) -> None:
-        """Prove that every engine holds the policy's weights, all of them and nothing else; takes a publication.
+        """Prove that every engine holds exactly the policy's weights. This takes a publication.
 
         The engines hash what they hold, have it overwritten with random numbers, are sent the policy's weights
         whole, and hash again. A tensor that was not as the policy has it, or that no publication reaches, has
@@ -143,14 +143,14 @@ class Weights:
         )
 
     async def _check_base(self, clients: Sequence[EngineClient]) -> None:
-        """RuntimeError: what an engine holds is not what changes would be added to."""
+        """Refuse to send changes to an engine that does not hold their base. RuntimeError names it."""
         await self._check_version(clients, self.version)
         self._refuse(
             self._held, await _all(clients, EngineClient.checksums), f"no longer holds version {self.version} in"
         )
 
     async def _check_version(self, clients: Sequence[EngineClient], version: int) -> None:
-        """RuntimeError: an engine holds other weights than those of `version`."""
+        """Refuse an engine that holds other weights than those of `version`. RuntimeError names it."""
         versions = await _all(clients, EngineClient.version)
         for url, held in zip(self.engines.urls, versions, strict=True):
             if held != version:
@@ -194,7 +194,7 @@ class Weights:
 
 
 class SharedGpuWeights(Weights):
-    """Where all roles lie on one GPU: while they train, the engine keeps neither weights nor KV cache.
+    """Publication where all roles share a GPU: the engine has no weights and no KV cache while they train.
 
     NCCL takes no two members on one GPU, so the weights travel over gloo, through the host's memory.
     """
@@ -207,12 +207,12 @@ class SharedGpuWeights(Weights):
         self._lent = False
 
     def lend_memory(self) -> None:
-        """Take the engines' memory for training; they must have no request: synchronous training."""
+        """Free the engines' memory for training. They must have no request, so training must be synchronous."""
         asyncio.run(self._engines(EngineClient.release_memory))
         self._lent = True
 
     def publish(self, version: int) -> float:
-        """Let the engines take their memory back, then the weights, all of which they have lost."""
+        """Let the engines allocate their memory again, and publish all weights, which they have lost."""
         if self._lent:
             for freed in [trainer.free_cache() for trainer in self._trainers]:
                 freed.result(self.timeout_s)
@@ -232,9 +232,7 @@ class SharedGpuWeights(Weights):
 
 
 def different(wanted: Sequence[dict[str, str]], held: Sequence[dict[str, str]]) -> list[str]:
-    """Return the names of tensors whose hash differs on any tensor-parallel rank, sorted; those that one side lacks,
-    too.
-    """
+    """Return the sorted names of tensors whose hash differs on any tensor-parallel rank, or that one side lacks."""
     pairs = zip(wanted, held, strict=True)
     return sorted({name for one, two in pairs for name in one.keys() | two.keys() if one.get(name) != two.get(name)})
 
