@@ -165,7 +165,16 @@ def test_all_but_a_few_calls_declare_what_they_need() -> None:
     from critic.worker import CriticWorker
     from trainer.policy import PolicyWorker
 
-    device_free = {"address", "weight_names", "join_engines", "saved", "finish_save", "free_cache", "peak_memory_gb"}
+    device_free = {
+        "address",
+        "weight_names",
+        "join_engines",
+        "leave_engines",
+        "saved",
+        "finish_save",
+        "free_cache",
+        "peak_memory_gb",
+    }
     for worker in (PolicyWorker, CriticWorker):
         public = {n: f for n, f in inspect.getmembers(worker, inspect.isfunction) if not n.startswith("_")}
         assert {n for n, f in public.items() if not needed(f)} == (device_free | {"stop"}) & public.keys()
