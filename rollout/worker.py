@@ -136,7 +136,7 @@ class RolloutWorker:
         self._lanes: list[asyncio.Task[None]] = []
         self._pool: SandboxPool | None = None
         self._engines: EngineRouter | None = None
-        self._ended = 0  # attempts at an episode, failed ones included
+        self._ended = 0  # attempts at an episode that did not lose their engine, failed ones included
 
     async def start(self) -> None:
         """Load the tokenizer, make the player, and open the engines' clients and the sandboxes.
@@ -166,13 +166,16 @@ class RolloutWorker:
     async def _play(self, row: TaskRow, index: int, sampler: Sampler, name: str) -> Played:
         began = time.monotonic()
         assert self._pool is not None, "start() comes first"
-        sandbox = await self._pool.acquire()
+        sandbox, ended = await self._pool.acquire(), 1
         try:
             environment = self.settings.task.environment(row, sandbox)
             require_kind(environment, Environment, f"row {row.id!r}: its environment")
             episode = await self._player.play(Attempt(name, row, index, environment, sampler))
+        except EngineUnreachable:
+            ended = 0  # no progress: the episode is played again, without a limit
+            raise
         finally:
-            self._ended += 1
+            self._ended += ended
             await self._pool.release(sandbox)
         sub_traces = cut(episode)
         engine_s = sampler.waited_s if isinstance(sampler, EngineSampler) else 0.0

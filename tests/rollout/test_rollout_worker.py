@@ -145,6 +145,35 @@ def test_an_evaluation_plays_again_what_lost_its_engine(monkeypatch: pytest.Monk
     assert asyncio.run(worker(play).evaluate([0], 1)) == [found]
 
 
+@pytest.mark.parametrize(("error", "progress"), [(EngineUnreachable("gone"), 0), (Odd(1, "b"), 1)])
+def test_an_episode_without_its_engine_is_no_progress(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, progress: int
+) -> None:
+    """Otherwise an evaluation whose engine can't be reached would never be too long."""
+    monkeypatch.setattr("rollout.worker.require_kind", lambda *_: None)
+
+    async def acquire() -> None:
+        return None
+
+    async def release(sandbox: None) -> None:
+        return None
+
+    async def play(attempt: Any) -> Any:
+        raise error
+
+    async def main() -> int:
+        made = worker(None)
+        del made._play
+        made.settings.task.environment = lambda row, sandbox: None  # type: ignore[method-assign, assignment, return-value]
+        made._pool = SimpleNamespace(acquire=acquire, release=release)
+        made._player = SimpleNamespace(play=play)
+        with pytest.raises(type(error)):
+            await made._play(SimpleNamespace(id="a"), 0, None, "a")  # type: ignore[arg-type]
+        return await made.progress()
+
+    assert asyncio.run(main()) == progress
+
+
 def test_stopping_ends_episodes_before_what_they_stand_on() -> None:
     """No episode reports a failure of a sandbox or a connection that `stop` has closed."""
     events: list[str] = []
