@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import replace
@@ -48,7 +48,6 @@ class Trainer:
         self.omitted = ""  # name of a tensor that is not sent
         self.base: Base | None = None
         self.sent: list[int] = []  # bytes of each publication
-        self.half_way: Callable[[], None] = lambda: None  # called in the middle of a publication
 
     def weights(self) -> dict[str, torch.Tensor]:
         state = self.model.state_dict()
@@ -71,13 +70,7 @@ class Trainer:
         if keep_base and not changes:
             self.base = Base()
         plan = buckets(self.weight_names(), self.limit)
-        self.sent.append(self.group.send(self.stream(), plan, self.base, changes))
-
-    def stream(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for number, item in enumerate(self.weights().items()):
-            if number == len(self.weights()) // 2:
-                self.half_way()
-            yield item
+        self.sent.append(self.group.send(self.weights().items(), plan, self.base, changes))
 
     def step(self, size: float, share: float = 1.0, seed: int = 1) -> None:
         """Moves a share of all weights by normal noise."""
@@ -320,36 +313,3 @@ def test_changes_of_another_base_are_refused(published: tuple[Weights, Trainer])
     with pytest.raises(RuntimeError, match=rf"no longer holds version {weights.version} in: .* and \d+ more"):
         weights.publish(weights.version + 1)
     assert len(trainer.sent) == sent + 1  # neither refusal sent anything
-
-
-def test_an_engine_dies_in_a_publication_and_another_takes_its_place(
-    published: tuple[Weights, Trainer], servers: list[EngineServer], folder: Path
-) -> None:
-    """The other engine waits in a broadcast for a member that is gone. It then holds the half of an update."""
-    weights, trainer = published
-    use(weights)
-    plan(weights, trainer)
-    trainer.step(0.02, seed=8)
-    trainer.half_way = servers[1].stop
-    with pytest.raises((RuntimeError, TimeoutError)):
-        weights.publish(weights.version + 1)
-    trainer.half_way = lambda: None
-
-    weights.use_engines(weights.engines.urls[:1])
-    weights.publish(weights.version + 1)
-    weights.verify()
-
-    another = server_in(folder, 2)
-    try:
-        weights.use_engines([*weights.engines.urls, another.start()])
-        weights.publish(weights.version)  # as while the loop waits for episodes: the same weights again
-        weights.verify()
-
-        async def answers() -> list[Generation]:
-            async with clients_of(weights) as clients:
-                assert [await client.version() for client in clients] == [weights.version] * 2
-                return await all_of(clients, prompts_with_shared_prefixes(seed=5)[:4], 10)
-
-        assert {one.finish_reason for one in asyncio.run(answers())} <= {"length", "stop"}
-    finally:
-        another.stop()
